@@ -1,0 +1,82 @@
+"""Every error this package raises on purpose.
+
+CqilError
+├── PlanError          a plan that is malformed or does not fit the model
+├── ModelError         anything about the model's files
+│   ├── ModelNotFound      no such name, directory, file or hub id
+│   ├── UnsupportedModel   a structure this runtime does not compute
+│   └── CheckpointError    a tensor or file that is missing, misshapen or damaged
+├── RequestError       one request's prompt or sampling values are wrong; others go on
+├── LaunchError        the cluster or its actors could not be brought up
+│   └── InsufficientResources   asked for more than the cluster has
+└── ExchangeError      the data plane between ranks
+    ├── ProtocolError      a peer sent something that is not what the plan expects next
+    └── PeerLost           a peer closed its socket or missed the deadline
+
+Messages name the operands, the rule that was broken, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class CqilError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class PlanError(CqilError, ValueError):
+    """A plan is malformed, or does not fit the model it is used with."""
+
+
+class ModelError(CqilError):
+    """The model's files are absent, unreadable or of an unknown kind."""
+
+
+class ModelNotFound(ModelError):
+    """No model under this name, path or hub id."""
+
+
+class UnsupportedModel(ModelError):
+    """The model's structure differs from what this runtime computes exactly."""
+
+
+class CheckpointError(ModelError):
+    """A tensor or a file of the checkpoint is missing, misshapen or damaged."""
+
+
+class RequestError(CqilError, ValueError):
+    """A request cannot be served as asked; no other request is touched."""
+
+
+class LaunchError(CqilError):
+    """The cluster or its actors could not be brought up (or died since)."""
+
+
+class InsufficientResources(LaunchError):
+    """The cluster does not have, or does not free in time, what was asked for."""
+
+
+class ExchangeError(CqilError):
+    """The data plane between ranks failed."""
+
+
+class ProtocolError(ExchangeError):
+    """A peer sent something other than what the protocol allows next."""
+
+
+class PeerLost(ExchangeError):
+    """A peer closed its connection or missed the deadline.
+
+    Attributes:
+        peer: rank of the lost peer (-1 is the coordinator).
+        address: "host:port" of the peer as this rank knew it.
+    """
+
+    def __init__(self, peer: int, address: str, reason: str) -> None:
+        super().__init__(peer, address, reason)
+        self.peer = peer
+        self.address = address
+        self.reason = reason
+
+    def __str__(self) -> str:
+        name = "the coordinator" if self.peer < 0 else f"rank {self.peer}"
+        return f"lost {name} at {self.address}: {self.reason}"

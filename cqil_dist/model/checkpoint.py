@@ -1,0 +1,150 @@
+"""Lazy reading of safetensors checkpoints: only the tensors, and the rows, that are asked for.
+
+Knows Hugging Face's file layout and Llama-style tensor names, nothing of ranks. Every damaged,
+missing or misshapen tensor is reported by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cqil_dist.errors import CheckpointError
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+def layer_tensor(layer: int, part: str) -> str:
+    """Name of a layer's tensor, as in `model.layers.3.self_attn.q_proj.weight`."""
+    return f"model.layers.{layer}.{part}"
+
+
+class Checkpoint:
+    """The safetensors files of a model directory.
+
+    Raises:
+        CheckpointError: no safetensors file, an unreadable index, or a shard that is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = _locate_tensors(path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    @contextmanager
+    def open(self) -> Iterator[TensorReader]:
+        """A reader whose memory maps are released at the end of the block.
+
+        Pages of a mapped file count as the process's memory, so a caller that reads layer by
+        layer opens the checkpoint once per layer and peaks at one layer.
+        """
+        with ExitStack() as stack:
+            yield TensorReader(self, stack)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor. Raises CheckpointError if none does."""
+        try:
+            return self._files[name]
+        except KeyError:
+            raise CheckpointError(
+                f"tensor {name} is missing from the checkpoint in {self.path} "
+                f"({len(self._files)} tensors); is the download complete?"
+            ) from None
+
+
+class TensorReader:
+    """Reads tensors while its checkpoint's files are open; made by `Checkpoint.open`."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._stack = stack
+        self._handles: dict[Path, Any] = {}
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
+        """One tensor, or the part of it in `rows` and `columns`, in the checkpoint's own dtype.
+
+        Args:
+            name: full tensor name.
+            shape: the whole tensor's expected shape.
+
+        Raises:
+            CheckpointError: the tensor is missing, has another shape, or cannot be read.
+        """
+        path = self._checkpoint.file_of(name)
+        try:
+            stored = self._handle(path).get_slice(name)
+            found = tuple(stored.get_shape())
+            if found != shape:
+                raise CheckpointError(
+                    f"tensor {name} in {path} has shape {list(found)} but the model's config "
+                    f"asks for {list(shape)}"
+                )
+            if rows is not None:
+                stored_part = stored[rows.start : rows.stop]
+            elif columns is not None:
+                stored_part = stored[:, columns.start : columns.stop]
+            else:
+                stored_part = stored[:]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read tensor {name} from {path}: {error}") from error
+        tensor: Tensor = stored_part
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise CheckpointError(
+                f"tensor {name} in {path} has dtype {tensor.dtype}; weights must be float32, "
+                "float16 or bfloat16"
+            )
+        return tensor
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._handles[path]
+
+
+def _locate_tensors(path: Path) -> dict[str, Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+        if missing := sorted({f for f in weight_map.values() if not (path / f).is_file()}):
+            raise CheckpointError(f"{index} names {', '.join(missing)}, absent from {path}")
+        return {name: path / file for name, file in weight_map.items()}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"no .safetensors file in {path}")
+    located: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                located |= dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+    return located
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """float32, float16 or bfloat16. Raises CheckpointError for any other name."""
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    try:
+        return dtypes[name]
+    except KeyError:
+        raise CheckpointError(f"dtype {name!r} is not one of {', '.join(dtypes)}") from None

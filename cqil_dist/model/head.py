@@ -1,0 +1,67 @@
+"""The two ends of the model: token embedding and vocabulary head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqil_dist.model.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint
+from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.layers import rms_normalize
+from cqil_dist.model.projection import Projection
+
+# The head is a model's largest matrix: it is read in blocks, so that loading needs little more
+# memory than the shard itself.
+_ROWS_AT_ONCE = 8192
+
+
+class Embedding:
+    """Token embeddings [V, D] in the dtype in which hidden states travel."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        with checkpoint.open() as reader:
+            weight = reader.read(EMBEDDING, (config.vocab_size, config.hidden_size))
+            self.weight_VD = weight.to(dtype)
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] of N tokens."""
+        return self.weight_VD[torch.tensor(token_ids)]
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """A rank's rows of the vocabulary head, with the final norm's gain folded in."""
+
+    projection: Projection
+    eps: float
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        rows: range,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> HeadShard:
+        name = EMBEDDING if config.tied_head else HEAD
+        shape = (config.vocab_size, config.hidden_size)
+        projection = Projection.empty(len(rows), config.hidden_size, False, dtype, device)
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            block = rows[first : first + _ROWS_AT_ONCE]
+            with checkpoint.open() as reader:
+                gain = reader.read(FINAL_NORM, (config.hidden_size,)).float()
+                folded = reader.read(name, shape, rows=block).float() * gain
+            projection.weight_OI[first : first + len(block)] = folded
+        return cls(projection, config.rms_norm_eps)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Float32 logits [N, rows] of this shard's part of the vocabulary."""
+        return self.projection(rms_normalize(hidden_ND, self.eps)).float()
+
+    @property
+    def nbytes(self) -> int:
+        return self.projection.nbytes
