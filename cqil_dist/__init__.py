@@ -1,0 +1,94 @@
+"""cqil_dist: low-latency generation by computing quasi-independent layers concurrently.
+
+import cqil_dist as cqil
+
+with cqil.launch("smollm2-135m", plan="P2 S12 E28 D0", ranks=2) as engine:
+    for chunk in engine.generate("The capital of France is", max_tokens=32, temperature=0):
+        print(chunk.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cqil_dist.errors import (
+        CheckpointError,
+        CqilError,
+        ExchangeError,
+        InsufficientResources,
+        LaunchError,
+        ModelError,
+        ModelNotFound,
+        PeerLost,
+        PlanError,
+        ProtocolError,
+        RequestError,
+        UnsupportedModel,
+    )
+    from cqil_dist.outputs import Chunk, Completion, Timings, TokenLogprob, Usage
+    from cqil_dist.plan import Bypass, Group, Plan
+    from cqil_dist.runtime.launch import LaunchConfig, RunningEngine, launch
+    from cqil_dist.sampling_params import SamplingParams
+
+# Where each public name lives. They are imported when first used: ranks need neither Ray's driver
+# side nor transformers, and a client needs no torch.
+_HOMES = {
+    "cqil_dist.errors": (
+        "CheckpointError",
+        "CqilError",
+        "ExchangeError",
+        "InsufficientResources",
+        "LaunchError",
+        "ModelError",
+        "ModelNotFound",
+        "PeerLost",
+        "PlanError",
+        "ProtocolError",
+        "RequestError",
+        "UnsupportedModel",
+    ),
+    "cqil_dist.outputs": ("Chunk", "Completion", "Timings", "TokenLogprob", "Usage"),
+    "cqil_dist.plan": ("Bypass", "Group", "Plan"),
+    "cqil_dist.runtime.launch": ("LaunchConfig", "RunningEngine", "launch"),
+    "cqil_dist.sampling_params": ("SamplingParams",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Bypass",
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "CqilError",
+    "ExchangeError",
+    "Group",
+    "InsufficientResources",
+    "LaunchConfig",
+    "LaunchError",
+    "ModelError",
+    "ModelNotFound",
+    "PeerLost",
+    "Plan",
+    "PlanError",
+    "ProtocolError",
+    "RequestError",
+    "RunningEngine",
+    "SamplingParams",
+    "Timings",
+    "TokenLogprob",
+    "UnsupportedModel",
+    "Usage",
+    "launch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

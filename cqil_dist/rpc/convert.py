@@ -1,0 +1,121 @@
+"""Between the package's own values and the messages of the wire.
+
+Imports neither torch nor transformers, so that a client stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Text, token ids, or chat messages with "role" and "content"."""
+
+_LISTS = ("stop", "stop_token_ids")
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+def request_to_wire(prompt: Prompt, params: SamplingParams) -> pb.GenerateRequest:
+    wire_params = params_to_wire(params)
+    if isinstance(prompt, str):
+        return pb.GenerateRequest(text=prompt, sampling_params=wire_params)
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if len(token_ids) == len(prompt):
+        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=token_ids), sampling_params=wire_params)
+    messages = [
+        pb.ChatMessage(role=item["role"], content=item["content"])
+        for item in prompt
+        if isinstance(item, dict)
+    ]
+    return pb.GenerateRequest(chat=pb.Chat(messages=messages), sampling_params=wire_params)
+
+
+def params_to_wire(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(**params.to_dict())
+
+
+def params_from_wire(wire: pb.SamplingParams) -> SamplingParams:
+    """Fields that were not sent keep their defaults. Raises RequestError for bad values."""
+    values = {
+        field.name: list(value) if field.name in _LISTS else value
+        for field, value in wire.ListFields()
+    }
+    return SamplingParams.from_dict(values)
+
+
+def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=_logprobs_to_wire(chunk.logprobs or ()),
+        completion=None if chunk.result is None else _completion_to_wire(chunk.result),
+    )
+
+
+def chunk_from_wire(wire: pb.GenerateResponse, wants_logprobs: bool) -> Chunk:
+    result = None
+    if wire.HasField("completion"):
+        result = _completion_from_wire(wire.completion, wants_logprobs)
+    return Chunk(
+        text=wire.text,
+        token_ids=tuple(wire.token_ids),
+        logprobs=_logprobs_from_wire(wire.logprobs) if wants_logprobs else None,
+        finish_reason=None if result is None else result.finish_reason,
+        stop_reason=None if result is None else result.stop_reason,
+        result=result,
+    )
+
+
+def _completion_to_wire(completion: Completion) -> pb.Completion:
+    reason = completion.stop_reason
+    return pb.Completion(
+        text=completion.text,
+        token_ids=completion.token_ids,
+        logprobs=_logprobs_to_wire(completion.logprobs or ()),
+        finish_reason=completion.finish_reason,
+        stop_string=reason if isinstance(reason, str) else None,
+        stop_token_id=reason if isinstance(reason, int) else None,
+        prompt_tokens=completion.usage.prompt_tokens,
+        timings=pb.Timings(ttft_ms=completion.timings.ttft_ms, itl_ms=completion.timings.itl_ms),
+        seed=completion.seed,
+    )
+
+
+def _completion_from_wire(wire: pb.Completion, wants_logprobs: bool) -> Completion:
+    stop_reason: str | int | None = None
+    if wire.HasField("stop_string"):
+        stop_reason = wire.stop_string
+    elif wire.HasField("stop_token_id"):
+        stop_reason = wire.stop_token_id
+    return Completion(
+        text=wire.text,
+        token_ids=tuple(wire.token_ids),
+        finish_reason=_FINISH_REASONS[wire.finish_reason],
+        usage=Usage(wire.prompt_tokens, len(wire.token_ids)),
+        timings=Timings(wire.timings.ttft_ms, tuple(wire.timings.itl_ms)),
+        logprobs=_logprobs_from_wire(wire.logprobs) if wants_logprobs else None,
+        seed=wire.seed,
+        stop_reason=stop_reason,
+    )
+
+
+def _logprobs_to_wire(logprobs: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=entry.token_id,
+            token=entry.token,
+            logprob=entry.logprob,
+            top=_logprobs_to_wire(entry.top),
+        )
+        for entry in logprobs
+    ]
+
+
+def _logprobs_from_wire(wire: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(entry.token_id, entry.token, entry.logprob, _logprobs_from_wire(entry.top))
+        for entry in wire
+    )

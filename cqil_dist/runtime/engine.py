@@ -1,0 +1,194 @@
+"""The loop that turns requests into steps and logits into text.
+
+Knows requests, the scheduler and something that computes steps; knows nothing of Ray, sockets or
+plans. All of a request's work between two steps happens on the engine's own thread; other threads
+submit, cancel and read streams.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from cqil_dist.errors import CqilError, ExchangeError, RequestError
+from cqil_dist.model.step import Segment
+from cqil_dist.runtime.detokenizer import Detokenizer
+from cqil_dist.runtime.request import Request
+from cqil_dist.runtime.sampler import Sampler
+from cqil_dist.runtime.scheduler import ScheduledStep, Scheduler
+from cqil_dist.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StepModel(Protocol):
+    """What computes steps: a `RankGroup`, over however many ranks."""
+
+    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor: ...
+
+
+class Engine:
+    """Continuous batching of requests over one model.
+
+    Args:
+        max_len: most tokens a prompt and its completion may have together.
+        slots: requests that run at the same time; more wait.
+        prefill_tokens: most prompt tokens a step computes beside the decoding requests' tokens.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        *,
+        max_len: int,
+        slots: int,
+        prefill_tokens: int,
+    ) -> None:
+        self.max_len = max_len
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._scheduler = Scheduler(slots, prefill_tokens)
+        self._changed = threading.Condition()  # guards the scheduler and the two lists below
+        self._cancelled: list[Request] = []
+        self._failure: CqilError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """Queue a request; its `stream` gives the chunks.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or holds unknown token ids.
+            CqilError: the engine is closed, or lost its model.
+        """
+        prompt_ids = self._encode(prompt)
+        request = Request(
+            prompt_ids,
+            params,
+            Sampler(params, prompt_ids),
+            Detokenizer(self._tokenizer, prompt_ids, params.stop),
+            self._eos_token_ids,
+        )
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            self._scheduler.add(request)
+            self._changed.notify()
+        return request
+
+    def submit_chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Request:
+        """Queue a conversation, laid out by the model's chat template.
+
+        Raises:
+            RequestError: no messages, or the model has no chat template that takes them.
+        """
+        if not messages:
+            raise RequestError("the chat has no messages")
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"the model's chat template refused the messages: {error}"
+            ) from error
+        return self.submit(list(encoded["input_ids"]), params)
+
+    def cancel(self, request: Request) -> None:
+        """End a request early: its stream closes as "abort" and its slot is freed."""
+        with self._changed:
+            self._cancelled.append(request)
+            self._changed.notify()
+
+    def status(self) -> dict[str, int]:
+        """Counts of running and waiting requests and of free slots."""
+        with self._changed:
+            return {
+                "running_requests": self._scheduler.running,
+                "waiting_requests": self._scheduler.waiting,
+                "free_slots": self._scheduler.free_slots,
+                "slots": self._scheduler.slots,
+            }
+
+    def close(self) -> None:
+        """Fail what is unfinished and stop the thread. Idempotent.
+
+        A step under way ends with the model's links, which the caller closes.
+        """
+        self._fail(CqilError("the engine was closed before the request finished"))
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            prompt_ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        else:
+            prompt_ids = list(prompt)
+        if not prompt_ids:
+            raise RequestError("the prompt is empty; give at least one token to continue")
+        if unknown := [id for id in prompt_ids if not 0 <= id < self._vocab_size]:
+            raise RequestError(
+                f"prompt token ids {unknown[:5]} lie outside the vocabulary (0 to "
+                f"{self._vocab_size - 1})"
+            )
+        if len(prompt_ids) >= self.max_len:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens, but prompt and completion together may "
+                f"have {self.max_len}; shorten the prompt, or launch with a larger max_len"
+            )
+        return prompt_ids
+
+    def _run(self) -> None:
+        while (step := self._next_step()) is not None:
+            try:
+                logits_RV = self._model.forward(step.segments, step.token_ids)
+            except ExchangeError as error:
+                self._fail(error)
+                return
+            self._deliver(step, logits_RV)
+
+    def _next_step(self) -> ScheduledStep | None:
+        """Wait for something to compute; None when the engine is closed."""
+        with self._changed:
+            while self._failure is None:
+                for request in self._cancelled:
+                    self._drop(request)
+                self._cancelled.clear()
+                if (step := self._scheduler.schedule()) is not None:
+                    return step
+                self._changed.wait()
+            return None
+
+    def _drop(self, request: Request) -> None:
+        if not request.finished:
+            self._scheduler.remove(request)
+            request.abort()
+
+    def _deliver(self, step: ScheduledStep, logits_RV: Tensor) -> None:
+        rows = iter(logits_RV)
+        for segment, request in zip(step.segments, step.requests, strict=True):
+            request.computed = segment.end
+            if not segment.wants_logits:
+                continue
+            try:
+                request.advance(next(rows), self.max_len)
+            except CqilError as error:
+                request.fail(error)
+            if request.finished:
+                with self._changed:
+                    self._scheduler.remove(request)
+
+    def _fail(self, error: CqilError) -> None:
+        with self._changed:
+            if self._failure is None:
+                self._failure = error
+            for request in self._scheduler.drain():
+                request.fail(error)
+            self._changed.notify()

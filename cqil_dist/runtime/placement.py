@@ -1,0 +1,116 @@
+"""Ray's side of a launch: the cluster, the resources, and actors on a placement group."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from cqil_dist.errors import InsufficientResources, LaunchError
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+# An error about missing resources comes within 30 s of the launch; starting Ray has its share.
+_PLACEMENT_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class RankResources:
+    """What one rank asks of its node."""
+
+    cpus: int
+    gpus: float
+
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+@contextmanager
+def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[bool]:
+    """Connect to a Ray cluster, or start a local one; undo what was done at the end.
+
+    Args:
+        address: of the cluster's head; None takes RAY_ADDRESS, else starts a local cluster.
+        local_cpus: CPUs that a local cluster claims to have, at least.
+
+    Yields:
+        Whether the cluster is a local one of our own.
+
+    Raises:
+        LaunchError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    local = address in (None, "local")
+    logging_options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    try:
+        if local:
+            ray.init(
+                "local",
+                num_cpus=max(os.cpu_count() or 1, local_cpus),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **logging_options,
+            )
+        else:
+            ray.init(address, **logging_options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        what = "start a local Ray cluster" if local else f"reach the Ray cluster at {address}"
+        raise LaunchError(f"cannot {what}: {error}") from error
+    try:
+        yield local
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def placed(resources: RankResources, ranks: int, strategy: str) -> Iterator[PlacementGroup]:
+    """Reserve room for `ranks` ranks; given back at the end.
+
+    Raises:
+        LaunchError: an unknown strategy.
+        InsufficientResources: saying what was asked and what the cluster has.
+    """
+    if strategy not in STRATEGIES:
+        raise LaunchError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    bundle = resources.bundle()
+    total = ray.cluster_resources()
+    if any(total.get(name, 0) < ranks * amount for name, amount in bundle.items()):
+        raise InsufficientResources(_shortage(bundle, ranks, strategy))
+    group = placement_group([bundle] * ranks, strategy=strategy)
+    try:
+        if not group.wait(_PLACEMENT_TIMEOUT_S):
+            raise InsufficientResources(_shortage(bundle, ranks, strategy))
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _shortage(bundle: dict[str, float], ranks: int, strategy: str) -> str:
+    each = _amounts(bundle)
+    nodes = "; ".join(
+        f"{node['NodeManagerAddress']} has {_amounts(node['Resources'])}"
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    return (
+        f"asked for {ranks} ranks of {each} each, strategy {strategy}, but the cluster has "
+        f"{_amounts(ray.cluster_resources())} ({_amounts(ray.available_resources())} free; "
+        f"{nodes}). Ask for fewer ranks or threads, another strategy, or add nodes"
+    )
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    named = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources]
+    return ", ".join(named) or "no CPU or GPU"

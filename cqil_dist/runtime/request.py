@@ -1,0 +1,162 @@
+"""One request's life on the coordinator: its tokens so far, and the chunks it gives back."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from cqil_dist.errors import CqilError
+from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
+from cqil_dist.runtime.detokenizer import Detokenizer
+from cqil_dist.runtime.sampler import SampledToken, Sampler
+from cqil_dist.sampling_params import SamplingParams
+
+
+class Request:
+    """A prompt being continued.
+
+    The tokens are all of its state: with `computed` set to 0 its KV cache can be filled again on
+    any ranks, and it goes on where it was.
+
+    Attributes:
+        tokens: prompt and output so far.
+        computed: how many of them are in the KV cache.
+        slot: KV slot, or None while waiting for one.
+        finished: the stream has ended.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sampler: Sampler,
+        detokenizer: Detokenizer,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.tokens = list(prompt_ids)
+        self.params = params
+        self.computed = 0
+        self.slot: int | None = None
+        self.finished = False
+        self.stream = ChunkStream()
+        self._prompt_length = len(prompt_ids)
+        self._sampler = sampler
+        self._detokenizer = detokenizer
+        self._eos_token_ids = () if params.ignore_eos else tuple(eos_token_ids)
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._token_times = [time.perf_counter()]  # arrival, then one entry per token
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the KV cache yet."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        return tuple(self.tokens[self._prompt_length :])
+
+    def advance(self, logits_V: Tensor, max_len: int) -> None:
+        """Choose the next token from the logits after the last one, and stream what is new.
+
+        Args:
+            logits_V: float32 tensor [V].
+            max_len: most tokens the KV slot has room for.
+        """
+        index = len(self.tokens) - self._prompt_length
+        sampled = self._sampler.sample(logits_V, self.tokens, index)
+        self.tokens.append(sampled.token_id)
+        self._token_times.append(time.perf_counter())
+        logprobs = self._record_logprob(sampled)
+        reason, stop_reason, text = self._outcome(sampled.token_id, max_len)
+        self._text.append(text)
+        if reason is None:
+            self.stream.put(Chunk(text, (sampled.token_id,), logprobs))
+        else:
+            self._end(text, (sampled.token_id,), logprobs, reason, stop_reason)
+
+    def abort(self) -> None:
+        """End the stream with what there is."""
+        self._end("", (), None, "abort", None)
+
+    def fail(self, error: CqilError) -> None:
+        """End the stream with an error."""
+        self.finished = True
+        self.stream.put(error)
+
+    def _outcome(
+        self, token_id: int, max_len: int
+    ) -> tuple[FinishReason | None, str | int | None, str]:
+        """Whether and why this token ends the request, and the text that it makes final."""
+        if token_id in self._eos_token_ids:
+            return "stop", None, self._detokenizer.finish()
+        if token_id in self.params.stop_token_ids:
+            return "stop", token_id, self._detokenizer.finish()
+        text = self._detokenizer.push(token_id)
+        if self._detokenizer.stopped_by is not None:
+            return "stop", self._detokenizer.stopped_by, text
+        if len(self.generated) >= self.params.max_tokens or len(self.tokens) >= max_len:
+            return "length", None, text + self._detokenizer.finish()
+        return None, None, text
+
+    def _end(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+    ) -> None:
+        self.finished = True
+        completion = Completion(
+            text="".join(self._text),
+            token_ids=self.generated,
+            finish_reason=reason,
+            usage=Usage(self._prompt_length, len(self.generated)),
+            timings=self._timings(),
+            logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
+            seed=self._sampler.seed,
+            stop_reason=stop_reason,
+        )
+        self.stream.put(Chunk(text, token_ids, logprobs, reason, stop_reason, completion))
+
+    def _timings(self) -> Timings:
+        times = self._token_times
+        gaps = [1000 * (after - before) for before, after in pairwise(times)]
+        return Timings(ttft_ms=gaps[0] if gaps else 0.0, itl_ms=tuple(gaps[1:]))
+
+    def _record_logprob(self, sampled: SampledToken) -> tuple[TokenLogprob, ...] | None:
+        if sampled.logprob is None:
+            return None
+        text_of = self._detokenizer.token_text
+        top = tuple(TokenLogprob(id, text_of(id), value) for id, value in sampled.top)
+        entry = TokenLogprob(sampled.token_id, text_of(sampled.token_id), sampled.logprob, top)
+        self._logprobs.append(entry)
+        return (entry,)
+
+
+class ChunkStream:
+    """The chunks of one request, handed from the engine's thread to the caller's.
+
+    Iterating ends after the chunk with a finish reason, and raises the error a request failed
+    with.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
+
+    def put(self, item: Chunk | CqilError) -> None:
+        self._queue.put(item)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, CqilError):
+                raise item
+            yield item
+            if item.finish_reason is not None:
+                return

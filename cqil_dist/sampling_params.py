@@ -1,0 +1,152 @@
+"""What a request asks of generation: length, sampling, stops, logprobs.
+
+Field names, defaults and meaning are those of vLLM's `SamplingParams`. This module validates and
+carries the values; it knows nothing of tensors, tokenizers or how a token is drawn from them
+(runtime/sampler.py does), so a client can import it without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cqil_dist.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+# Dividing logits by less than this only adds rounding; vLLM draws the same line.
+_GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen, and when it ends.
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1. The default 16 is vLLM's and the
+            completions API's: a forgotten limit costs a moment, not a full context.
+        temperature: 0 or more; logits are divided by it. Below 1e-5 is greedy: the most probable
+            token each time, and top_p, top_k, min_p and seed have no effect.
+        top_p: in (0, 1]; draw from the fewest tokens whose probabilities reach this sum.
+        top_k: draw from the k most probable tokens; 0 or -1 is off (-1 is stored as 0).
+        min_p: in [0, 1]; drop tokens less probable than min_p times the most probable one.
+        repetition_penalty: in [0.01, 100]; above 1 discourages tokens of the prompt and of the
+            output so far (arXiv 1909.05858); 1 is off. It acts on greedy decoding too.
+        stop: texts that end the output, which is cut just before them. A single text may be given
+            as a str, several as a list.
+        stop_token_ids: token ids that end the output; their own text is not part of it.
+        seed: -2**63 to 2**63 - 1; the same seed, prompt and values give the same tokens. None
+            draws one.
+        logprobs: give the log-probability of each token and of this many alternatives, 0 to 20;
+            None is off.
+        ignore_eos: go on past the model's end-of-sequence token, for benchmarks.
+
+    Raises:
+        RequestError: a value of the wrong type or outside its range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        # Values come from JSON and from untyped callers: types are checked as well as ranges, and
+        # every value is stored in its field's one type.
+        def store(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        _integer("max_tokens", self.max_tokens, low=1)
+        temperature = _number("temperature", self.temperature)
+        if temperature < 0:
+            raise RequestError(f"temperature is {temperature} but must be 0 (greedy) or more")
+        store("temperature", temperature)
+        top_p = _number("top_p", self.top_p)
+        if not 0 < top_p <= 1:
+            raise RequestError(f"top_p is {top_p} but must lie in (0, 1]")
+        store("top_p", top_p)
+        store("top_k", max(0, _integer("top_k", self.top_k, low=-1)))
+        min_p = _number("min_p", self.min_p)
+        if not 0 <= min_p <= 1:
+            raise RequestError(f"min_p is {min_p} but must lie in [0, 1]")
+        store("min_p", min_p)
+        penalty = _number("repetition_penalty", self.repetition_penalty)
+        if not 0.01 <= penalty <= 100:  # further out, float32 scores overflow
+            raise RequestError(
+                f"repetition_penalty is {penalty} but must lie in [0.01, 100] (1 is off)"
+            )
+        store("repetition_penalty", penalty)
+        store("stop", _stop_strings(self.stop))
+        store("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        if self.seed is not None:
+            _integer("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r} but must be true or false")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken rather than one drawn."""
+        return self.temperature < _GREEDY_BELOW
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON or msgpack, that `from_dict` reads back to an equal object."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Read what `to_dict` gives, or any part of it; absent keys take their defaults.
+
+        Raises:
+            RequestError: an unknown key, or a value the class refuses.
+        """
+        if not isinstance(values, Mapping):
+            raise RequestError(f"sampling params are {values!r} but must be an object of settings")
+        known = [field.name for field in fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise RequestError(f"unknown sampling params {unknown}; known are {known}")
+        return cls(**values)
+
+
+def _integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """`value` as an int in low .. high. A bool is not a number here, though Python says it is."""
+    allowed = f">= {low}" if high is None else f"from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r} but must be a whole number {allowed}")
+    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name} is {value} but must be {allowed}")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r} but must be a number")
+    if not math.isfinite(value):
+        raise RequestError(f"{name} is {value} but must be a finite number")
+    return float(value)
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise RequestError(f"stop is {value!r} but must be a text or a list of texts")
+    if "" in stops:
+        raise RequestError(f"stop is {value!r} but an empty text would stop every output at once")
+    return tuple(stops)
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"stop_token_ids is {value!r} but must be a list of token ids")
+    return tuple(_integer(f"stop_token_ids[{i}]", id, low=0) for i, id in enumerate(value))
