@@ -167,12 +167,13 @@ def _refuse_foreign(hf_config: PreTrainedConfig) -> None:
 
 
 def _windows(hf_config: PreTrainedConfig) -> tuple[int | None, ...]:
-    window = getattr(hf_config, "sliding_window", None)
-    layer_types = getattr(hf_config, "layer_types", None)
+    window: int | None = getattr(hf_config, "sliding_window", None)
+    layer_types: list[str] | None = getattr(hf_config, "layer_types", None)
+    layers: int = hf_config.num_hidden_layers
     if hf_config.model_type == "llama" or window is None:
-        return (None,) * hf_config.num_hidden_layers
+        return (None,) * layers
     if not layer_types:
-        return (window,) * hf_config.num_hidden_layers
+        return (window,) * layers
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 

@@ -162,7 +162,7 @@ class PartLoader:
             # A sharded layer's bias belongs to its first shard: it must enter the sum once.
             if wide.bias_O is not None and piece.shard == 0:
                 tensor = layer_tensor(piece.layer, f"{name}.bias")
-                wide.bias_O += reader.read(tensor, (hidden,)).to(self._device)
+                wide.bias_O.add_(reader.read(tensor, (hidden,)).to(self._device))
             first = last
         return wide
 

@@ -71,6 +71,11 @@ class Coordinator:
         checkpoint = Checkpoint(spec.model_path)
         self._embedding = Embedding(spec.config, checkpoint, parse_dtype(spec.dtype))
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        token_ids: list[int] = self._tokenizer(text)["input_ids"]
+        return token_ids
+
     def node_id(self) -> str:
         """Ray's id of the node this actor runs on."""
         node_id: str = ray.get_runtime_context().get_node_id()

@@ -13,7 +13,7 @@ Why not the libraries' own:
 - `tokenizers.decoders.DecodeStream` is stage 1, but it has no way to flush, it gives out the whole
   prompt again where that ends within a character, raises on byte tokens that are not UTF-8
   (sentencepiece vocabularies), and grows with every token of a run it gives no text for (150
-  microseconds a token after 4,000 end-of-sequence tokens under ignore_eos; here 0.3).
+  microseconds a token after 4,000 end-of-sequence tokens under ignore_eos; here 0.1).
 - `transformers.StopStringCriteria` is stage 2 in part: it neither cuts the match off nor holds a
   beginning back, and takes 0.29 s to build, for every request, with SmolLM2's vocabulary of 49,152
   tokens, then 0.1 ms a token.
@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from cqil_dist.errors import UnsupportedModel
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -58,17 +60,18 @@ class Detokenizer:
         stopped_by: the stop string that ended the output, or None. Of several, the one that a
             reader who gets single characters would see complete first (then the longest), so it
             does not depend on how the text is cut into tokens.
+
+    Raises:
+        UnsupportedModel: a transformers tokenizer that is not backed by `tokenizers`.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast | Tokenizer,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
         prompt_ids: Sequence[int],
         stop: tuple[str, ...] = (),
     ) -> None:
-        self._tokenizer = (
-            tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-        )
+        self._tokenizer = _backend(tokenizer)
         self._special = {
             token_id
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -97,15 +100,25 @@ class Detokenizer:
         text, self._held = self._held, ""
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """One token's text on its own, for logprobs: a leading space kept, a special token shown.
+
+        A part of a character shows as U+FFFD.
+        """
+        # Decoded after itself, since decoders take a leading space from the first token alone.
+        alone = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        twice = self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)
+        return twice[len(alone) :]
+
     def _prompt_window(self, prompt_ids: Sequence[int]) -> tuple[list[int], int, int]:
-        # Special tokens make no text; 32 tokens of prompt hold enough others but for odd prompts.
         ids = [token_id for token_id in prompt_ids if token_id not in self._special]
-        # The context has to start and end between characters: both are where U+FFFD is not seen.
-        # Where the prompt ends within a character, its last tokens wait for the rest of it.
+        # The context has to end between characters, and not start within one where byte tokens run
+        # on to its end: U+FFFD at its end shows both. So it is tried at a few lengths; and where
+        # the prompt ends within a character, its last tokens wait for the rest of it.
         for end in range(len(ids), max(-1, len(ids) - _CHARACTER), -1):
             for start in range(max(0, end - _CHARACTER), max(-1, end - 3 * _CHARACTER), -1):
                 text = self._text(ids[start:end])
-                if not text.startswith(_REPLACEMENT) and not text.endswith(_REPLACEMENT):
+                if not text.endswith(_REPLACEMENT):
                     return ids[start:], end - start, len(text)
         ids = ids[-_CHARACTER:]
         return ids, len(ids), len(self._text(ids))
@@ -142,6 +155,16 @@ class Detokenizer:
         final = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[final:]
         return text[:final]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        raise UnsupportedModel(
+            f"the tokenizer is a {type(tokenizer).__name__}, but text is streamed with the "
+            "decoder of a `tokenizers` backend; save it with a tokenizer.json first"
+        )
+    return backend
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -94,7 +94,7 @@ class Engine:
         if not messages:
             raise RequestError("the chat has no messages")
         try:
-            encoded = self._tokenizer.apply_chat_template(
+            encoded: Any = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
             )
         except Exception as error:  # templates are programs: they raise what they like

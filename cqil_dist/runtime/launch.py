@@ -159,6 +159,17 @@ class RunningEngine:
         """Plan, ranks, and how busy the engine is."""
         return self.client.status()
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, as the coordinator encodes it."""
+        with _ray_errors():
+            token_ids: list[int] = ray.get(self._coordinator.encode.remote(text))
+        return token_ids
+
+    def exchanges_per_token(self) -> float:
+        """Exchanges a step took, counted by the exchanges themselves; 0 before the first step."""
+        led: int = sum(stats["rounds_led"] for stats in self.exchange_stats())
+        return led / max(1, self.status().steps)
+
     def exchange_stats(self) -> list[dict[str, Any]]:
         """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`)."""
         with _ray_errors():
@@ -193,7 +204,7 @@ class RunningEngine:
         on_gpu = resources.gpus > 0
         with progress.task("Starting actors"):
             self._ranks = self._start_ranks(group, resources, stack)
-            coordinator = _start(Coordinator, stack, placement_group=group, num_cpus=0)
+            self._coordinator = _start(Coordinator, stack, placement_group=group, num_cpus=0)
             places = ray.get([r.place.remote() for r in self._ranks], timeout=_START_TIMEOUT_S)
         slots = config.slots
         max_len = config.max_len or min(self.model_config.max_positions, 4096)
@@ -227,11 +238,11 @@ class RunningEngine:
             step_deadline_s=config.step_deadline_s,
         )
         loading = [rank.load.remote(rank_spec) for rank in self._ranks]
-        loading.append(coordinator.load.remote(coordinator_spec))
+        loading.append(self._coordinator.load.remote(coordinator_spec))
         self._await_loading(loading, progress)
         with progress.task("Connecting ranks"):
-            address, secret = self._connect(coordinator, places, local, on_gpu)
-        stack.callback(_close_quietly, [*self._ranks, coordinator])
+            address, secret = self._connect(places, local, on_gpu)
+        stack.callback(_close_quietly, [*self._ranks, self._coordinator])
         self.client = stack.enter_context(GenerationClient(address, secret))
 
     def _start_ranks(
@@ -262,12 +273,16 @@ class RunningEngine:
                 task.update(sum(counts))
 
     def _connect(
-        self, coordinator: Any, places: Sequence[dict[str, Any]], local: bool, on_gpu: bool
+        self, places: Sequence[dict[str, Any]], local: bool, on_gpu: bool
     ) -> tuple[str, bytes]:
         secret, epoch = secrets.token_bytes(32), 0
-        # The addresses by which the cluster's nodes know each other, not whatever a node's name
-        # or default route would give.
-        host_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        host_of = {
+            # A single node stays on loopback; several use the addresses by which they know each
+            # other, not whatever a node's name or default route would give.
+            node["NodeID"]: "127.0.0.1" if len(nodes) == 1 else node["NodeManagerAddress"]
+            for node in nodes
+        }
         hosts = [host_of[place["node_id"]] for place in places]
         listening = [
             rank.listen.remote(host, secret, epoch)
@@ -300,7 +315,10 @@ class RunningEngine:
             )
             for index, rank in enumerate(self._ranks)
         ]
-        started = coordinator.start.remote(addresses, secret, epoch, _JOIN_DEADLINE_S, descriptions)
+        host = host_of[ray.get(self._coordinator.node_id.remote())]
+        started = self._coordinator.start.remote(
+            host, addresses, secret, epoch, _JOIN_DEADLINE_S, descriptions
+        )
         ray.get(joining, timeout=_START_TIMEOUT_S)
         return ray.get(started, timeout=_START_TIMEOUT_S), secret
 
@@ -314,7 +332,7 @@ def _start(
     **resources: Any,
 ) -> Any:
     """Start an actor that is killed when the stack unwinds."""
-    actor = (
+    actor: Any = (
         ray.remote(kind)
         .options(
             max_concurrency=4,  # a long load or join must not keep questions waiting

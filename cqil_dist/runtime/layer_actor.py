@@ -18,7 +18,7 @@ import ray
 import torch
 
 from cqil_dist.assignment import Assignment
-from cqil_dist.errors import CqilError, PeerLost
+from cqil_dist.errors import PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
@@ -227,7 +227,7 @@ class LayerActor:
         except PeerLost as error:
             if error.peer != COORDINATOR:
                 logger.error("rank %d stops: %s", self.rank, error)
-        except (CqilError, RuntimeError):
+        except Exception:
             logger.exception("rank %d stops", self.rank)
         finally:
             # Closed sockets are how peers and the coordinator learn of it.

@@ -60,7 +60,6 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
                 "local",
                 num_cpus=max(os.cpu_count() or 1, local_cpus),
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 **logging_options,
             )
         else:

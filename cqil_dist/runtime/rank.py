@@ -6,7 +6,7 @@ requests or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,6 @@ class RankProgram:
     def kv_bytes(self) -> int:
         return sum(local.cache.nbytes for local in self._stages if local.cache)
 
-    @torch.inference_mode()
     def step(
         self, segments: Sequence[Segment], hidden_ND: Tensor | None, exchange: Exchange
     ) -> Tensor:
@@ -105,12 +104,24 @@ class RankProgram:
         Raises:
             ExchangeError: a peer was lost, or does not follow the plan.
         """
+        return self.head(self.layers(segments, hidden_ND, exchange))
+
+    @torch.inference_mode()
+    def layers(
+        self, segments: Sequence[Segment], hidden_ND: Tensor | None, exchange: Exchange
+    ) -> Tensor:
+        """The step without the head: hidden states [R, D] of the tokens that want logits."""
         context = StepContext.of(segments, self._rotary, self._device)
         x_ND = None if hidden_ND is None else hidden_ND.to(self._device, self._dtype)
         for local in self._stages:
             x_ND = self._walk(local, x_ND, context, exchange)
         assert x_ND is not None, "the last stage's output reaches every rank"
-        return self._head(x_ND[context.logit_rows])
+        return x_ND[context.logit_rows]
+
+    @torch.inference_mode()
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 logits [R, rows] of this rank's rows of the vocabulary."""
+        return self._head(hidden_RD)
 
     def _walk(
         self, local: LocalStage, x_ND: Tensor | None, context: StepContext, exchange: Exchange
@@ -164,7 +175,7 @@ class RankProgram:
         self,
         round: Round,
         own: Tensor | None,
-        shapes: dict[int, tuple[int, ...]],
+        shapes: Mapping[int, tuple[int, ...]],
         exchange: Exchange,
     ) -> list[tuple[int, Tensor]]:
         """Take part in a round, if this rank has a part in it."""

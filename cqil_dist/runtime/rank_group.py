@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cqil_dist.assignment import Assignment
-from cqil_dist.errors import CqilError, ExchangeError
+from cqil_dist.errors import ExchangeError
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.link import Link, recv_each
 from cqil_dist.model.head import Embedding
@@ -83,7 +83,7 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
 
     Raises:
         PeerLost: the coordinator closed the link (the ordinary end), or a peer was lost.
-        CqilError: the step failed.
+        Exception: whatever the step failed with.
     """
     while True:
         header, hidden_ND = link.recv(timeout=None)
@@ -91,7 +91,7 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
         segments = [Segment(*fields) for fields in header["segments"]]
         try:
             logits = program.step(segments, hidden_ND, exchange)
-        except (CqilError, RuntimeError) as error:
+        except Exception as error:
             link.send({"error": f"{type(error).__name__}: {error}"})
             raise
         link.send({"step": header["step"]}, logits.cpu())

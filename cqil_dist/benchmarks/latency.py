@@ -1,0 +1,281 @@
+"""Per-token latency of transformers, the sequential plan, and concurrent plans, taking turns.
+
+Every configuration stays loaded; each repeat measures all of them one after another, so that what
+else the machine does falls on all alike. Ratios within one run mean something; absolute times on
+a shared machine mean less.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
+from cqil_dist.exchange.base import split_transfer_and_skew
+
+PROMPT = (
+    "A city by the sea has a harbour, a market and a tall white lighthouse. Every morning the "
+    "fishing boats come home, and the people of the town walk down to"
+)
+
+
+@dataclass
+class Result:
+    """What was measured of one configuration; times in milliseconds unless named otherwise.
+
+    Attributes:
+        itl_ms: inter-token latencies, one list a repeat.
+        predicted_ms: what the serial path's layers and head take without exchanges.
+        exchange_us: median microseconds of a round: moving the data, and waiting for the slower
+            rank.
+    """
+
+    name: str
+    depth: int
+    ranks: int
+    exchanges_per_token: float = 0.0
+    ttft_ms: list[float] = field(default_factory=list)
+    itl_ms: list[list[float]] = field(default_factory=list)
+    predicted_ms: float | None = None
+    exchange_us: dict[str, float] | None = None
+
+    @property
+    def itl_p50_ms(self) -> float:
+        return statistics.median(value for repeat in self.itl_ms for value in repeat)
+
+    @property
+    def repeat_medians_ms(self) -> list[float]:
+        return [statistics.median(repeat) for repeat in self.itl_ms]
+
+    @property
+    def itl_p90_ms(self) -> float:
+        values = sorted(value for repeat in self.itl_ms for value in repeat)
+        return values[int(0.9 * (len(values) - 1))]
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = {
+            "itl_p50_ms": self.itl_p50_ms,
+            "itl_p90_ms": self.itl_p90_ms,
+            "repeat_medians_ms": self.repeat_medians_ms,
+        }
+        return asdict(self) | derived
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of one layer and of a head (share), on one core alone or on all at once."""
+
+    layer_alone: float
+    layer_together: float
+    head_together: float
+    head_whole_alone: float
+
+
+def command(
+    model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m",
+    plan: Annotated[
+        list[str] | None,
+        typer.Option("--plan", "-p", help="Concurrent plans; repeatable."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Ranks of the concurrent plans.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option()] = 32,
+    output_tokens: Annotated[int, typer.Option()] = 64,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and PNG.")] = Path(
+        "latency"
+    ),
+) -> None:
+    """Per-token latency: transformers, the sequential plan on 1 rank, concurrent plans."""
+    plans = plan or ["P2 S12 E28 D0", "P2 S12 E28 D1", "P2 S12 E28 Dfull"]
+    results, layers = measure(
+        model, plans, ranks, prompt_tokens, output_tokens, repeats, device, dtype
+    )
+    setting = {
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        "hardware": _hardware(device),
+        "cores": os.cpu_count(),
+        "threads_per_rank": 1,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "repeats": repeats,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
+    report = {
+        "setting": setting,
+        "layer_times_ms": None if layers is None else asdict(layers),
+        "results": [result.to_dict() for result in results],
+    }
+    print_tables(report)
+    write_json(report, output / "latency.json")
+    write_plot(report, output / "latency.png")
+    typer.echo(f"written: {output / 'latency.json'}, {output / 'latency.png'}")
+
+
+def measure(
+    model: str,
+    plans: Sequence[str],
+    ranks: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    repeats: int,
+    device: str,
+    dtype: str,
+) -> tuple[list[Result], LayerTimes | None]:
+    """Run the benchmark; one result for transformers, the sequential plan and each plan."""
+    from transformers import AutoTokenizer
+
+    from cqil_dist.benchmarks.workers import Worker, prepare_layers, prepare_transformers
+    from cqil_dist.cli.options import terminal_progress
+    from cqil_dist.model.store import resolve
+    from cqil_dist.runtime.launch import RunningEngine, launch
+    from cqil_dist.runtime.placement import connected
+
+    progress = terminal_progress()
+    path = resolve(model, progress)
+    prompt_ids = (AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"] * prompt_tokens)[
+        :prompt_tokens
+    ]
+    layers = None
+    with ExitStack() as stack:
+        if device == "cpu":
+            with progress.task("Measuring layers"):
+                layers = _layer_times(
+                    [
+                        stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
+                        for core in sorted(os.sched_getaffinity(0))[:ranks]
+                    ],
+                    prompt_tokens + output_tokens // 2,
+                )
+            stack.close()
+        with progress.task("Loading transformers"):
+            core = min(os.sched_getaffinity(0))
+            baseline = stack.enter_context(
+                Worker(prepare_transformers, (core,), path, device, dtype)
+            )
+        stack.enter_context(connected(None, local_cpus=1 + ranks * len(plans), verbose=False))
+
+        def start(plan: str, world: int) -> RunningEngine:
+            return stack.enter_context(
+                launch(
+                    model,
+                    plan,
+                    world,
+                    device=device,
+                    dtype=dtype,
+                    slots=1,
+                    max_len=prompt_tokens + output_tokens,
+                    prefill_tokens=prompt_tokens,
+                    gpus_per_rank=1 / (1 + ranks * len(plans)),
+                    pin=device == "cpu",
+                    progress=progress,
+                )
+            )
+
+        engines = {"sequential": start("sequential", 1)}
+        engines |= {plan: start(plan, ranks) for plan in plans}
+        depth = engines["sequential"].plan.depth
+        results = {"transformers": Result("transformers", depth, 1)}
+        results |= {
+            name: Result(name, engine.plan.depth, engine.assignment.world)
+            for name, engine in engines.items()
+        }
+        runs: dict[str, Callable[[], list[float]]] = {
+            "transformers": lambda: baseline.measure(prompt_ids, output_tokens)
+        }
+        for name, engine in engines.items():
+            runs[name] = _generation(engine, prompt_ids, output_tokens)
+        with progress.task("Measuring", total=(repeats + 1) * len(runs), unit="runs") as task:
+            for repeat in range(-1, repeats):  # the first round warms up
+                for name, run in runs.items():
+                    first, *later = run()
+                    if repeat >= 0:
+                        results[name].ttft_ms.append(first)
+                        results[name].itl_ms.append(later)
+                    task.advance()
+        for name, engine in engines.items():
+            result = results[name]
+            result.exchanges_per_token = engine.exchanges_per_token()
+            result.exchange_us = _exchange_times(engine.exchange_stats())
+            if layers is not None:
+                result.predicted_ms = _predicted(engine, layers)
+    return list(results.values()), layers
+
+
+def _generation(engine: Any, prompt_ids: list[int], max_tokens: int) -> Callable[[], list[float]]:
+    def run() -> list[float]:
+        timings = engine.complete(
+            prompt_ids, max_tokens=max_tokens, temperature=0, ignore_eos=True
+        ).timings
+        return [timings.ttft_ms, *timings.itl_ms]
+
+    return run
+
+
+def _layer_times(workers: Sequence[Any], position: int, repetitions: int = 40) -> LayerTimes:
+    """Layers and heads on one core while the others idle, then on all cores at once."""
+
+    def medians(values: list[float]) -> tuple[float, float]:
+        return statistics.median(values[0::2]), statistics.median(values[1::2])
+
+    first = workers[0]
+    first.measure(position, 5)
+    layer_alone, head_alone = medians(first.measure(position, repetitions))
+    for worker in workers:
+        worker.begin(position, repetitions)
+    together = [medians(worker.result()) for worker in workers]
+    return LayerTimes(
+        layer_alone=layer_alone,
+        layer_together=max(layer for layer, _ in together),
+        head_together=max(head for _, head in together),
+        head_whole_alone=head_alone * len(workers),
+    )
+
+
+def _predicted(engine: Any, times: LayerTimes) -> float:
+    """The serial path: groups on several ranks at the pace of busy cores, the rest alone."""
+    if engine.assignment.world == 1:
+        return float(engine.plan.depth * times.layer_alone + times.head_whole_alone)
+    shared = sum(len(stage.workers) > 1 for stage in engine.assignment.stages)
+    alone = engine.plan.depth - shared
+    return float(shared * times.layer_together + alone * times.layer_alone + times.head_together)
+
+
+def _exchange_times(snapshots: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    times = split_transfer_and_skew(snapshots)
+    if not len(times.transfer_s):
+        return None
+    return {
+        "transfer": 1e6 * statistics.median(times.transfer_s.tolist()),
+        "skew": 1e6 * statistics.median(times.skew_s.tolist()),
+    }
+
+
+def _hardware(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("cqil-dist", "torch", "transformers", "ray")}

@@ -1,0 +1,110 @@
+"""Shows a latency report: tables on the terminal, JSON and a plot in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.errors import CqilError
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    setting = report["setting"]
+    console = Console()
+    console.print(
+        f"{setting['model']}, {setting['dtype']}, {setting['hardware']} "
+        f"({setting['cores']} cores), {setting['threads_per_rank']} thread a rank, "
+        f"{setting['prompt_tokens']} prompt + "
+        f"{setting['output_tokens']} output tokens, {setting['repeats']} interleaved repeats"
+    )
+    table = Table(title="Latency (ms per token)")
+    for column in (
+        "configuration",
+        "ranks",
+        "depth",
+        "exchanges",
+        "first token",
+        "median",
+        "p90",
+        "repeats min-max",
+        "vs transformers",
+        "vs sequential",
+        "serial path",
+        "transfer / skew (us)",
+    ):
+        table.add_column(column, justify="left" if column == "configuration" else "right")
+    transformers, sequential = (result["itl_p50_ms"] for result in report["results"][:2])
+    for result in report["results"]:
+        median = result["itl_p50_ms"]
+        predicted, exchange = result["predicted_ms"], result["exchange_us"]
+        first = sorted(result["ttft_ms"])[len(result["ttft_ms"]) // 2]
+        repeats = result["repeat_medians_ms"]
+        table.add_row(
+            result["name"],
+            str(result["ranks"]),
+            str(result["depth"]),
+            f"{result['exchanges_per_token']:g}",
+            f"{first:.1f}",
+            f"{median:.2f}",
+            f"{result['itl_p90_ms']:.2f}",
+            f"{min(repeats):.2f}-{max(repeats):.2f}",
+            f"{transformers / median:.2f}x faster",
+            f"{median / sequential - 1:+.1%}",
+            f"{predicted:.2f} ({median / predicted - 1:+.1%})" if predicted else "",
+            f"{exchange['transfer']:.0f} / {exchange['skew']:.0f}" if exchange else "",
+        )
+    console.print(table)
+    if report["layer_times_ms"]:
+        times = report["layer_times_ms"]
+        console.print(
+            f"one layer: {times['layer_alone']:.3f} ms alone, {times['layer_together']:.3f} ms "
+            f"while all ranks compute; head: {times['head_together']:.2f} ms shared, "
+            f"{times['head_whole_alone']:.2f} ms whole on one core"
+        )
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def write_plot(report: dict[str, Any], path: Path) -> None:
+    """Median per-token latency with the repeats' spread, one bar a configuration.
+
+    Raises:
+        CqilError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise CqilError("plots need matplotlib: pip install 'cqil-dist[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = report["results"]
+    medians = [result["itl_p50_ms"] for result in results]
+    spread = [
+        [m - min(r["repeat_medians_ms"]) for m, r in zip(medians, results, strict=True)],
+        [max(r["repeat_medians_ms"]) - m for m, r in zip(medians, results, strict=True)],
+    ]
+    spread = [[max(0.0, value) for value in side] for side in spread]
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(results) + 1.6))
+    names = [f"{result['name']} ({result['ranks']})" for result in results]
+    bars = axes.barh(names, medians, xerr=spread, color="#4c72b0", capsize=3)
+    axes.bar_label(bars, labels=[f"{median:.1f}" for median in medians], padding=6)
+    predicted = [result["predicted_ms"] for result in results]
+    for index, value in enumerate(predicted):
+        if value:
+            axes.plot([value, value], [index - 0.4, index + 0.4], color="#c44e52", lw=2)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds per token (median; red: layers and head of the serial path)")
+    setting = report["setting"]
+    axes.set_title(f"{setting['model']}, {setting['dtype']}, {setting['hardware']}")
+    axes.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

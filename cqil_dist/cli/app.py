@@ -1,0 +1,39 @@
+"""Gathers the subcommands, and turns our errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from cqil_dist.cli import bench, demo, generate, model, plan, verify
+from cqil_dist.errors import CqilError
+
+
+class _Group(typer.core.TyperGroup):
+    """Shows errors raised on purpose as one message, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CqilError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            sys.exit(130)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Low-latency distributed generation: layers of a language model run concurrently (CQIL).",
+)
+app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
+app.command("demo")(demo.demo)
+app.add_typer(plan.app, name="plan")
+app.add_typer(model.app, name="model")
+app.add_typer(bench.app, name="bench")

@@ -1,0 +1,34 @@
+"""`cqil model`: fetch models and list those at hand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.cli import options
+from cqil_dist.model.store import fetch as fetch_model
+from cqil_dist.model.store import list_models
+
+app = typer.Typer(no_args_is_help=True, help="Fetch and list models.")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Built-in name, hub id, directory or GGUF file.")],
+) -> None:
+    """Fetch a model into the cache, or check the copy that is there and mend it."""
+    stored = fetch_model(name, options.terminal_progress())
+    typer.echo(f"{stored.name}: {stored.path} ({stored.bytes / 1e6:.1f} MB)")
+
+
+@app.command("list")
+def list_command() -> None:
+    """Models in the cache, and those that can be fetched by name."""
+    table = Table("name", "size", "source", "path")
+    for stored in list_models():
+        size = f"{stored.bytes / 1e6:.1f} MB" if stored.bytes else "not fetched"
+        table.add_row(stored.name, size, stored.source, str(stored.path))
+    Console().print(table)

@@ -1,0 +1,110 @@
+"""`cqil plan`: what a plan means for a model and its ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.assignment import Assignment, assign
+from cqil_dist.cli import options
+from cqil_dist.plan import Plan
+
+app = typer.Typer(no_args_is_help=True, help="Inspect plans.")
+
+
+@app.callback()
+def _plan() -> None:
+    """Keeps `show` a subcommand while it is the only one."""
+
+
+@app.command()
+def show(
+    plan: Annotated[str, typer.Argument(help="'sequential', notation, JSON, or a JSON file.")],
+    model: options.Model,
+    ranks: options.Ranks = None,
+    dtype: options.Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Groups, serial depth, ideal reduction, exchanges, and what each rank holds."""
+    from cqil_dist.model.config import ModelConfig
+    from cqil_dist.model.store import resolve
+
+    config = ModelConfig.from_directory(resolve(model, options.terminal_progress()))
+    parsed = Plan.parse(plan, config.num_layers)
+    world = ranks or max(group.size for group in parsed.groups)
+    assignment = assign(parsed, world, config.vocab_size)
+    bytes_per_value = 2 if dtype in ("float16", "bfloat16") else 4
+    held = [_held(assignment, rank, config, bytes_per_value) for rank in range(world)]
+    if as_json:
+        summary = {
+            "plan": parsed.to_json(),
+            "depth": parsed.depth,
+            "ideal_reduction": parsed.ideal_reduction,
+            "exchanges_per_token": assignment.rounds,
+            "ranks": held,
+        }
+        typer.echo(json.dumps(summary))
+        return
+    console = Console()
+    console.print(_groups_table(assignment))
+    console.print(_ranks_table(held))
+    console.print(
+        f"serial depth {parsed.depth} of {config.num_layers} layers, ideal reduction "
+        f"{parsed.ideal_reduction:.1%}, {assignment.rounds} exchanges per token on {world} ranks"
+    )
+
+
+def _held(assignment: Assignment, rank: int, config: Any, bytes_per_value: int) -> dict[str, Any]:
+    layers = assignment.layers_of(rank)
+    rows = assignment.head_rows[rank]
+    values = len(layers) * config.layer_parameters + len(rows) * config.hidden_size
+    return {
+        "rank": rank,
+        "layers": list(layers),
+        "vocabulary_rows": [rows.start, rows.stop],
+        "weight_bytes": values * bytes_per_value,
+        "kv_bytes_per_token": len(layers) * config.kv_values_per_token * bytes_per_value,
+    }
+
+
+def _groups_table(assignment: Assignment) -> Table:
+    table = Table("group", "layers", "bypass", "ranks", "exchanges", title="Groups")
+    for index, stage in enumerate(assignment.stages):
+        group = stage.group
+        layers = str(group.layers[0])
+        if group.size > 1:
+            layers += f"-{group.layers[-1]}"
+        rounds = (stage.attention_round is not None) + (stage.output_round is not None)
+        workers = ", ".join(str(rank) for rank in stage.workers)
+        bypass = str(group.bypass) if group.size > 1 else ""
+        table.add_row(str(index), layers, bypass, workers, str(rounds or ""))
+    return table
+
+
+def _ranks_table(held: list[dict[str, Any]]) -> Table:
+    table = Table("rank", "layers", "vocabulary rows", "weights", "KV per token", title="Ranks")
+    for rank in held:
+        first, last = rank["vocabulary_rows"]
+        table.add_row(
+            str(rank["rank"]),
+            _runs(rank["layers"]),
+            f"{first}-{last - 1}",
+            f"{rank['weight_bytes'] / 1e6:.1f} MB",
+            f"{rank['kv_bytes_per_token'] / 1e3:.1f} kB",
+        )
+    return table
+
+
+def _runs(layers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

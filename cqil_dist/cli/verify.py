@@ -1,0 +1,48 @@
+"""`cqil verify`: is the distributed runtime exact for this model and plan?"""
+
+from __future__ import annotations
+
+import typer
+
+from cqil_dist.cli import options
+
+
+def verify(
+    model: options.Model,
+    plan: options.PlanText = "sequential",
+    ranks: options.Ranks = None,
+    address: options.Address = None,
+    strategy: options.Strategy = "PACK",
+    threads_per_rank: options.Threads = 1,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compare distributed generation with the in-process reference, and that with transformers.
+
+    Runs in float32 on CPUs, where equality means equal tokens. Exits with 1 if a check fails.
+    """
+    from cqil_dist.model.store import resolve
+    from cqil_dist.runtime.launch import launch
+    from cqil_dist.verification import verify_exactness
+
+    progress = options.terminal_progress()
+    path = resolve(model, progress)
+    failed = 0
+    with launch(
+        str(path),
+        plan,
+        ranks,
+        address=address,
+        strategy=strategy,
+        threads_per_rank=threads_per_rank,
+        device="cpu",
+        dtype="float32",
+        prefill_tokens=32,
+        verbose=verbose,
+        progress=progress,
+    ) as engine:
+        typer.echo(f"{model}, plan {engine.plan}, {engine.assignment.world} ranks, float32")
+        for check in verify_exactness(engine, path):
+            typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+            failed += not check.passed
+    if failed:
+        raise typer.Exit(1)
