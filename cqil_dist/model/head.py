@@ -15,7 +15,7 @@ from cqil_dist.model.projection import Projection
 
 # The head is a model's largest matrix: it is read in blocks, so that loading needs little more
 # memory than the shard itself.
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE = 1024
 
 
 class Embedding:

@@ -6,10 +6,13 @@ the coordinator's link, and partial results over the exchange.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from cqil_dist.runtime.rank import CacheShape, RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
 
 logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -103,16 +108,17 @@ class LayerActor:
         """Read this rank's weights. Raises CheckpointError naming what is wrong with them."""
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        self._program = RankProgram(
-            self.rank,
-            spec.assignment,
-            spec.config,
-            Checkpoint(spec.model_path),
-            spec.cache_shape,
-            parse_dtype(spec.dtype),
-            self._device,
-            on_stage_loaded=self._count_stage,
-        )
+        with _freed_memory_returned():
+            self._program = RankProgram(
+                self.rank,
+                spec.assignment,
+                spec.config,
+                Checkpoint(spec.model_path),
+                spec.cache_shape,
+                parse_dtype(spec.dtype),
+                self._device,
+                on_stage_loaded=self._count_stage,
+            )
 
     def stages_loaded(self) -> int:
         """Progress of `load`."""
@@ -233,3 +239,19 @@ class LayerActor:
             # Closed sockets are how peers and the coordinator learn of it.
             self._link.close()
             self._exchange.close()
+
+
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Have glibc give large freed blocks back at once within the block.
+
+    Left to itself it raises the size from which it maps memory directly up to 32 MiB, and what is
+    read while loading then leaves some 60 MB of holes in its heap. Serving steps wants the
+    opposite: activations that are freed and allocated again should stay mapped.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # other C libraries have none
+    mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)

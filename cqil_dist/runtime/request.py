@@ -81,7 +81,9 @@ class Request:
 
     def abort(self) -> None:
         """End the stream with what there is."""
-        self._end("", (), None, "abort", None)
+        rest = self._detokenizer.finish()
+        self._text.append(rest)
+        self._end(rest, (), None, "abort", None)
 
     def fail(self, error: CqilError) -> None:
         """End the stream with an error."""

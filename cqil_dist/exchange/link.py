@@ -1,0 +1,260 @@
+"""Messages between the coordinator and one rank, over one authenticated connection.
+
+A message is a dict of plain values and at most one tensor. This module knows nothing of what the
+messages mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
+from cqil_dist.exchange import framing
+from cqil_dist.exchange.sockets import prepare, unsent, wait_ready
+
+PAYLOAD_KEY = "payload"
+"""Header entry [dtype code, *shape] that `Link` itself writes and reads."""
+
+Message = tuple[dict[str, Any], Tensor | None]
+
+
+class Link:
+    """One connection that carries whole messages in both directions.
+
+    One thread may send while another receives; `close` may come from any thread.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: int,
+        address: str,
+        max_bytes: int,
+        *,
+        send_deadline_s: float = 30.0,
+        spin_s: float = 0.0,
+    ) -> None:
+        """Take over an authenticated connection.
+
+        Args:
+            sock: closed by `close`.
+            peer: rank at the other end (-1 is the coordinator).
+            address: "host:port" of the other end, for messages.
+            max_bytes: bound on a tensor in either direction.
+            send_deadline_s: seconds a send may wait for the peer to make room.
+            spin_s: seconds a receive polls before it sleeps. A core that sleeps takes tens of
+                microseconds to wake; one that polls uses power, and yields to whoever needs it.
+        """
+        prepare(sock)
+        self.peer = peer
+        self.address = address
+        self._sock = sock
+        self._max_bytes = max_bytes
+        self._send_deadline_s = send_deadline_s
+        self._spin_s = spin_s
+        self._inbox = _Inbox(max_bytes)
+        self._closed = False
+        # Held while the socket is in use, so that its descriptor is not closed and given to
+        # another file meanwhile.
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
+
+    def send(self, header: Mapping[str, Any], payload: Tensor | None = None) -> None:
+        """Send one message and return when the kernel has all of it.
+
+        Args:
+            header: plain values under string keys; the key "payload" is taken.
+            payload: a contiguous CPU tensor.
+
+        Raises:
+            PeerLost: the connection is closed, or the peer made no room before the deadline.
+            ExchangeError: the message is over a bound, or the header uses the reserved key.
+        """
+        if PAYLOAD_KEY in header:
+            raise ExchangeError(f"header key {PAYLOAD_KEY!r} is taken; name the entry otherwise")
+        entry = {} if payload is None else {PAYLOAD_KEY: framing.describe_tensor(payload)}
+        body = memoryview(b"") if payload is None else framing.memory_of(payload)
+        head = framing.encode_head({**header, **entry}, body.nbytes, self._max_bytes)
+        with self._sending:
+            try:
+                self._send_all([head, body])
+            except OSError as error:
+                raise self._lost(f"sending failed: {error}") from error
+
+    def recv(self, timeout: float | None) -> Message:
+        """Wait for the next message.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            PeerLost: the connection is closed, or no whole message came within `timeout`. After
+                a timeout the link is still good: a later receive takes up where this one left.
+            ProtocolError: what came is no message.
+        """
+        return recv_each([self], timeout)[0]
+
+    def close(self) -> None:
+        """Close the connection and wake a blocked send or receive, which raises PeerLost."""
+        self._shut_down()
+        with self._sending, self._receiving:
+            self._sock.close()
+
+    def _shut_down(self) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):  # not connected any more
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _send_all(self, views: Sequence[bytes | memoryview]) -> None:
+        deadline = time.monotonic() + self._send_deadline_s
+        while views:
+            self._check_open()
+            try:
+                sent = self._sock.sendmsg(views)
+            except BlockingIOError:
+                if not wait_ready({self._sock: select.POLLOUT}, deadline):
+                    self._shut_down()  # the peer may hold half a message: nothing can follow it
+                    raise self._lost(
+                        f"it made no room for a message within {self._send_deadline_s:g} s"
+                    ) from None
+            else:
+                views = unsent(views, sent)
+
+    def _try_receive(self) -> Message | None:
+        """The next message if all of it has come; never waits. The caller holds `_receiving`."""
+        self._check_open()
+        try:
+            while not (message := self._inbox.take()):
+                received = self._sock.recv_into(self._inbox.space())
+                if not received:
+                    self._check_open()
+                    raise self._lost("it closed the connection")
+                self._inbox.advance(received)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._lost(f"receiving failed: {error}") from error
+        except ProtocolError as error:
+            name = "the coordinator" if self.peer < 0 else f"rank {self.peer}"
+            raise ProtocolError(f"{name} at {self.address}: {error}") from error
+        return message
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._lost("this end closed the connection")
+
+    def _lost(self, reason: str) -> PeerLost:
+        return PeerLost(self.peer, self.address, reason)
+
+
+def recv_each(links: Sequence[Link], timeout: float | None) -> list[Message]:
+    """Wait for one message from every link, all at once.
+
+    Args:
+        links: each at most once.
+        timeout: seconds for all of them together; None waits for ever.
+
+    Returns:
+        The messages in the order of `links`.
+
+    Raises:
+        PeerLost: at once when a link that still owes its message closes, or at the timeout,
+            naming the first that owes one. Messages that had already come are dropped.
+        ProtocolError: a link brought something that is no message.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    spin_until = time.monotonic() + min((link._spin_s for link in links), default=0.0)
+    messages: dict[Link, Message] = {}
+    with contextlib.ExitStack() as locks:
+        for link in links:
+            locks.enter_context(link._receiving)
+        while True:
+            for link in links:
+                if link not in messages and (message := link._try_receive()):
+                    messages[link] = message
+            if len(messages) == len(links):
+                return [messages[link] for link in links]
+            if time.monotonic() < spin_until:
+                os.sched_yield()  # on a shared core, to the very rank this one waits for
+                continue
+            waiting = [link for link in links if link not in messages]
+            if not wait_ready({link._sock: select.POLLIN for link in waiting}, deadline):
+                owing = [link.peer for link in waiting]
+                raise waiting[0]._lost(f"no message within {timeout:g} s (ranks owing: {owing})")
+
+
+class _Inbox:
+    """Bytes of the message that is coming in, and perhaps the start of the next.
+
+    Prefix and header go through a small buffer, with as much of the payload as comes in the same
+    read; the rest of a long payload goes straight to its tensor.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._buffer = memoryview(bytearray(framing.PREFIX.size + framing.MAX_HEADER_BYTES))
+        self._held = 0
+        self._message: Message | None = None
+        self._body = memoryview(bytearray())
+        self._filled = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go."""
+        if self._message is not None:
+            return self._body[self._filled :]
+        return self._buffer[self._held :]
+
+    def advance(self, received: int) -> None:
+        """Count bytes that were written to `space()`."""
+        if self._message is not None:
+            self._filled += received
+        else:
+            self._held += received
+
+    def take(self) -> Message | None:
+        """The message, if it is complete. Raises ProtocolError."""
+        if self._message is None:
+            self._begin()
+        if self._message is None or self._filled < self._body.nbytes:
+            return None
+        message, self._message = self._message, None
+        return message
+
+    def _begin(self) -> None:
+        """Read the head if all of it is here, and move what follows it to its place."""
+        if self._held < framing.PREFIX.size:
+            return
+        header_bytes, payload_bytes = framing.decode_prefix(self._buffer, self._max_bytes)
+        start = framing.PREFIX.size + header_bytes
+        if self._held < start:
+            return
+        header = framing.decode_header(self._buffer[framing.PREFIX.size : start])
+        if not isinstance(header, dict):
+            raise ProtocolError(f"a message's header is a dict, not {header!r}")
+        self._message, self._body = _message(header, payload_bytes)
+        self._filled = min(payload_bytes, self._held - start)
+        self._body[: self._filled] = self._buffer[start : start + self._filled]
+        rest = self._buffer[start + self._filled : self._held]
+        self._held = rest.nbytes
+        self._buffer[: rest.nbytes] = rest
+
+
+def _message(header: dict[str, Any], payload_bytes: int) -> tuple[Message, memoryview]:
+    """The message a header announces, with room for its payload."""
+    if PAYLOAD_KEY not in header:
+        if payload_bytes:
+            raise ProtocolError(f"{payload_bytes} bytes of payload without {PAYLOAD_KEY!r} entry")
+        return (header, None), memoryview(bytearray())
+    dtype, shape = framing.decode_tensor_entry(header.pop(PAYLOAD_KEY), payload_bytes)
+    payload = torch.empty(shape, dtype=dtype)
+    return (header, payload), framing.memory_of(payload)
