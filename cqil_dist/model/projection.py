@@ -28,7 +28,7 @@ class Projection:
         # A product with a single row is bound by memory, and on CPUs sgemv streams a wide matrix
         # up to twice as fast when it lies input-major: 20 against 11 GB/s for 576 -> 3072.
         # A tall one (1536 -> 576) is as fast, or faster, the way checkpoints store it.
-        if device.type == "cpu" and outputs > inputs:
+        if device.type == "cpu" and outputs >= inputs:
             weight_IO = torch.empty(inputs, outputs, dtype=dtype, device=device)
         else:
             weight_IO = torch.empty(outputs, inputs, dtype=dtype, device=device).t()

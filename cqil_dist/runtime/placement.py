@@ -48,8 +48,8 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
     if ray.is_initialized():
         yield False
         return
-    address = address or os.environ.get("RAY_ADDRESS")
-    local = address in (None, "local")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
     logging_options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,

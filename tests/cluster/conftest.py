@@ -1,0 +1,16 @@
+"""A local Ray cluster, started once per module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cqil_dist.runtime.placement import connected
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Claims 8 CPUs, so that several launches fit at the same time on 2 cores."""
+    with connected(None, local_cpus=8, verbose=False):
+        yield

@@ -1,0 +1,112 @@
+"""The command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_models import TinyModel, TinyModelFactory
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+def cqil(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from cqil_dist.cli import app; app()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RAY_ADDRESS": "", "COLUMNS": "200"},
+        check=False,
+    )
+
+
+def test_generate_prints_one_json_object(model: TinyModel) -> None:
+    result = cqil(
+        *("generate", "--model", str(model.path), "--plan", "P2 S0 E6 D0", "--ranks", "2"),
+        *("--prompt", "The capital of", "--max-tokens", "5", "--temperature", "0"),
+        *("--ignore-eos", "--max-len", "64", "--json"),
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert len(answer["token_ids"]) == 5
+    assert answer["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 5
+    assert len(answer["timings"]["itl_ms"]) == 4
+    assert answer["timings"]["itl_p90_ms"] >= answer["timings"]["itl_p50_ms"]
+    assert [group["layers"] for group in answer["plan"]["groups"]] == [[0, 1], [2, 3], [4, 5]]
+    assert answer["exchanges_per_token"] == 3
+    assert [rank["rank"] for rank in answer["ranks"]] == [0, 1]
+    assert {"node_id", "address", "pid", "device", "weight_bytes", "kv_bytes"} <= set(
+        answer["ranks"][0]
+    )
+    assert answer["text"] == model.tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
+
+
+def test_generate_streams_text_to_standard_output_alone(model: TinyModel) -> None:
+    result = cqil(
+        *("generate", "--model", str(model.path), "--prompt", "The capital of"),
+        *("--max-tokens", "4", "--temperature", "0", "--ignore-eos"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Loading weights" in result.stderr
+    assert "Loading weights" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "", "--max-tokens", "1"], "the prompt is empty"),
+        (["--prompt", "x", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--prompt", "x", "--plan", "P2 S4"], "'P2 S4' is not a plan"),
+        (["--prompt", "x", "--plan", "P2 S4 E7 D0"], "E is 7 but the model has 6 layers"),
+    ],
+)
+def test_mistakes_get_one_line_and_a_failing_exit(
+    model: TinyModel, arguments: list[str], message: str
+) -> None:
+    result = cqil("generate", "--model", str(model.path), *arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_model_names_the_ways_out() -> None:
+    result = cqil("generate", "--model", "no-such-model", "--prompt", "x")
+    assert result.returncode == 1
+    assert "no-such-model" in result.stderr
+    assert "smollm2-135m" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_plan_show_tells_depth_exchanges_and_shares(model: TinyModel) -> None:
+    result = cqil(
+        "plan", "show", "P2 S0 E6 D1", "--model", str(model.path), "--ranks", "2", "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert shown["depth"] == 3
+    assert shown["ideal_reduction"] == 0.5
+    assert shown["exchanges_per_token"] == 6
+    assert [rank["layers"] for rank in shown["ranks"]] == [[0, 2, 4], [1, 3, 5]]
+    table = cqil("plan", "show", "P2 S0 E6 D1", "--model", str(model.path))
+    assert "serial depth 3 of 6 layers" in table.stdout
+
+
+def test_verify_passes_and_says_what_it_compared(model: TinyModel) -> None:
+    result = cqil("verify", "--model", str(model.path), "--plan", "P2 S0 E6 D1", "--ranks", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("ok  ") == 3
+    assert "transformers" in result.stdout
+
+
+def test_help_explains_every_command() -> None:
+    shown = cqil("--help").stdout
+    for command in ("generate", "verify", "demo", "plan", "model", "bench"):
+        assert command in shown

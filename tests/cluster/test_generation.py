@@ -1,0 +1,188 @@
+"""Generation through real actors, sockets and gRPC, against transformers and the reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from tiny_models import TinyModel, TinyModelFactory, random_tokens
+
+import cqil_dist as cqil
+from cqil_dist.client import GenerationClient
+from cqil_dist.model.reference import ReferenceModel
+
+PROMPT = random_tokens(23, seed=1)
+PLAN = "P3 S1 E6 D1"  # the last group is short
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: None, model: TinyModel) -> Iterator[cqil.RunningEngine]:
+    """Fewer ranks than the group has layers, and prefill in chunks."""
+    with cqil.launch(
+        str(model.path), PLAN, ranks=2, slots=3, max_len=96, prefill_tokens=8
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def greedy(model: TinyModel) -> Callable[[list[int], int], list[int]]:
+    """The reference's greedy continuation under PLAN."""
+    reference = ReferenceModel(model.config, model.checkpoint, model.plan(PLAN))
+    return reference.greedy
+
+
+def wait_for_free_slots(engine: cqil.RunningEngine, slots: int) -> None:
+    deadline = time.monotonic() + 10
+    while engine.status().free_slots != slots:
+        assert time.monotonic() < deadline, "slots were not freed"
+        time.sleep(0.05)
+
+
+def test_tokens_are_the_references(
+    engine: cqil.RunningEngine, greedy: Callable[[list[int], int], list[int]]
+) -> None:
+    completion = engine.complete(PROMPT, max_tokens=20, temperature=0)
+    assert list(completion.token_ids) == greedy(PROMPT, 20)
+    assert completion.usage.prompt_tokens == len(PROMPT)
+    assert len(completion.timings.itl_ms) == len(completion.token_ids) - 1
+
+
+def test_sequential_plan_is_transformers(cluster: None, model: TinyModel) -> None:
+    import torch
+
+    with cqil.launch(str(model.path), "sequential", ranks=2, max_len=64) as engine:
+        completion = engine.complete(PROMPT, max_tokens=16, temperature=0)
+    expected = model.original.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False)
+    assert list(completion.token_ids) == expected[0, len(PROMPT) :].tolist()
+
+
+def test_stream_is_the_completion_in_parts(engine: cqil.RunningEngine) -> None:
+    chunks = list(engine.generate("The capital of", max_tokens=12, temperature=0, logprobs=2))
+    result = chunks[-1].result
+    assert result is not None
+    assert all(chunk.result is None for chunk in chunks[:-1])
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    assert tuple(id for chunk in chunks for id in chunk.token_ids) == result.token_ids
+    assert result.logprobs is not None
+    assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
+    assert all(entry.top[0].logprob >= entry.top[1].logprob for entry in result.logprobs)
+    assert all(entry.logprob == entry.top[0].logprob for entry in result.logprobs)
+
+
+def test_requests_share_steps_and_keep_their_answers(
+    engine: cqil.RunningEngine, greedy: Callable[[list[int], int], list[int]]
+) -> None:
+    prompts = [random_tokens(count, seed=count) for count in (3, 40, 11, 1, 27)]
+    before = engine.status().steps
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(
+            pool.map(lambda p: engine.complete(p, max_tokens=12, temperature=0), prompts)
+        )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert list(answer.token_ids) == greedy(prompt, 12)
+    alone = sum(len(answer.token_ids) for answer in answers)
+    assert engine.status().steps - before < alone, "requests took turns instead of sharing steps"
+    wait_for_free_slots(engine, 3)
+
+
+def test_seed_makes_sampling_repeatable(engine: cqil.RunningEngine) -> None:
+    settings = {"max_tokens": 16, "temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
+    first = engine.complete(PROMPT, seed=7, **settings)
+    assert engine.complete(PROMPT, seed=7, **settings).token_ids == first.token_ids
+    drawn = engine.complete(PROMPT, **settings)
+    assert engine.complete(PROMPT, seed=drawn.seed, **settings).token_ids == drawn.token_ids
+    others = {engine.complete(PROMPT, seed=seed, **settings).token_ids for seed in range(4)}
+    assert len(others) > 1
+
+
+def test_cancelling_a_stream_frees_its_slot(engine: cqil.RunningEngine) -> None:
+    streams = [engine.generate(PROMPT, max_tokens=60, ignore_eos=True) for _ in range(3)]
+    for stream in streams:
+        next(iter(stream))
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    wait_for_free_slots(engine, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("", {}, "empty"),
+        ([1] * 96, {}, "96 tokens"),
+        ([1, 307], {}, "307"),
+        ("x", {"temperature": -1}, "temperature is -1"),
+        ("x", {"top_p": 0}, "top_p is 0"),
+        ("x", {"max_tokens": 0}, "max_tokens is 0"),
+        ("x", {"colour": 1}, "colour"),
+    ],
+)
+def test_a_bad_request_says_why_and_harms_no_other(
+    engine: cqil.RunningEngine,
+    greedy: Callable[[list[int], int], list[int]],
+    prompt: Any,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    other = engine.generate(PROMPT, max_tokens=8, temperature=0)
+    first = next(iter(other))
+    with pytest.raises(cqil.RequestError, match=message):
+        engine.complete(prompt, **settings)
+    rest = [id for chunk in other for id in chunk.token_ids]
+    assert [*first.token_ids, *rest] == greedy(PROMPT, 8)
+
+
+def test_values_are_also_checked_by_the_coordinator(engine: cqil.RunningEngine) -> None:
+    """A client in another language sends what it likes."""
+    from cqil_dist.rpc.v1 import generation_pb2 as pb
+
+    stub: Any = engine.client._stub
+    request = pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(top_p=7))
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Generate(request, metadata=engine.client._metadata))
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "top_p is 7" in raised.value.details()
+
+
+def test_calls_without_the_secret_are_refused(engine: cqil.RunningEngine) -> None:
+    with (
+        GenerationClient(engine.client.address, b"\0" * 32) as stranger,
+        pytest.raises(cqil.CqilError, match="UNAUTHENTICATED"),
+    ):
+        stranger.status()
+
+
+def test_chat_uses_the_models_template(engine: cqil.RunningEngine, model: TinyModel) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    expected = model.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    completion = engine.complete(messages, max_tokens=8, temperature=0)
+    assert completion.usage.prompt_tokens == len(expected)
+    assert completion.token_ids == engine.complete(expected, max_tokens=8, temperature=0).token_ids
+
+
+def test_status_and_counters_tell_what_runs(engine: cqil.RunningEngine) -> None:
+    engine.complete(PROMPT, max_tokens=4)
+    status = engine.status()
+    assert [rank.rank for rank in status.ranks] == [0, 1]
+    assert len({rank.pid for rank in status.ranks}) == 2
+    assert all(rank.weight_bytes > 0 and rank.kv_bytes > 0 for rank in status.ranks)
+    assert engine.exchanges_per_token() == engine.assignment.rounds
+
+
+def test_ranks_hold_the_bytes_they_say(engine: cqil.RunningEngine, model: TinyModel) -> None:
+    config = model.config
+    layers = config.num_layers * config.layer_parameters
+    # Norm gains are folded away: two a layer, and the final one.
+    layers -= 2 * config.hidden_size * config.num_layers
+    expected = 4 * (layers + config.vocab_size * config.hidden_size)
+    assert sum(rank.weight_bytes for rank in engine.status().ranks) == expected

@@ -1,0 +1,157 @@
+"""Nothing is left behind: not after an ordinary end, a failure half way, or Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from safetensors.torch import load_file, save_file
+from tiny_models import TinyModel, TinyModelFactory
+
+import cqil_dist as cqil
+
+SCRIPT = """
+import sys
+import cqil_dist as cqil
+with cqil.launch(sys.argv[1], "P2 S0 E6 D1", ranks=2, max_len=64) as engine:
+    print("pids", *[rank.pid for rank in engine.status().ranks], flush=True)
+    if sys.argv[2] == "fail":
+        raise RuntimeError("the user's own code failed")
+    for chunk in engine.generate("x", max_tokens=63, ignore_eos=True):
+        print("token", flush=True)
+    if sys.argv[2] == "wait":
+        import time
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+def actors(name: str) -> list[int]:
+    """Processes of live actors of this class on this machine, by Ray's process titles."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if f"ray::{name}" in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, (
+            f"still running: {[p for p in pids if psutil.pid_exists(p)]}"
+        )
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("ending", ["end", "fail", "interrupt", "kill"])
+def test_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(model.path), "wait" if ending == "kill" else ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": ""},
+    )
+    try:
+        assert process.stdout is not None
+        ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
+        assert len(ranks) == 2
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        if ending in ("interrupt", "kill"):
+            process.stdout.readline()  # a token: generation is under way
+            sent = signal.SIGINT if ending == "interrupt" else signal.SIGKILL
+            process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert (process.returncode == 0) == (ending == "end")
+        wait_until_gone([*ranks, *family])
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_a_failure_half_way_leaves_no_actor(
+    cluster: None, model: TinyModel, tmp_path: Path
+) -> None:
+    """One layer's tensor is misshapen: other ranks load well, then everything is taken down."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model.path, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.5.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        cqil.CheckpointError, match=r"layers\.5\.mlp\.down_proj\.weight.*\[48, 40\]"
+    ):
+        cqil.launch(str(broken), "P2 S0 E6 D0", ranks=2)
+    deadline = time.monotonic() + 20
+    while actors("LayerActor") or actors("Coordinator"):
+        assert time.monotonic() < deadline, "actors survived the failed launch"
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 9}, r"9 ranks of 1 CPU each.*8 CPU"),
+        ({"ranks": 2, "strategy": "STRICT_SPREAD"}, r"STRICT_SPREAD.*8 CPU"),
+        ({"ranks": 2, "threads_per_rank": 5}, r"2 ranks of 5 CPU each"),
+        ({"ranks": 2, "device": "cuda"}, r"1 GPU each"),
+    ],
+)
+def test_missing_resources_are_named_within_30_s(
+    cluster: None, model: TinyModel, options: dict[str, object], message: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(cqil.InsufficientResources, match=message):
+        cqil.launch(str(model.path), "sequential", **options)  # type: ignore[arg-type]
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"plan": "P2 S12 E28 D0"}, cqil.PlanError, "E is 28 but the model has 6 layers"),
+        ({"strategy": "WIDE"}, cqil.LaunchError, "WIDE.*PACK"),
+        ({"max_len": 4096}, cqil.LaunchError, "max_len is 4096 .* 128"),
+        ({"slots": 0}, cqil.LaunchError, "slots is 0"),
+        ({"dtype": "int4"}, cqil.LaunchError, "int4"),
+    ],
+)
+def test_wrong_options_are_named(
+    cluster: None,
+    model: TinyModel,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        cqil.launch(str(model.path), **options)  # type: ignore[arg-type]
+
+
+def test_a_killed_rank_is_named_and_nothing_hangs(cluster: None, model: TinyModel) -> None:
+    with cqil.launch(str(model.path), "P2 S0 E6 D1", ranks=2, max_len=96) as engine:
+        stream = iter(engine.generate("x", max_tokens=90, ignore_eos=True))
+        next(stream)
+        victim = engine.status().ranks[1]
+        os.kill(victim.pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(cqil.CqilError, match="rank 1"):
+            list(stream)
+        assert time.monotonic() - started < 5
+        with pytest.raises(cqil.CqilError, match="rank 1"):
+            engine.complete("x", max_tokens=1)

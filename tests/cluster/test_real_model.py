@@ -1,0 +1,50 @@
+"""smollm2-135m, trained weights: distributed == reference, reference == transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cqil_dist as cqil
+from cqil_dist.cli.demo import CONCURRENT_PLAN
+from cqil_dist.verification import verify_exactness
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.mark.parametrize(
+    ("plan", "ranks"),
+    [
+        ("P2 S12 E28 D0", 2),
+        ("P2 S12 E28 Dfull", 2),
+        ("P3 S10 E28 D0", 3),
+        ("P4 S12 E28 D1", 2),
+    ],
+)
+def test_verify(cluster: None, smollm2_path: Path, plan: str, ranks: int) -> None:
+    with cqil.launch(
+        str(smollm2_path), plan, ranks, slots=4, max_len=256, prefill_tokens=32
+    ) as engine:
+        checks = list(verify_exactness(engine, smollm2_path))
+    assert len(checks) == 3
+    assert all(check.passed for check in checks), checks
+
+
+def test_the_demo_plan_keeps_the_answer(cluster: None, smollm2_path: Path) -> None:
+    with cqil.launch("smollm2-135m", CONCURRENT_PLAN, ranks=2, max_len=128) as engine:
+        completion = engine.complete("The capital of France is", max_tokens=8, temperature=0)
+    assert "Paris" in completion.text
+
+
+def test_a_rank_needs_little_more_than_its_weights_and_cache(
+    cluster: None, smollm2_path: Path
+) -> None:
+    """300 MiB hold Python, torch, Ray's worker and what loading needs for a moment."""
+    with cqil.launch("smollm2-135m", "P2 S12 E28 D0", ranks=2, slots=1, max_len=64) as engine:
+        engine.complete("x", max_tokens=2)
+        for rank in engine.status().ranks:
+            status = Path(f"/proc/{rank.pid}/status").read_text(encoding="utf-8")
+            peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+            peak_bytes = 1024 * int(peak.split()[1])
+            assert peak_bytes < rank.weight_bytes + rank.kv_bytes + (300 << 20)
