@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
-from cqil_dist.exchange.base import split_transfer_and_skew
 
 PROMPT = (
     "A city by the sea has a harbour, a market and a tall white lighthouse. Every morning the "
@@ -255,6 +254,8 @@ def _predicted(engine: Any, times: LayerTimes) -> float:
 
 
 def _exchange_times(snapshots: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    from cqil_dist.exchange.base import split_transfer_and_skew
+
     times = split_transfer_and_skew(snapshots)
     if not len(times.transfer_s):
         return None

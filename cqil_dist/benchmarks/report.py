@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -21,43 +24,8 @@ def print_tables(report: dict[str, Any]) -> None:
         f"{setting['prompt_tokens']} prompt + "
         f"{setting['output_tokens']} output tokens, {setting['repeats']} interleaved repeats"
     )
-    table = Table(title="Latency (ms per token)")
-    for column in (
-        "configuration",
-        "ranks",
-        "depth",
-        "exchanges",
-        "first token",
-        "median",
-        "p90",
-        "repeats min-max",
-        "vs transformers",
-        "vs sequential",
-        "serial path",
-        "transfer / skew (us)",
-    ):
-        table.add_column(column, justify="left" if column == "configuration" else "right")
-    transformers, sequential = (result["itl_p50_ms"] for result in report["results"][:2])
-    for result in report["results"]:
-        median = result["itl_p50_ms"]
-        predicted, exchange = result["predicted_ms"], result["exchange_us"]
-        first = sorted(result["ttft_ms"])[len(result["ttft_ms"]) // 2]
-        repeats = result["repeat_medians_ms"]
-        table.add_row(
-            result["name"],
-            str(result["ranks"]),
-            str(result["depth"]),
-            f"{result['exchanges_per_token']:g}",
-            f"{first:.1f}",
-            f"{median:.2f}",
-            f"{result['itl_p90_ms']:.2f}",
-            f"{min(repeats):.2f}-{max(repeats):.2f}",
-            f"{transformers / median:.2f}x faster",
-            f"{median / sequential - 1:+.1%}",
-            f"{predicted:.2f} ({median / predicted - 1:+.1%})" if predicted else "",
-            f"{exchange['transfer']:.0f} / {exchange['skew']:.0f}" if exchange else "",
-        )
-    console.print(table)
+    console.print(_latency_table(report["results"]))
+    console.print(_serial_path_table(report["results"]))
     if report["layer_times_ms"]:
         times = report["layer_times_ms"]
         console.print(
@@ -65,6 +33,54 @@ def print_tables(report: dict[str, Any]) -> None:
             f"while all ranks compute; head: {times['head_together']:.2f} ms shared, "
             f"{times['head_whole_alone']:.2f} ms whole on one core"
         )
+
+
+def _latency_table(results: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Latency, ms", box=SIMPLE)
+    table.add_column("configuration", no_wrap=True)
+    for column in ("ranks", "first token", "per token", "p90", "repeats", "speed-up", "vs seq."):
+        table.add_column(column, justify="right")
+    transformers, sequential = (result["itl_p50_ms"] for result in results[:2])
+    for result in results:
+        median, repeats = result["itl_p50_ms"], result["repeat_medians_ms"]
+        table.add_row(
+            result["name"],
+            str(result["ranks"]),
+            f"{statistics.median(result['ttft_ms']):.1f}",
+            f"{median:.2f}",
+            f"{result['itl_p90_ms']:.2f}",
+            f"{min(repeats):.1f}-{max(repeats):.1f}",
+            f"{transformers / median:.2f}x",
+            f"{median / sequential - 1:+.1%}",
+        )
+    return table
+
+
+def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Per-token time against what its serial path takes, and where exchanges spend theirs."""
+    table = Table(title="Serial path", box=SIMPLE)
+    table.add_column("configuration", no_wrap=True)
+    for column in (
+        "depth",
+        "exchanges",
+        "layers + head, ms",
+        "over it",
+        "transfer, us",
+        "skew, us",
+    ):
+        table.add_column(column, justify="right")
+    for result in results[1:]:
+        predicted, exchange = result["predicted_ms"], result["exchange_us"]
+        table.add_row(
+            result["name"],
+            str(result["depth"]),
+            f"{result['exchanges_per_token']:g}",
+            f"{predicted:.2f}" if predicted else "",
+            f"{result['itl_p50_ms'] / predicted - 1:+.1%}" if predicted else "",
+            f"{exchange['transfer']:.0f}" if exchange else "",
+            f"{exchange['skew']:.0f}" if exchange else "",
+        )
+    return table
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

@@ -146,13 +146,15 @@ class Engine:
         return prompt_ids
 
     def _run(self) -> None:
-        while (step := self._next_step()) is not None:
-            try:
-                logits_RV = self._model.forward(step.segments, step.token_ids)
-            except ExchangeError as error:
-                self._fail(error)
-                return
-            self._deliver(step, logits_RV)
+        try:
+            while (step := self._next_step()) is not None:
+                self._deliver(step, self._model.forward(step.segments, step.token_ids))
+        except ExchangeError as error:
+            self._fail(error)
+        except Exception as error:
+            # Nobody else would tell those who wait for this thread.
+            self._fail(CqilError(f"the engine stopped: {type(error).__name__}: {error}"))
+            raise
 
     def _next_step(self) -> ScheduledStep | None:
         """Wait for something to compute; None when the engine is closed."""

@@ -34,11 +34,19 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class LocalStage:
-    """A stage as one rank sees it; `parts` and `cache` are None where it computes nothing."""
+    """A stage as one rank sees it.
+
+    Attributes:
+        parts, cache: None where the rank computes nothing.
+        carries: whether its summand of the output includes the residual.
+        bundles: attention bundles of every worker, by rank.
+    """
 
     stage: Stage
     parts: StageParts | None
     cache: KVCache | None
+    carries: bool
+    bundles: Mapping[int, int]
 
 
 class RankProgram:
@@ -73,7 +81,8 @@ class RankProgram:
                 parts = loader.load(stage, rank)
                 slots, max_len = cache_shape.slots, cache_shape.max_len
                 cache = KVCache(slots, parts.kv_heads, max_len, config.head_dim, dtype, device)
-            self._stages.append(LocalStage(stage, parts, cache))
+            bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}
+            self._stages.append(LocalStage(stage, parts, cache, stage.carrier == rank, bundles))
             on_stage_loaded()
         rows = assignment.head_rows[rank]
         self._head = HeadShard.load(config, checkpoint, rows, dtype, device)
@@ -127,23 +136,22 @@ class RankProgram:
         self, local: LocalStage, x_ND: Tensor | None, context: StepContext, exchange: Exchange
     ) -> Tensor | None:
         """The stage's output where this rank needs it next, else None."""
-        stage = local.stage
-        tokens = len(context.positions_N)
         partial_ND = None
         if local.parts is not None and local.cache is not None:
             assert x_ND is not None, "every worker of a stage gets its input"
-            partial_ND = self._partial(local.parts, local.cache, stage, x_ND, context, exchange)
-        if stage.output_round is None:
+            partial_ND = self._partial(local, local.parts, local.cache, x_ND, context, exchange)
+        if local.stage.output_round is None:
             return partial_ND
-        shapes = dict.fromkeys(stage.workers, (tokens, self._config.hidden_size))
-        parts = self._meet(stage.output_round, partial_ND, shapes, exchange)
+        shape = (len(context.positions_N), self._config.hidden_size)
+        shapes = dict.fromkeys(local.bundles, shape)
+        parts = self._meet(local.stage.output_round, partial_ND, shapes, exchange)
         return sum_in_rank_order(parts) if parts else None
 
     def _partial(
         self,
+        local: LocalStage,
         parts: StageParts,
         cache: KVCache,
-        stage: Stage,
         x_ND: Tensor,
         context: StepContext,
         exchange: Exchange,
@@ -151,24 +159,23 @@ class RankProgram:
         """This rank's summand of y = x + sum over members of ( a + F(u) )."""
         eps = self._config.rms_norm_eps
         attended = parts.attention(rms_normalize(x_ND, eps), context, cache)
-        visible = self._exchange_attention(stage, attended, exchange)
-        partial_ND = sum_tensors(([x_ND] if stage.carrier == self.rank else []) + attended)
+        visible = self._exchange_attention(local, attended, exchange)
+        partial_ND = sum_tensors([x_ND, *attended] if local.carries else attended)
         for feed_forward, inputs in parts.feed_forwards:
             u_ND = sum_tensors([x_ND, *(visible[rank][bundle] for rank, bundle in inputs)])
             partial_ND = partial_ND + feed_forward(rms_normalize(u_ND, eps))
         return partial_ND
 
     def _exchange_attention(
-        self, stage: Stage, attended: list[Tensor], exchange: Exchange
+        self, local: LocalStage, attended: list[Tensor], exchange: Exchange
     ) -> dict[int, Sequence[Tensor]]:
         """Attention outputs by rank and bundle, as far as feed-forward parts here take them."""
-        if stage.attention_round is None:
+        if local.stage.attention_round is None:
             return {self.rank: attended}
         tokens, width = attended[0].shape
-        shapes = {
-            rank: (len(stage.attention_bundles(rank)), tokens, width) for rank in stage.workers
-        }
-        gathered = self._meet(stage.attention_round, torch.stack(attended), shapes, exchange)
+        shapes = {rank: (count, tokens, width) for rank, count in local.bundles.items()}
+        own = torch.stack(attended)
+        gathered = self._meet(local.stage.attention_round, own, shapes, exchange)
         return {rank: list(tensor.unbind()) for rank, tensor in gathered}
 
     def _meet(

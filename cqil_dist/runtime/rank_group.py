@@ -64,10 +64,14 @@ class RankGroup:
             starts = rank in self._assignment.entry_ranks
             link.send(header, hidden_ND if starts else None)
         shards: list[Tensor] = []
+        errors: list[str] = []
         for rank, (answer, logits) in enumerate(recv_each(self._links, self._step_deadline_s)):
             if logits is None:
-                raise ExchangeError(f"rank {rank}: {answer.get('error', answer)}")
-            shards.append(logits)
+                errors.append(f"rank {rank}: {answer.get('error', answer)}")
+            else:
+                shards.append(logits)
+        if errors:
+            raise ExchangeError("; ".join(errors))
         return shards[0] if len(shards) == 1 else torch.cat(shards, dim=-1)
 
     def close(self) -> None:
