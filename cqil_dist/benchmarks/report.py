@@ -36,9 +36,9 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def _latency_table(results: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Latency, ms", box=SIMPLE)
+    table = Table(title="Latency, ms", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("configuration", no_wrap=True)
-    for column in ("ranks", "first token", "per token", "p90", "repeats", "speed-up", "vs seq."):
+    for column in ("ranks", "TTFT", "ITL p50", "p90", "repeats", "speed-up", "vs seq"):
         table.add_column(column, justify="right")
     transformers, sequential = (result["itl_p50_ms"] for result in results[:2])
     for result in results:
@@ -58,12 +58,12 @@ def _latency_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
     """Per-token time against what its serial path takes, and where exchanges spend theirs."""
-    table = Table(title="Serial path", box=SIMPLE)
+    table = Table(title="Serial path", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("configuration", no_wrap=True)
     for column in (
         "depth",
         "exchanges",
-        "layers + head, ms",
+        "path, ms",
         "over it",
         "transfer, us",
         "skew, us",

@@ -268,7 +268,7 @@ def test_a_stop_string_in_the_prompt_or_across_its_end_does_not_count() -> None:
 
 @every_tokenizer
 def test_a_transformers_tokenizer_serves_as_well(make: Callable[[], Tokenizer]) -> None:
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=make())  # type: ignore[no-untyped-call]
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=make())
     ids = ids_of(make(), "The quick fox")
     assert (
         "".join(stream(Detokenizer(wrapped, ids[:2]), ids[2:]))
@@ -277,7 +277,7 @@ def test_a_transformers_tokenizer_serves_as_well(make: Callable[[], Tokenizer]) 
 
 
 def test_a_tokenizer_without_a_backend_is_refused() -> None:
-    tokenizer = PreTrainedTokenizerBase()  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerBase()
     with pytest.raises(UnsupportedModel, match="PreTrainedTokenizerBase"):
         Detokenizer(tokenizer, [])
 

@@ -1,0 +1,68 @@
+"""Real meshes on loopback, one thread per rank, for the tests beside this file."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from cqil_dist.assignment import Round
+from cqil_dist.exchange import SECRET_BYTES, Listener, TcpExchange, connect_mesh
+
+T = TypeVar("T")
+
+SECRET = secrets.token_bytes(SECRET_BYTES)
+
+
+def everyone(world: int, index: int = 0) -> Round:
+    """A round in which every rank needs every rank's part."""
+    return Round(index, tuple(tuple(range(world)) for _ in range(world)))
+
+
+def in_threads(*bodies: Callable[[], T]) -> list[T]:
+    """Run all at the same time; the results in order, or the first error in order."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        futures: list[Future[T]] = [pool.submit(body) for body in bodies]
+        return [future.result() for future in futures]
+
+
+@contextmanager
+def tcp_mesh(world: int, **options: Any) -> Iterator[list[TcpExchange]]:
+    """One connected TcpExchange for each rank."""
+    settings: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": "cpu",
+        "max_bytes": 1 << 24,
+        "deadline_s": 10.0,
+        **options,
+    }
+    listeners = [Listener("127.0.0.1", SECRET, epoch=0) for _ in range(world)]
+    addresses = {rank: listener.address for rank, listener in enumerate(listeners)}
+
+    def join(rank: int) -> TcpExchange:
+        peers = connect_mesh(listeners[rank], rank, addresses, SECRET, epoch=0, deadline_s=10.0)
+        return TcpExchange(rank, peers, addresses, **settings)
+
+    exchanges = in_threads(*(lambda rank=rank: join(rank) for rank in range(world)))
+    for listener in listeners:
+        listener.close()
+    try:
+        yield exchanges
+    finally:
+        for exchange in exchanges:
+            exchange.close()
+
+
+@contextmanager
+def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends of one TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    with near, far:
+        yield near, far
