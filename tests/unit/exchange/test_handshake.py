@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from unit.exchange.exchange_mesh import SECRET, in_threads
+from exchange_mesh import SECRET, in_threads
 
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import COORDINATOR, Listener, connect, connect_mesh

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from unit.exchange.exchange_mesh import everyone, in_threads, socket_pair, tcp_mesh
+from exchange_mesh import everyone, in_threads, socket_pair, tcp_mesh
 
 from cqil_dist.assignment import Round, assign
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError

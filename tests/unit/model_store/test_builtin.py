@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_gguf import TinyGguf
 
 from cqil_dist.errors import CheckpointError, ModelError
 from cqil_dist.model import builtin, store
 from cqil_dist.progress import SilentProgress
-
-from .conftest import TinyGguf
 
 SILENT = SilentProgress()
 

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny_gguf import TURN_END, TinyGguf, write_tiny_gguf
 
 from cqil_dist.errors import CheckpointError, ModelError, ModelNotFound, UnsupportedModel
 from cqil_dist.model import store
 from cqil_dist.progress import SilentProgress
-
-from .conftest import TURN_END, TinyGguf, write_tiny_gguf
 
 SILENT = SilentProgress()
 

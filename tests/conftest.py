@@ -1,0 +1,23 @@
+"""Fixtures that tests of every kind share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import TinyModelFactory
+
+from cqil_dist.model.store import resolve
+from cqil_dist.progress import SilentProgress
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Directory of the built-in trained model. Tests that use it are marked `real_model`."""
+    return resolve("smollm2-135m", SilentProgress())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModelFactory:
+    """Makes tiny random models, each once a session. Tests leave their files as they are."""
+    return TinyModelFactory(tmp_path_factory.mktemp("tiny_models"))
