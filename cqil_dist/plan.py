@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from cqil_dist.errors import PlanError
 
@@ -67,6 +67,9 @@ class Bypass:
 
 NO_BYPASS = Bypass("distance", 0)
 
+PlanSource = Union["Plan", str, Path, Mapping[str, Any], Sequence[Any]]
+"""Every form in which `Plan.parse` takes a plan."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -98,6 +101,8 @@ class Plan:
     num_layers: int
 
     def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise PlanError(f"the model has {self.num_layers} layers, but a plan needs at least 1")
         expected = 0
         for index, group in enumerate(self.groups):
             _check_group(index, group, self.num_layers)
@@ -163,14 +168,14 @@ class Plan:
         return cls(tuple(complete), num_layers)
 
     @classmethod
-    def parse(cls, source: Plan | str | Path | Mapping[str, Any], num_layers: int) -> Plan:
+    def parse(cls, source: PlanSource, num_layers: int) -> Plan:
         """Read a plan in any form a user may write it.
 
         Args:
             source: "sequential"; the paper's notation "P2 S12 E28 D1" (also D0, Dfull,
-                Dparallel); a JSON object, or the path of a file holding one:
-                {"groups": [{"layers": [3, 4], "bypass": 1}, ...]}, where layers that no group
-                names stand alone; or a Plan.
+                Dparallel); JSON, or the path of a file holding it:
+                {"groups": [{"layers": [3, 4], "bypass": 1}, ...]} or the list alone, where layers
+                that no group names stand alone; or a Plan.
             num_layers: layers of the model the plan is for.
 
         Raises:
@@ -182,7 +187,7 @@ class Plan:
                     f"the plan is for {source.num_layers} layers but the model has {num_layers}"
                 )
             return source
-        if isinstance(source, Mapping):
+        if isinstance(source, Mapping | list):
             return cls._from_json(source, num_layers)
         text = str(source).strip()
         if text.lower() == "sequential":
@@ -190,11 +195,16 @@ class Plan:
         if match := _NOTATION.fullmatch(text):
             size, start, end = (int(match[name]) for name in "PSE")
             return cls.span(size, start, end, Bypass.parse(match["D"]), num_layers)
-        if text.startswith("{"):
-            return cls._from_text(text, "the plan", num_layers)
+        if text.startswith(("{", "[")):
+            return cls._from_text(text, num_layers)
         path = Path(text)
-        if path.is_file():
-            return cls._from_text(path.read_text(encoding="utf-8"), str(path), num_layers)
+        try:
+            if path.is_file():
+                return cls._from_text(path.read_text(encoding="utf-8"), num_layers)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read a plan from {text[:200]!r}: {error}") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
         raise PlanError(
             f"{text!r} is not a plan: write 'sequential', 'P2 S12 E28 D0' (P layers a group, S "
             "first grouped layer, E first layer after the span, D bypass: 0, 1, ..., full or "
@@ -202,20 +212,24 @@ class Plan:
         )
 
     @classmethod
-    def _from_text(cls, text: str, name: str, num_layers: int) -> Plan:
+    def _from_text(cls, text: str, num_layers: int) -> Plan:
         try:
             decoded = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"{name} is not valid JSON: {error}") from error
-        if not isinstance(decoded, Mapping):
-            raise PlanError(f"{name} must be a JSON object with 'groups', not {decoded!r}")
+            raise PlanError(f"the plan is not valid JSON: {error}") from error
         return cls._from_json(decoded, num_layers)
 
     @classmethod
-    def _from_json(cls, decoded: Mapping[str, Any], num_layers: int) -> Plan:
-        entries = decoded.get("groups")
-        if not isinstance(entries, list):
-            raise PlanError(f"a plan's 'groups' must be a list of groups, not {entries!r}")
+    def _from_json(cls, decoded: object, num_layers: int) -> Plan:
+        if isinstance(decoded, list):
+            decoded = {"groups": decoded}
+        if not isinstance(decoded, Mapping) or not isinstance(decoded.get("groups"), list):
+            raise PlanError(
+                f"a plan in JSON is a list of groups, or has one as 'groups': {decoded!r}"
+            )
+        if unknown := sorted(set(decoded) - {"groups", "num_layers"}):
+            raise PlanError(f"the plan has unknown keys {unknown}; known: 'groups', 'num_layers'")
+        entries = decoded["groups"]
         stated = decoded.get("num_layers", num_layers)
         if stated != num_layers:
             raise PlanError(f"the plan is for {stated} layers but the model has {num_layers}")

@@ -123,9 +123,10 @@ def _locate_tensors(path: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            shards = set(weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-        if missing := sorted({f for f in weight_map.values() if not (path / f).is_file()}):
+        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             raise CheckpointError(f"{index} names {', '.join(missing)}, absent from {path}")
         return {name: path / file for name, file in weight_map.items()}
     files = sorted(path.glob("*.safetensors"))

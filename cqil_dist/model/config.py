@@ -89,7 +89,8 @@ class ModelConfig:
             raise ModelError(f"cannot read the model's config in {path}: {error}") from error
         eos = hf_config.eos_token_id
         if (path / "generation_config.json").is_file():
-            eos = GenerationConfig.from_pretrained(path).eos_token_id or eos
+            stated = GenerationConfig.from_pretrained(path).eos_token_id
+            eos = eos if stated is None else stated
         return cls.from_hf(hf_config, eos)
 
     @classmethod
@@ -123,7 +124,7 @@ class ModelConfig:
             inv_freq=inv_freq,
             rope_scale=rope_scale,
             max_positions=max_positions,
-            eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
             checkpoint_dtype=str(hf_config.dtype or "float32").removeprefix("torch."),
         )
 
@@ -153,9 +154,10 @@ def _refuse_foreign(hf_config: PreTrainedConfig) -> None:
         for field, (meaning, neutral) in _FOREIGN_FIELDS.items()
         if getattr(hf_config, field, None) not in neutral
     ]
-    activation = getattr(hf_config, "hidden_act", None)
-    if activation not in ("silu", "swish"):
-        differences.append(f"activation {activation!r} in place of 'silu'")
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    activations = {str(getattr(hf_config, name, "silu")) for name in names}
+    foreign = sorted(activations - {"silu", "swish", "None"})
+    differences += [f"activation {name!r} in place of 'silu'" for name in foreign]
     if hf_config.model_type not in FAMILIES:
         differences.insert(0, f"model_type {hf_config.model_type!r}")
     if differences:

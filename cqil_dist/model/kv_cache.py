@@ -11,8 +11,10 @@ from cqil_dist.model.step import AttentionRun
 class KVCache:
     """Keys and values of `kv_heads` heads for `slots` sequences of up to `max_len` tokens.
 
-    The memory is zeroed, because masked-out positions are multiplied by a weight of zero and what
-    was there before may be NaN; the system hands out zeroed pages only as they are touched.
+    Positions a sequence has not written are zero: attention multiplies what its mask leaves out by
+    a weight of zero, and NaN, of a fresh page or of an earlier sequence that overflowed, would
+    survive that. Fresh memory costs nothing until it is touched, and a slot is cleared for its
+    next sequence as far as the last one went.
     """
 
     def __init__(
@@ -25,12 +27,17 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.kv_heads = kv_heads
+        self._lengths = [0] * slots
         self.data_SKLE = torch.zeros(
             slots, 2 * kv_heads, max_len, head_dim, dtype=dtype, device=device
         )
 
     def append(self, run: AttentionRun, kv_NKE: Tensor) -> None:
         """Store a run's new keys and values, [B * count, 2 * kv_heads, head_dim]."""
+        for slot, start in zip(run.slots, run.starts, strict=True):
+            if start == 0:
+                self.data_SKLE[slot, :, : self._lengths[slot]] = 0
+            self._lengths[slot] = start + run.count
         if run.batch == 1:
             target = self.data_SKLE[run.slots[0], :, run.starts[0] : run.length]
             target.copy_(kv_NKE.transpose(0, 1))

@@ -133,7 +133,7 @@ class Engine:
             prompt_ids = list(prompt)
         if not prompt_ids:
             raise RequestError("the prompt is empty; give at least one token to continue")
-        if unknown := [id for id in prompt_ids if not 0 <= id < self._vocab_size]:
+        if unknown := [id for id in prompt_ids if id not in range(self._vocab_size)]:
             raise RequestError(
                 f"prompt token ids {unknown[:5]} lie outside the vocabulary (0 to "
                 f"{self._vocab_size - 1})"

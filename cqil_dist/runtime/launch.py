@@ -26,7 +26,7 @@ from cqil_dist.errors import LaunchError
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
 from cqil_dist.outputs import Chunk, Completion
-from cqil_dist.plan import Plan
+from cqil_dist.plan import Plan, PlanSource
 from cqil_dist.progress import Progress, SilentProgress
 from cqil_dist.rpc.convert import Prompt
 from cqil_dist.rpc.v1 import generation_pb2 as pb
@@ -70,7 +70,7 @@ class LaunchConfig:
     """
 
     model: str
-    plan: Plan | str | Path | dict[str, Any] = "sequential"
+    plan: PlanSource = "sequential"
     ranks: int | None = None
     address: str | None = None
     strategy: str = "PACK"
@@ -100,7 +100,7 @@ class LaunchConfig:
 
 def launch(
     model: str,
-    plan: Plan | str | Path | dict[str, Any] = "sequential",
+    plan: PlanSource = "sequential",
     ranks: int | None = None,
     *,
     progress: Progress | None = None,

@@ -60,6 +60,9 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
                 "local",
                 num_cpus=max(os.cpu_count() or 1, local_cpus),
                 include_dashboard=False,
+                # Ray starts workers at niceness 15, below whatever else the machine does; a rank
+                # that has to wait for its core keeps all the others waiting.
+                _system_config={"worker_niceness": 0},
                 **logging_options,
             )
         else:

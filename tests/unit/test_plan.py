@@ -112,9 +112,13 @@ def groups(*entries: object) -> dict[str, Any]:
         ("P2 S12 E28", "'P2 S12 E28' is not a plan: write 'sequential', 'P2 S12 E28 D0'"),
         ("P2 S12 E28 D-1", "is not a plan"),
         ("no such file.json", "'no such file.json' is not a plan"),
+        # Taken for a file's name, it is longer than any file's name may be.
+        ("P2 " * 99, "cannot read a plan from 'P2 P2"),
+        (str([[layer] for layer in range(99)]), "group 30 ends at layer 30"),
+        ({"groups": [], "bypass": 1}, "unknown keys ['bypass']"),
         ("{not json", "the plan is not valid JSON"),
-        ({}, "a plan's 'groups' must be a list of groups, not None"),
-        ({"groups": {"layers": [1]}}, "'groups' must be a list"),
+        ({}, "a plan in JSON is a list of groups, or has one as 'groups': {}"),
+        ({"groups": {"layers": [1]}}, "is a list of groups, or has one as 'groups'"),
         ({"num_layers": 24, "groups": []}, "the plan is for 24 layers but the model has 30"),
         (Plan.sequential(24), "the plan is for 24 layers but the model has 30"),
         (
@@ -152,10 +156,14 @@ def test_refusals_name_the_operands_and_the_rule(source: Any, message: str) -> N
     assert isinstance(refusal.value, CqilError)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "not [1]")])
-def test_a_bad_file_is_refused_by_its_name(tmp_path: Path, content: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "not valid JSON"), (b"[1]", "group 0 is 1"), (b"\xff\xfe{\x00", "")],
+    ids=["broken", "list", "not_utf8"],
+)
+def test_a_bad_file_is_refused_by_its_name(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(content, encoding="utf-8")
+    file.write_bytes(content)
     with pytest.raises(PlanError) as refusal:
         Plan.parse(file, 30)
     assert str(file) in str(refusal.value)

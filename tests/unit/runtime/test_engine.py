@@ -431,6 +431,7 @@ def test_the_context_ends_with_its_last_token(
 def test_a_model_that_fails_ends_every_request_with_its_reason(
     error: Exception, model: TinyModel
 ) -> None:
+    before = set(threading.enumerate())
     steps = FailingModel(model, model.plan("sequential"), slots=2)
     steps.error = error
     with serving(model, steps, slots=2) as engine:
@@ -444,6 +445,7 @@ def test_a_model_that_fails_ends_every_request_with_its_reason(
             engine.submit(PROMPTS[0], greedy())
         assert engine.status()["running_requests"] == 0
         assert engine.status()["waiting_requests"] == 0
+    assert_threads_end(before)
 
 
 def test_closing_ends_all_streams_and_the_thread(model: TinyModel) -> None:
@@ -458,6 +460,10 @@ def test_closing_ends_all_streams_and_the_thread(model: TinyModel) -> None:
         engine.close()
         with pytest.raises(CqilError, match="the engine was closed"):
             engine.submit(PROMPTS[0], greedy())
+    assert_threads_end(before)
+
+
+def assert_threads_end(before: set[threading.Thread]) -> None:
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=10)
         assert not thread.is_alive()

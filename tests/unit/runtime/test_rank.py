@@ -6,7 +6,6 @@ the coordinator would send it: the embedded tokens only where it starts.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from exchange_mesh import tcp_mesh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -32,7 +32,7 @@ from tiny_models import (
 from torch import Tensor
 
 from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign
-from cqil_dist.exchange import SECRET_BYTES, Listener, TcpExchange, connect_mesh
+from cqil_dist.exchange import TcpExchange
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Group, Plan
@@ -108,25 +108,9 @@ def connected(
     model: TinyModel, assignment: Assignment, dtype: torch.dtype = torch.float32
 ) -> Iterator[Ranks]:
     """The ranks of an assignment in a full mesh on loopback."""
-    world = assignment.world
-    secret = secrets.token_bytes(SECRET_BYTES)
-    listeners = [Listener("127.0.0.1", secret, epoch=0) for _ in range(world)]
-    addresses = {rank: listener.address for rank, listener in enumerate(listeners)}
-
-    def join(rank: int) -> TcpExchange:
-        with listeners[rank] as listener:
-            peers = connect_mesh(listener, rank, addresses, secret, 0, DEADLINE_S)
-        return TcpExchange(
-            rank, peers, addresses, dtype, CPU, max_bytes=1 << 20, deadline_s=DEADLINE_S, spin_s=0
-        )
-
-    with ThreadPoolExecutor(world) as pool:
-        exchanges = list(pool.map(join, range(world)))
-        try:
-            yield Ranks(model, assignment, exchanges, pool, dtype)
-        finally:
-            for exchange in exchanges:
-                exchange.close()
+    mesh = tcp_mesh(assignment.world, dtype=dtype, deadline_s=DEADLINE_S, spin_s=0.0)
+    with mesh as exchanges, ThreadPoolExecutor(assignment.world) as pool:
+        yield Ranks(model, assignment, exchanges, pool, dtype)
 
 
 def assert_is_reference(model: TinyModel, assignment: Assignment) -> None:
