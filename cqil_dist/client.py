@@ -40,14 +40,20 @@ class GenerationClient:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = rpc.GenerationServiceStub(self._channel)
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams, final_only: bool = False
+    ) -> Iterator[Chunk]:
         """Chunks as they come. Closing the iterator cancels the request.
+
+        Args:
+            final_only: one chunk at the end, with everything in it.
 
         Raises:
             RequestError: the prompt or a sampling value is wrong.
             CqilError: the engine failed, or cannot be reached.
         """
-        call = self._stub.Generate(request_to_wire(prompt, params), metadata=self._metadata)
+        request = request_to_wire(prompt, params, final_only)
+        call = self._stub.Generate(request, metadata=self._metadata)
         try:
             for response in call:
                 yield chunk_from_wire(response, params.logprobs is not None)
@@ -58,7 +64,7 @@ class GenerationClient:
 
     def complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
         """The whole completion. Raises as `stream` does."""
-        for chunk in self.stream(prompt, params):
+        for chunk in self.stream(prompt, params, final_only=True):
             if chunk.result is not None:
                 return chunk.result
         raise CqilError(f"the stream from {self.address} ended before the completion did")

@@ -25,6 +25,7 @@ from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.runtime.rank import CacheShape, RankProgram
+from cqil_dist.runtime.rank_group import best_of_shard, most_likely
 
 CPU = torch.device("cpu")
 VOCAB = 307  # prime: never a multiple of the number of ranks
@@ -218,6 +219,18 @@ class LocalModel:
         self.program = RankProgram(0, assignment, config, checkpoint, shape, dtype, CPU)
         self._embedding = Embedding(config, checkpoint, dtype)
         self._exchange = TcpExchange(0, {}, {}, dtype, CPU, max_bytes=1 << 20)
+
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        self._begun = (segments, token_ids, argmax_only)
+
+    def finish(self) -> Tensor:
+        segments, token_ids, argmax_only = self._begun
+        logits = self.forward(segments, token_ids)
+        if not argmax_only:
+            return logits
+        return most_likely([best_of_shard(logits, range(logits.shape[-1]))])
 
     def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
         return self.program.step(segments, self._embedding(token_ids), self._exchange)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from cqil_dist.errors import RequestError
 from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.sampling_params import SamplingParams
@@ -18,19 +19,27 @@ _LISTS = ("stop", "stop_token_ids")
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def request_to_wire(prompt: Prompt, params: SamplingParams) -> pb.GenerateRequest:
-    wire_params = params_to_wire(params)
+def request_to_wire(prompt: Prompt, params: SamplingParams, final_only: bool) -> pb.GenerateRequest:
+    """Raises RequestError if the prompt is neither text, token ids nor chat messages."""
+    wire = pb.GenerateRequest(sampling_params=params_to_wire(params), final_only=final_only)
     if isinstance(prompt, str):
-        return pb.GenerateRequest(text=prompt, sampling_params=wire_params)
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    if len(token_ids) == len(prompt):
-        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=token_ids), sampling_params=wire_params)
-    messages = [
-        pb.ChatMessage(role=item["role"], content=item["content"])
-        for item in prompt
-        if isinstance(item, dict)
-    ]
-    return pb.GenerateRequest(chat=pb.Chat(messages=messages), sampling_params=wire_params)
+        wire.text = prompt
+    elif all(isinstance(item, int) and 0 <= item < 2**31 for item in prompt):
+        wire.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
+        wire.token_ids.SetInParent()  # an empty list is still a list of token ids
+    else:
+        wire.chat.messages.extend(_message_to_wire(item) for item in prompt)
+    return wire
+
+
+def _message_to_wire(message: object) -> pb.ChatMessage:
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            return pb.ChatMessage(role=role, content=content)
+    raise RequestError(
+        f"the prompt holds {message!r}; give text, token ids (0 or more), or messages as "
+        "{'role': 'user', 'content': '...'}"
+    )
 
 
 def params_to_wire(params: SamplingParams) -> pb.SamplingParams:

@@ -17,7 +17,7 @@ from cqil_dist.errors import CqilError, ExchangeError, RequestError
 from cqil_dist.model.step import Segment
 from cqil_dist.runtime.detokenizer import Detokenizer
 from cqil_dist.runtime.request import Request
-from cqil_dist.runtime.sampler import Sampler
+from cqil_dist.runtime.sampler import SampledToken, Sampler
 from cqil_dist.runtime.scheduler import ScheduledStep, Scheduler
 from cqil_dist.sampling_params import SamplingParams
 
@@ -26,9 +26,30 @@ if TYPE_CHECKING:
 
 
 class StepModel(Protocol):
-    """What computes steps: a `RankGroup`, over however many ranks."""
+    """What computes steps, one after another: a `RankGroup`, over however many ranks."""
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor: ...
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        """Start a step.
+
+        Args:
+            token_ids: the tokens of all segments, in order.
+            argmax_only: the most likely tokens are wanted in place of the logits.
+        """
+        ...
+
+    def finish(self) -> Tensor:
+        """Wait for the step begun last.
+
+        Returns:
+            A row for each segment that wants logits, in order: float32 logits [R, V], or with
+            `argmax_only` token ids, int64 [R], -1 where a logit is not a finite number.
+
+        Raises:
+            ExchangeError: the step has no result, and there will be no other.
+        """
+        ...
 
 
 class Engine:
@@ -59,12 +80,15 @@ class Engine:
         self._scheduler = Scheduler(slots, prefill_tokens)
         self._changed = threading.Condition()  # guards the scheduler and the two lists below
         self._cancelled: list[Request] = []
+        self._unreleased: list[Request] = []  # used by the engine's thread alone
         self._failure: CqilError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """Queue a request; its `stream` gives the chunks.
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, final_only: bool = False
+    ) -> Request:
+        """Queue a request; its `stream` gives the chunks, or one at the end with `final_only`.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds unknown token ids.
@@ -77,6 +101,7 @@ class Engine:
             Sampler(params, prompt_ids),
             Detokenizer(self._tokenizer, prompt_ids, params.stop),
             self._eos_token_ids,
+            final_only,
         )
         with self._changed:
             if self._failure is not None:
@@ -85,7 +110,9 @@ class Engine:
             self._changed.notify()
         return request
 
-    def submit_chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Request:
+    def submit_chat(
+        self, messages: list[dict[str, str]], params: SamplingParams, final_only: bool = False
+    ) -> Request:
         """Queue a conversation, laid out by the model's chat template.
 
         Raises:
@@ -101,7 +128,7 @@ class Engine:
             raise RequestError(
                 f"the model's chat template refused the messages: {error}"
             ) from error
-        return self.submit(list(encoded["input_ids"]), params)
+        return self.submit(list(encoded["input_ids"]), params, final_only)
 
     def cancel(self, request: Request) -> None:
         """End a request early: its stream closes as "abort" and its slot is freed."""
@@ -148,7 +175,10 @@ class Engine:
     def _run(self) -> None:
         try:
             while (step := self._next_step()) is not None:
-                self._deliver(step, self._model.forward(step.segments, step.token_ids))
+                argmax_only = all(request.wants_argmax for request in step.requests)
+                self._model.begin(step.segments, step.token_ids, argmax_only)
+                self._release()  # while the ranks compute
+                self._deliver(step, self._model.finish(), argmax_only)
         except ExchangeError as error:
             self._fail(error)
         except Exception as error:
@@ -165,6 +195,7 @@ class Engine:
                 self._cancelled.clear()
                 if (step := self._scheduler.schedule()) is not None:
                     return step
+                self._release()
                 self._changed.wait()
             return None
 
@@ -173,19 +204,27 @@ class Engine:
             self._scheduler.remove(request)
             request.abort()
 
-    def _deliver(self, step: ScheduledStep, logits_RV: Tensor) -> None:
-        rows = iter(logits_RV)
+    def _deliver(self, step: ScheduledStep, rows: Tensor, argmax_only: bool) -> None:
+        row = iter(rows)
         for segment, request in zip(step.segments, step.requests, strict=True):
             request.computed = segment.end
             if not segment.wants_logits:
                 continue
+            result = next(row)
             try:
-                request.advance(next(rows), self.max_len)
+                sampled = _most_likely(result) if argmax_only else request.choose(result)
+                request.advance(sampled, self.max_len)
             except CqilError as error:
                 request.fail(error)
+            self._unreleased.append(request)
             if request.finished:
                 with self._changed:
                     self._scheduler.remove(request)
+
+    def _release(self) -> None:
+        for request in self._unreleased:
+            request.stream.release()
+        self._unreleased.clear()
 
     def _fail(self, error: CqilError) -> None:
         with self._changed:
@@ -194,3 +233,12 @@ class Engine:
             for request in self._scheduler.drain():
                 request.fail(error)
             self._changed.notify()
+
+
+def _most_likely(token_id: Tensor) -> SampledToken:
+    if (chosen := int(token_id)) < 0:
+        raise CqilError(
+            "some logits are NaN or infinite, so no token can be chosen: the model overflowed in "
+            "its dtype or its weights are damaged; try dtype float32"
+        )
+    return SampledToken(chosen)

@@ -296,7 +296,8 @@ class RunningEngine:
         ]
         cores, enough = _cores(places, self.config.threads_per_rank)
         pin = (local and not on_gpu) if self.config.pin is None else self.config.pin
-        spin_s = 0.0005 if enough else 0.0
+        # A rank with cores to itself may poll for as long as a peer's run of layers takes.
+        spin_s = (0.02 if pin else 0.0005) if enough else 0.0
         own_gpus = len({(p["node_id"], p["gpu"]) for p in places if p["gpu"]}) == len(places)
         nccl_address = None
         if on_gpu and own_gpus and len(places) > 1:

@@ -7,6 +7,7 @@ embedded tokens), and every rank answers with its share of the logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,37 +43,39 @@ class RankGroup:
         self._step_deadline_s = step_deadline_s
         self.steps = 0
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        """Compute one step.
-
-        Args:
-            token_ids: the tokens of all segments, in order.
-
-        Returns:
-            Float32 logits [R, V], a row for each segment that wants logits, in order.
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        """Send a step to every rank. See `StepModel.begin`.
 
         Raises:
-            ExchangeError: a rank failed or was lost; the step has no result.
+            PeerLost: a rank is gone.
         """
         hidden_ND = self._embedding(token_ids)
         header = {
             "step": self.steps,
             "segments": [[s.slot, s.start, s.count, s.wants_logits] for s in segments],
+            "argmax_only": argmax_only,
         }
         self.steps += 1
         for rank, link in enumerate(self._links):
             starts = rank in self._assignment.entry_ranks
             link.send(header, hidden_ND if starts else None)
-        shards: list[Tensor] = []
-        errors: list[str] = []
-        for rank, (answer, logits) in enumerate(recv_each(self._links, self._step_deadline_s)):
-            if logits is None:
-                errors.append(f"rank {rank}: {answer.get('error', answer)}")
-            else:
-                shards.append(logits)
+
+    def finish(self) -> Tensor:
+        """Gather every rank's answer to the step. See `StepModel.finish`."""
+        answers = recv_each(self._links, self._step_deadline_s)
+        errors = [
+            f"rank {rank}: {answer['error']}"
+            for rank, (answer, _) in enumerate(answers)
+            if "error" in answer
+        ]
         if errors:
             raise ExchangeError("; ".join(errors))
-        return shards[0] if len(shards) == 1 else torch.cat(shards, dim=-1)
+        shards = [logits for _, logits in answers if logits is not None]
+        if shards:
+            return torch.cat(shards, dim=-1)
+        return most_likely([answer["best"] for answer, _ in answers])
 
     def close(self) -> None:
         for link in self._links:
@@ -98,4 +101,28 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
         except Exception as error:
             link.send({"error": f"{type(error).__name__}: {error}"})
             raise
-        link.send({"step": header["step"]}, logits.cpu())
+        if header["argmax_only"]:
+            link.send({"best": best_of_shard(logits, program.assignment.head_rows[program.rank])})
+        else:
+            link.send({}, logits.cpu())
+
+
+def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:
+    """Highest logit and its token, for each row of a shard of the vocabulary.
+
+    A few bytes in place of the shard, which over an ordinary network takes as long as a layer.
+    """
+    values, indices = logits_RV.max(dim=-1)  # NaN is above every number
+    tokens = (indices + rows.start).tolist()
+    return list(zip(values.tolist(), tokens, strict=True))
+
+
+def most_likely(shards: Sequence[Sequence[tuple[float, int]]]) -> Tensor:
+    """Token ids [R] of the highest logit over all shards, the lowest id where several have it."""
+    chosen: list[int] = []
+    for candidates in zip(*shards, strict=True):
+        if all(math.isfinite(value) for value, _ in candidates):
+            chosen.append(max(candidates, key=lambda best: (best[0], -best[1]))[1])
+        else:
+            chosen.append(-1)
+    return torch.tensor(chosen, dtype=torch.int64)

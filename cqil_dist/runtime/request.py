@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -36,6 +37,7 @@ class Request:
         sampler: Sampler,
         detokenizer: Detokenizer,
         eos_token_ids: Sequence[int],
+        final_only: bool = False,
     ) -> None:
         self.tokens = list(prompt_ids)
         self.params = params
@@ -43,6 +45,7 @@ class Request:
         self.slot: int | None = None
         self.finished = False
         self.stream = ChunkStream()
+        self._final_only = final_only
         self._prompt_length = len(prompt_ids)
         self._sampler = sampler
         self._detokenizer = detokenizer
@@ -60,35 +63,44 @@ class Request:
     def generated(self) -> tuple[int, ...]:
         return tuple(self.tokens[self._prompt_length :])
 
-    def advance(self, logits_V: Tensor, max_len: int) -> None:
-        """Choose the next token from the logits after the last one, and stream what is new.
+    @property
+    def wants_argmax(self) -> bool:
+        """Whether the most likely token is all it wants to know of the logits."""
+        params = self.params
+        return params.greedy and params.repetition_penalty == 1 and params.logprobs is None
+
+    def choose(self, logits_V: Tensor) -> SampledToken:
+        """The next token, from float32 logits [V] after the last one. Raises CqilError."""
+        return self._sampler.sample(logits_V, self.tokens, len(self.generated))
+
+    def advance(self, sampled: SampledToken, max_len: int) -> None:
+        """Append a token, and hold what is new for the stream until it is released.
 
         Args:
-            logits_V: float32 tensor [V].
             max_len: most tokens the KV slot has room for.
         """
-        index = len(self.tokens) - self._prompt_length
-        sampled = self._sampler.sample(logits_V, self.tokens, index)
         self.tokens.append(sampled.token_id)
         self._token_times.append(time.perf_counter())
         logprobs = self._record_logprob(sampled)
         reason, stop_reason, text = self._outcome(sampled.token_id, max_len)
         self._text.append(text)
-        if reason is None:
-            self.stream.put(Chunk(text, (sampled.token_id,), logprobs))
-        else:
+        if reason is not None:
             self._end(text, (sampled.token_id,), logprobs, reason, stop_reason)
+        elif not self._final_only:
+            self.stream.hold(Chunk(text, (sampled.token_id,), logprobs))
 
     def abort(self) -> None:
         """End the stream with what there is."""
         rest = self._detokenizer.finish()
         self._text.append(rest)
         self._end(rest, (), None, "abort", None)
+        self.stream.release()
 
     def fail(self, error: CqilError) -> None:
         """End the stream with an error."""
         self.finished = True
-        self.stream.put(error)
+        self.stream.hold(error)
+        self.stream.release()
 
     def _outcome(
         self, token_id: int, max_len: int
@@ -124,7 +136,9 @@ class Request:
             seed=self._sampler.seed,
             stop_reason=stop_reason,
         )
-        self.stream.put(Chunk(text, token_ids, logprobs, reason, stop_reason, completion))
+        if self._final_only:
+            text, token_ids, logprobs = completion.text, completion.token_ids, completion.logprobs
+        self.stream.hold(Chunk(text, token_ids, logprobs, reason, stop_reason, completion))
 
     def _timings(self) -> Timings:
         times = self._token_times
@@ -144,15 +158,23 @@ class Request:
 class ChunkStream:
     """The chunks of one request, handed from the engine's thread to the caller's.
 
+    What is held reaches the caller when it is released: waking the caller's thread costs the
+    engine's a fraction of a millisecond, which it can spare while the ranks compute.
+
     Iterating ends after the chunk with a finish reason, and raises the error a request failed
     with.
     """
 
     def __init__(self) -> None:
+        self._held: deque[Chunk | CqilError] = deque()
         self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
 
-    def put(self, item: Chunk | CqilError) -> None:
-        self._queue.put(item)
+    def hold(self, item: Chunk | CqilError) -> None:
+        self._held.append(item)
+
+    def release(self) -> None:
+        while self._held:
+            self._queue.put(self._held.popleft())
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:

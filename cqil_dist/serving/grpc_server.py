@@ -73,10 +73,10 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         kind = request.WhichOneof("prompt")
         if kind == "chat":
             messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            return self._engine.submit_chat(messages, params)
+            return self._engine.submit_chat(messages, params, request.final_only)
         if kind == "token_ids":
-            return self._engine.submit(list(request.token_ids.ids), params)
-        return self._engine.submit(request.text, params)
+            return self._engine.submit(list(request.token_ids.ids), params, request.final_only)
+        return self._engine.submit(request.text, params, request.final_only)
 
 
 class SecretInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
