@@ -12,7 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,35 +140,27 @@ def measure(
     from cqil_dist.benchmarks.workers import Worker, prepare_layers, prepare_transformers
     from cqil_dist.cli.options import terminal_progress
     from cqil_dist.model.store import resolve
-    from cqil_dist.runtime.launch import RunningEngine, launch
+    from cqil_dist.runtime.launch import launch
     from cqil_dist.runtime.placement import connected
 
     progress = terminal_progress()
     path = resolve(model, progress)
-    prompt_ids = (AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"] * prompt_tokens)[
-        :prompt_tokens
-    ]
-    layers = None
+    text_ids = AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]
+    prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
+    cores = sorted(os.sched_getaffinity(0))
+    on_cpu = device == "cpu"
     with ExitStack() as stack:
-        if device == "cpu":
-            with progress.task("Measuring layers"):
-                layers = _layer_times(
-                    [
-                        stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
-                        for core in sorted(os.sched_getaffinity(0))[:ranks]
-                    ],
-                    prompt_tokens + output_tokens // 2,
-                )
-            stack.close()
         with progress.task("Loading transformers"):
-            core = min(os.sched_getaffinity(0))
             baseline = stack.enter_context(
-                Worker(prepare_transformers, (core,), path, device, dtype)
+                Worker(prepare_transformers, (cores[0],), path, device, dtype)
             )
+            workers = [
+                stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
+                for core in (cores[:ranks] if on_cpu else ())
+            ]
         stack.enter_context(connected(None, local_cpus=1 + ranks * len(plans), verbose=False))
-
-        def start(plan: str, world: int) -> RunningEngine:
-            return stack.enter_context(
+        engines = {
+            plan: stack.enter_context(
                 launch(
                     model,
                     plan,
@@ -179,24 +171,20 @@ def measure(
                     max_len=prompt_tokens + output_tokens,
                     prefill_tokens=prompt_tokens,
                     gpus_per_rank=1 / (1 + ranks * len(plans)),
-                    pin=device == "cpu",
+                    pin=on_cpu,
                     progress=progress,
                 )
             )
-
-        engines = {"sequential": start("sequential", 1)}
-        engines |= {plan: start(plan, ranks) for plan in plans}
-        depth = engines["sequential"].plan.depth
-        results = {"transformers": Result("transformers", depth, 1)}
-        results |= {
-            name: Result(name, engine.plan.depth, engine.assignment.world)
-            for name, engine in engines.items()
+            for plan, world in [("sequential", 1), *((plan, ranks) for plan in plans)]
         }
+        results = {"transformers": Result("transformers", engines["sequential"].plan.depth, 1)}
         runs: dict[str, Callable[[], list[float]]] = {
             "transformers": lambda: baseline.measure(prompt_ids, output_tokens)
         }
         for name, engine in engines.items():
+            results[name] = Result(name, engine.plan.depth, engine.assignment.world)
             runs[name] = _generation(engine, prompt_ids, output_tokens)
+        layer_times: list[LayerTimes] = []
         with progress.task("Measuring", total=(repeats + 1) * len(runs), unit="runs") as task:
             for repeat in range(-1, repeats):  # the first round warms up
                 for name, run in runs.items():
@@ -205,6 +193,9 @@ def measure(
                         results[name].ttft_ms.append(first)
                         results[name].itl_ms.append(later)
                     task.advance()
+                if workers:
+                    layer_times.append(_layer_times(workers, prompt_tokens + output_tokens // 2))
+        layers = _median_times(layer_times[1:]) if layer_times else None
         for name, engine in engines.items():
             result = results[name]
             result.exchanges_per_token = engine.exchanges_per_token()
@@ -224,15 +215,13 @@ def _generation(engine: Any, prompt_ids: list[int], max_tokens: int) -> Callable
     return run
 
 
-def _layer_times(workers: Sequence[Any], position: int, repetitions: int = 40) -> LayerTimes:
+def _layer_times(workers: Sequence[Any], position: int, repetitions: int = 20) -> LayerTimes:
     """Layers and heads on one core while the others idle, then on all cores at once."""
 
     def medians(values: list[float]) -> tuple[float, float]:
         return statistics.median(values[0::2]), statistics.median(values[1::2])
 
-    first = workers[0]
-    first.measure(position, 5)
-    layer_alone, head_alone = medians(first.measure(position, repetitions))
+    layer_alone, head_alone = medians(workers[0].measure(position, repetitions))
     for worker in workers:
         worker.begin(position, repetitions)
     together = [medians(worker.result()) for worker in workers]
@@ -242,6 +231,11 @@ def _layer_times(workers: Sequence[Any], position: int, repetitions: int = 40) -
         head_together=max(head for _, head in together),
         head_whole_alone=head_alone * len(workers),
     )
+
+
+def _median_times(samples: Sequence[LayerTimes]) -> LayerTimes:
+    values = zip(*(astuple(sample) for sample in samples), strict=True)
+    return LayerTimes(*(statistics.median(column) for column in values))
 
 
 def _predicted(engine: Any, times: LayerTimes) -> float:
