@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cqil_dist.api import RunningEngine, launch
     from cqil_dist.errors import (
         CheckpointError,
         CqilError,
@@ -27,14 +28,23 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedModel,
     )
-    from cqil_dist.outputs import Chunk, Completion, Timings, TokenLogprob, Usage
+    from cqil_dist.launch_config import LaunchConfig
+    from cqil_dist.outputs import (
+        Chunk,
+        Completion,
+        RankStatus,
+        Status,
+        Timings,
+        TokenLogprob,
+        Usage,
+    )
     from cqil_dist.plan import Bypass, Group, Plan
-    from cqil_dist.runtime.launch import LaunchConfig, RunningEngine, launch
     from cqil_dist.sampling_params import SamplingParams
 
 # Where each public name lives. They are imported when first used: ranks need neither Ray's driver
 # side nor transformers, and a client needs no torch.
 _HOMES = {
+    "cqil_dist.api": ("RunningEngine", "launch"),
     "cqil_dist.errors": (
         "CheckpointError",
         "CqilError",
@@ -49,9 +59,17 @@ _HOMES = {
         "RequestError",
         "UnsupportedModel",
     ),
-    "cqil_dist.outputs": ("Chunk", "Completion", "Timings", "TokenLogprob", "Usage"),
+    "cqil_dist.outputs": (
+        "Chunk",
+        "Completion",
+        "RankStatus",
+        "Status",
+        "Timings",
+        "TokenLogprob",
+        "Usage",
+    ),
     "cqil_dist.plan": ("Bypass", "Group", "Plan"),
-    "cqil_dist.runtime.launch": ("LaunchConfig", "RunningEngine", "launch"),
+    "cqil_dist.launch_config": ("LaunchConfig",),
     "cqil_dist.sampling_params": ("SamplingParams",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -73,9 +91,11 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProtocolError",
+    "RankStatus",
     "RequestError",
     "RunningEngine",
     "SamplingParams",
+    "Status",
     "Timings",
     "TokenLogprob",
     "UnsupportedModel",

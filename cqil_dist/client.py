@@ -12,14 +12,13 @@ from typing import Any, Self
 import grpc
 
 from cqil_dist.errors import CqilError, RequestError
-from cqil_dist.outputs import Chunk, Completion
-from cqil_dist.rpc.convert import Prompt, chunk_from_wire, request_to_wire
+from cqil_dist.outputs import Chunk, Completion, Status
+from cqil_dist.rpc.convert import Prompt, chunk_from_wire, request_to_wire, status_from_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.sampling_params import SamplingParams
 
-# Prompts of many thousand tokens, and a completion's whole text, exceed gRPC's default of 4 MiB
-# only when something is wrong; the bound is stated so that both ends agree on it.
+# gRPC's default of 4 MiB is little for a long completion with 20 alternatives a token.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),  # coordinators are cluster addresses, never behind a proxy
@@ -53,7 +52,10 @@ class GenerationClient:
             CqilError: the engine failed, or cannot be reached.
         """
         request = request_to_wire(prompt, params, final_only)
-        call = self._stub.Generate(request, metadata=self._metadata)
+        try:
+            call = self._stub.Generate(request, metadata=self._metadata)
+        except ValueError as error:
+            raise CqilError(f"the connection to {self.address} is closed") from error
         try:
             for response in call:
                 yield chunk_from_wire(response, params.logprobs is not None)
@@ -69,15 +71,17 @@ class GenerationClient:
                 return chunk.result
         raise CqilError(f"the stream from {self.address} ended before the completion did")
 
-    def status(self) -> pb.GetStatusResponse:
+    def status(self) -> Status:
         """What is served, by which ranks, and how busy it is. Raises CqilError."""
         try:
-            response: pb.GetStatusResponse = self._stub.GetStatus(
+            response = self._stub.GetStatus(
                 pb.GetStatusRequest(), metadata=self._metadata, timeout=30
             )
         except grpc.RpcError as error:
             raise _translated(error, self.address) from None
-        return response
+        except ValueError as error:
+            raise CqilError(f"the connection to {self.address} is closed") from error
+        return status_from_wire(response)
 
     def close(self) -> None:
         """Cancel what is running and close the connection."""

@@ -179,5 +179,47 @@ class Chunk:
         }
 
 
+@dataclass(frozen=True)
+class RankStatus:
+    """One rank of a running engine.
+
+    Attributes:
+        node_id: Ray's id of its node.
+        address: the node's address in the cluster.
+        device: "cpu" or "cuda".
+        weight_bytes, kv_bytes: memory of its weights and of its KV cache.
+    """
+
+    rank: int
+    node_id: str
+    address: str
+    pid: int
+    device: str
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an engine serves, and how busy it is.
+
+    Attributes:
+        plan: as `Plan.to_json` gives it.
+        running_requests, waiting_requests: those that hold a slot, and those that wait for one.
+        max_len: most tokens a prompt and its completion may have together.
+        steps: computed since launch.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    ranks: tuple[RankStatus, ...]
+    running_requests: int
+    waiting_requests: int
+    free_slots: int
+    slots: int
+    max_len: int
+    steps: int
+
+
 def _logprob_dicts(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:
     return None if logprobs is None else [logprob.to_dict() for logprob in logprobs]

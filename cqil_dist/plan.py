@@ -67,7 +67,7 @@ class Bypass:
 
 NO_BYPASS = Bypass("distance", 0)
 
-PlanSource = Union["Plan", str, Path, Mapping[str, Any], Sequence[Any]]
+PlanSource = Union["Plan", str, Path, Mapping[str, Any], list[Any]]
 """Every form in which `Plan.parse` takes a plan."""
 
 

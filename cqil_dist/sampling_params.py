@@ -15,6 +15,7 @@ from typing import Any
 from cqil_dist.errors import RequestError
 
 MAX_LOGPROBS = 20
+_INT32_MAX = 2**31 - 1  # what the wire carries
 
 # Dividing logits by less than this only adds rounding; vLLM draws the same line.
 _GREEDY_BELOW = 1e-5
@@ -65,7 +66,7 @@ class SamplingParams:
         def store(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        _integer("max_tokens", self.max_tokens, low=1)
+        _integer("max_tokens", self.max_tokens, low=1, high=_INT32_MAX)
         temperature = _number("temperature", self.temperature)
         if temperature < 0:
             raise RequestError(f"temperature is {temperature} but must be 0 (greedy) or more")
@@ -74,7 +75,7 @@ class SamplingParams:
         if not 0 < top_p <= 1:
             raise RequestError(f"top_p is {top_p} but must lie in (0, 1]")
         store("top_p", top_p)
-        store("top_k", max(0, _integer("top_k", self.top_k, low=-1)))
+        store("top_k", max(0, _integer("top_k", self.top_k, low=-1, high=_INT32_MAX)))
         min_p = _number("min_p", self.min_p)
         if not 0 <= min_p <= 1:
             raise RequestError(f"min_p is {min_p} but must lie in [0, 1]")
@@ -132,7 +133,11 @@ def _integer(name: str, value: object, *, low: int, high: int | None = None) -> 
 def _number(name: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise RequestError(f"{name} is {value!r} but must be a number")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number past the largest float
+        finite = False
+    if not finite:
         raise RequestError(f"{name} is {value} but must be a finite number")
     return float(value)
 
@@ -149,4 +154,6 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _stop_token_ids(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"stop_token_ids is {value!r} but must be a list of token ids")
-    return tuple(_integer(f"stop_token_ids[{i}]", id, low=0) for i, id in enumerate(value))
+    return tuple(
+        _integer(f"stop_token_ids[{i}]", id, low=0, high=_INT32_MAX) for i, id in enumerate(value)
+    )

@@ -7,9 +7,10 @@ the reference token by token, at a fraction of the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ from cqil_dist.outputs import Completion
 from cqil_dist.plan import Plan
 
 if TYPE_CHECKING:
-    from cqil_dist.runtime.launch import RunningEngine
+    from cqil_dist.api import RunningEngine
 
-# The third is longer than a step's prefill, so that it is computed in chunks.
+# With this many prompt tokens a step, the longest prompt below is computed in chunks.
+PREFILL_TOKENS = 32
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -50,42 +52,46 @@ def verify_exactness(engine: RunningEngine, path: Path) -> Iterator[Check]:
     Args:
         path: directory of the same model.
     """
+    from transformers import AutoTokenizer
+
     config = ModelConfig.from_directory(path)
     checkpoint = Checkpoint(path)
     reference = ReferenceModel(config, checkpoint, engine.plan)
     original = ReferenceModel(config, checkpoint, Plan.sequential(config.num_layers))
-    yield from _against_transformers(original, path)
-    alone = [_complete(engine, prompt) for prompt in PROMPTS]
-    yield from _against_reference("one request at a time", engine, reference, alone)
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        together = list(pool.map(lambda prompt: _complete(engine, prompt), PROMPTS))
-    yield from _against_reference("requests sharing steps", engine, reference, together)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    room = engine.status().max_len - MAX_TOKENS
+    prompts: list[list[int]] = [tokenizer(prompt)["input_ids"][:room] for prompt in PROMPTS]
+    yield _against_transformers(original, prompts, path)
+    alone = [_complete(engine, prompt_ids) for prompt_ids in prompts]
+    yield _against_reference("one request at a time", engine, reference, alone)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(partial(_complete, engine), prompts))
+    yield _against_reference("requests sharing steps", engine, reference, together)
 
 
-def _complete(engine: RunningEngine, prompt: str) -> tuple[list[int], Completion]:
-    prompt_ids = engine.encode(prompt)
+def _complete(engine: RunningEngine, prompt_ids: list[int]) -> tuple[list[int], Completion]:
     completion = engine.complete(
         prompt_ids, max_tokens=MAX_TOKENS, temperature=0, logprobs=0, ignore_eos=True
     )
     return prompt_ids, completion
 
 
-def _against_transformers(original: ReferenceModel, path: Path) -> Iterable[Check]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _against_transformers(
+    original: ReferenceModel, prompts: Sequence[list[int]], path: Path
+) -> Check:
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.eval()
     difference = 0.0
     same_choice = True
-    for prompt in PROMPTS:
-        token_ids = tokenizer(prompt)["input_ids"]
+    for token_ids in prompts:
         with torch.inference_mode():
             expected = model(torch.tensor([token_ids])).logits[0]
         logits = original.logits(token_ids)
         difference = max(difference, float((logits - expected).abs().max()))
         same_choice &= bool((logits.argmax(-1) == expected.argmax(-1)).all())
-    yield Check(
+    return Check(
         "reference, sequential plan == transformers",
         same_choice and difference <= LOGIT_TOLERANCE,
         f"logits differ by {difference:.1e} at most (allowed {LOGIT_TOLERANCE:g}), "
@@ -98,7 +104,7 @@ def _against_reference(
     engine: RunningEngine,
     reference: ReferenceModel,
     answers: Sequence[tuple[list[int], Completion]],
-) -> Iterable[Check]:
+) -> Check:
     wrong: list[str] = []
     difference = 0.0
     for prompt_ids, completion in answers:
@@ -113,7 +119,7 @@ def _against_reference(
         difference = max(difference, float((given - chosen).abs().max()))
     tokens = sum(len(completion.token_ids) for _, completion in answers)
     detail = f"{tokens} greedy tokens, log probabilities differ by {difference:.1e} at most"
-    yield Check(
+    return Check(
         f"{engine.assignment.world} ranks == reference, {name}",
         not wrong and difference <= LOGIT_TOLERANCE,
         "; ".join([detail, *wrong[:3]]),

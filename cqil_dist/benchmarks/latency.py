@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
+from cqil_dist.progress import ConsoleProgress
 
 PROMPT = (
     "A city by the sea has a harbour, a market and a tall white lighthouse. Every morning the "
@@ -57,8 +59,7 @@ class Result:
 
     @property
     def itl_p90_ms(self) -> float:
-        values = sorted(value for repeat in self.itl_ms for value in repeat)
-        return values[int(0.9 * (len(values) - 1))]
+        return float(np.percentile([value for repeat in self.itl_ms for value in repeat], 90))
 
     def to_dict(self) -> dict[str, Any]:
         derived = {
@@ -137,13 +138,12 @@ def measure(
     """Run the benchmark; one result for transformers, the sequential plan and each plan."""
     from transformers import AutoTokenizer
 
+    from cqil_dist.api import launch
     from cqil_dist.benchmarks.workers import Worker, prepare_layers, prepare_transformers
-    from cqil_dist.cli.options import terminal_progress
     from cqil_dist.model.store import resolve
-    from cqil_dist.runtime.launch import launch
     from cqil_dist.runtime.placement import connected
 
-    progress = terminal_progress()
+    progress = ConsoleProgress()
     path = resolve(model, progress)
     text_ids = AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]
     prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]

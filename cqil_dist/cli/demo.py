@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from cqil_dist.plan import Plan
 from cqil_dist.progress import Progress
 
 MODEL = "smollm2-135m"
+RANKS = 2
 PROMPT = "The capital of France is"
 
 # Pairs of smollm2-135m's layers that lose little when they run concurrently, each with the bypass
@@ -52,9 +54,10 @@ def demo(
 
     progress = options.terminal_progress()
     console = Console()
-    with connected(None, local_cpus=2, verbose=verbose):
+    with connected(None, local_cpus=RANKS, verbose=verbose) as local:
+        pin = local and (os.cpu_count() or 1) >= RANKS
         outcomes = [
-            _run(name, plan, prompt, max_tokens, progress, console)
+            _run(name, plan, prompt, max_tokens, pin, progress, console)
             for name, plan in (("original", "sequential"), ("concurrent", CONCURRENT_PLAN))
         ]
     console.print(_table(outcomes))
@@ -65,12 +68,13 @@ def _run(
     plan: str | dict[str, Any],
     prompt: str,
     max_tokens: int,
+    pin: bool,
     progress: Progress,
     console: Console,
 ) -> Outcome:
-    from cqil_dist.runtime.launch import launch
+    from cqil_dist.api import launch
 
-    with launch(MODEL, plan, ranks=2, progress=progress) as engine:
+    with launch(MODEL, plan, RANKS, pin=pin, progress=progress) as engine:
         # The first request touches memory that later ones find in place.
         engine.complete(prompt, max_tokens=4, temperature=0)
         console.print(f"[bold]{name}[/bold]: {prompt}", end="", highlight=False)
@@ -84,7 +88,7 @@ def _run(
 
 
 def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(title=f"{MODEL} on 2 ranks", show_lines=True)
+    table = Table(title=f"{MODEL} on {RANKS} ranks", show_lines=True)
     table.add_column("")
     for outcome in outcomes:
         table.add_column(outcome.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,7 @@ def generate(
     )
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token to continue")
-    from cqil_dist.runtime.launch import launch
+    from cqil_dist.api import launch
 
     with launch(
         model,
@@ -92,19 +93,8 @@ def generate(
 
 
 def _report(engine: Any, completion: Completion) -> dict[str, Any]:
-    from google.protobuf.json_format import MessageToDict
-
-    status = engine.status()
-    ranks = [
-        MessageToDict(
-            rank, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        for rank in status.ranks
-    ]
-    for rank in ranks:  # protobuf's JSON writes 64-bit numbers as text
-        rank |= {name: int(rank[name]) for name in ("weight_bytes", "kv_bytes")}
     return completion.to_dict() | {
         "plan": engine.plan.to_json(),
         "exchanges_per_token": engine.exchanges_per_token(),
-        "ranks": ranks,
+        "ranks": [asdict(rank) for rank in engine.status().ranks],
     }

@@ -19,7 +19,10 @@ app = typer.Typer(no_args_is_help=True, help="Fetch and list models.")
 def fetch(
     name: Annotated[str, typer.Argument(help="Built-in name, hub id, directory or GGUF file.")],
 ) -> None:
-    """Fetch a model into the cache, or check the copy that is there and mend it."""
+    """Fetch a model into the cache, or check the copy that is there and mend it.
+
+    A hub id without a revision stays at the commit it was first fetched at.
+    """
     stored = fetch_model(name, options.terminal_progress())
     typer.echo(f"{stored.name}: {stored.path} ({stored.bytes / 1e6:.1f} MB)")
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cqil_dist.assignment import Assignment, assign
 from cqil_dist.cli import options
+from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans.")
@@ -33,9 +34,10 @@ def show(
     from cqil_dist.model.config import ModelConfig
     from cqil_dist.model.store import resolve
 
+    LaunchConfig(model, plan, dtype=dtype)  # names a dtype that does not exist
     config = ModelConfig.from_directory(resolve(model, options.terminal_progress()))
     parsed = Plan.parse(plan, config.num_layers)
-    world = ranks or max(group.size for group in parsed.groups)
+    world = max(group.size for group in parsed.groups) if ranks is None else ranks
     assignment = assign(parsed, world, config.vocab_size)
     bytes_per_value = 2 if dtype in ("float16", "bfloat16") else 4
     held = [_held(assignment, rank, config, bytes_per_value) for rank in range(world)]

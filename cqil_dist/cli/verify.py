@@ -20,9 +20,9 @@ def verify(
 
     Runs in float32 on CPUs, where equality means equal tokens. Exits with 1 if a check fails.
     """
+    from cqil_dist.api import launch
     from cqil_dist.model.store import resolve
-    from cqil_dist.runtime.launch import launch
-    from cqil_dist.verification import verify_exactness
+    from cqil_dist.verification import PREFILL_TOKENS, verify_exactness
 
     progress = options.terminal_progress()
     path = resolve(model, progress)
@@ -36,7 +36,7 @@ def verify(
         threads_per_rank=threads_per_rank,
         device="cpu",
         dtype="float32",
-        prefill_tokens=32,
+        prefill_tokens=PREFILL_TOKENS,
         verbose=verbose,
         progress=progress,
     ) as engine:

@@ -78,7 +78,7 @@ class TensorReader:
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor:
-        """One tensor, or the part of it in `rows` and `columns`, in the checkpoint's own dtype.
+        """One tensor, or the part of it in `rows` or in `columns`, in the checkpoint's own dtype.
 
         Args:
             name: full tensor name.

@@ -134,10 +134,10 @@ class ModelConfig:
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Weights of one layer, norms and biases included."""
+        """Numbers a rank keeps for one layer; the input norms are folded into the projections."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         count = self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
-        count += 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        count += (self.num_heads + self.num_kv_heads) * self.head_dim * self.qk_norm
         count += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
         count += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
         return count

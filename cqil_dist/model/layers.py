@@ -56,7 +56,6 @@ class AttentionPart:
         """Attention outputs of every bundle, each [N, D]; stores the new keys and values."""
         tokens = normalized_ND.shape[0]
         qkv_NHE = self.qkv(normalized_ND).view(tokens, -1, self.head_dim)
-        keys_and_values = 2 * cache.kv_heads
         rotated, values = qkv_NHE[:, : -cache.kv_heads], qkv_NHE[:, -cache.kv_heads :]
         if self.head_gains_HE is not None:
             rotated = rms_normalize(rotated, self.eps) * self.head_gains_HE
@@ -64,7 +63,6 @@ class AttentionPart:
         query_heads = rotated.shape[1] - cache.kv_heads
         queries, keys = rotated[:, :query_heads], rotated[:, query_heads:]
         kv_NKE = torch.cat((keys, values), dim=1)
-        assert kv_NKE.shape[1] == keys_and_values
         for run in context.runs:
             cache.append(run, kv_NKE[run.rows])
         attended = [

@@ -5,10 +5,21 @@ Imports neither torch nor transformers, so that a client stays light.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 
 from cqil_dist.errors import RequestError
-from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
+from cqil_dist.outputs import (
+    Chunk,
+    Completion,
+    FinishReason,
+    RankStatus,
+    Status,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.sampling_params import SamplingParams
 
@@ -21,10 +32,16 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 
 def request_to_wire(prompt: Prompt, params: SamplingParams, final_only: bool) -> pb.GenerateRequest:
     """Raises RequestError if the prompt is neither text, token ids nor chat messages."""
-    wire = pb.GenerateRequest(sampling_params=params_to_wire(params), final_only=final_only)
-    if isinstance(prompt, str):
-        wire.text = prompt
-    elif all(isinstance(item, int) and 0 <= item < 2**31 for item in prompt):
+    try:
+        wire = pb.GenerateRequest(sampling_params=params_to_wire(params), final_only=final_only)
+        if isinstance(prompt, str):
+            wire.text = prompt
+            return wire
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt or a stop string is not valid Unicode: {error}") from error
+    if isinstance(prompt, bytes):
+        raise RequestError("the prompt is bytes; decode it to text")
+    if all(isinstance(item, int) and 0 <= item < 2**31 for item in prompt):
         wire.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
         wire.token_ids.SetInParent()  # an empty list is still a list of token ids
     else:
@@ -75,6 +92,29 @@ def chunk_from_wire(wire: pb.GenerateResponse, wants_logprobs: bool) -> Chunk:
         finish_reason=None if result is None else result.finish_reason,
         stop_reason=None if result is None else result.stop_reason,
         result=result,
+    )
+
+
+def status_to_wire(status: Status) -> pb.GetStatusResponse:
+    values = asdict(status) | {"ranks": [pb.RankStatus(**asdict(r)) for r in status.ranks]}
+    return pb.GetStatusResponse(plan_json=json.dumps(values.pop("plan")), **values)
+
+
+def status_from_wire(wire: pb.GetStatusResponse) -> Status:
+    ranks = [
+        RankStatus(**{field.name: getattr(rank, field.name) for field in fields(RankStatus)})
+        for rank in wire.ranks
+    ]
+    return Status(
+        model=wire.model,
+        plan=json.loads(wire.plan_json),
+        ranks=tuple(ranks),
+        running_requests=wire.running_requests,
+        waiting_requests=wire.waiting_requests,
+        free_slots=wire.free_slots,
+        slots=wire.slots,
+        max_len=wire.max_len,
+        steps=wire.steps,
     )
 
 

@@ -77,10 +77,11 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
+        self._steps = 0
         self._scheduler = Scheduler(slots, prefill_tokens)
-        self._changed = threading.Condition()  # guards the scheduler and the two lists below
-        self._cancelled: list[Request] = []
         self._unreleased: list[Request] = []  # used by the engine's thread alone
+        self._changed = threading.Condition()  # guards the scheduler and what follows
+        self._cancelled: list[Request] = []
         self._failure: CqilError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -136,14 +137,15 @@ class Engine:
             self._cancelled.append(request)
             self._changed.notify()
 
-    def status(self) -> dict[str, int]:
-        """Counts of running and waiting requests and of free slots."""
+    def status(self) -> dict[str, Any]:
+        """Counts of requests that run and wait, of slots, and of steps so far."""
         with self._changed:
             return {
                 "running_requests": self._scheduler.running,
                 "waiting_requests": self._scheduler.waiting,
                 "free_slots": self._scheduler.free_slots,
                 "slots": self._scheduler.slots,
+                "steps": self._steps,
             }
 
     def close(self) -> None:
@@ -177,14 +179,17 @@ class Engine:
             while (step := self._next_step()) is not None:
                 argmax_only = all(request.wants_argmax for request in step.requests)
                 self._model.begin(step.segments, step.token_ids, argmax_only)
+                self._steps += 1
                 self._release()  # while the ranks compute
                 self._deliver(step, self._model.finish(), argmax_only)
         except ExchangeError as error:
             self._fail(error)
-        except Exception as error:
+        except BaseException as error:
             # Nobody else would tell those who wait for this thread.
             self._fail(CqilError(f"the engine stopped: {type(error).__name__}: {error}"))
             raise
+        finally:
+            self._release()
 
     def _next_step(self) -> ScheduledStep | None:
         """Wait for something to compute; None when the engine is closed."""
@@ -212,10 +217,12 @@ class Engine:
                 continue
             result = next(row)
             try:
-                sampled = _most_likely(result) if argmax_only else request.choose(result)
+                sampled = _argmax_of(result) if argmax_only else request.choose(result)
                 request.advance(sampled, self.max_len)
             except CqilError as error:
                 request.fail(error)
+            except Exception as error:  # one request's, whatever it is: the others go on
+                request.fail(CqilError(f"choosing a token failed: {type(error).__name__}: {error}"))
             self._unreleased.append(request)
             if request.finished:
                 with self._changed:
@@ -235,7 +242,7 @@ class Engine:
             self._changed.notify()
 
 
-def _most_likely(token_id: Tensor) -> SampledToken:
+def _argmax_of(token_id: Tensor) -> SampledToken:
     if (chosen := int(token_id)) < 0:
         raise CqilError(
             "some logits are NaN or infinite, so no token can be chosen: the model overflowed in "

@@ -14,14 +14,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from cqil_dist.assignment import Assignment
-from cqil_dist.errors import PeerLost
+from cqil_dist.errors import ModelNotFound, PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
@@ -30,35 +28,13 @@ from cqil_dist.exchange.sockets import format_address
 from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
-from cqil_dist.model.config import ModelConfig
-from cqil_dist.runtime.rank import CacheShape, RankProgram
+from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
+from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-@dataclass(frozen=True)
-class RankSpec:
-    """What every rank of a launch is told.
-
-    Attributes:
-        model_path: directory of the checkpoint on the rank's node.
-        dtype: "float32", "float16" or "bfloat16".
-        step_tokens: most tokens a step may have; bounds what a peer may send.
-        threads: compute threads, on a CPU.
-        step_deadline_s: seconds an exchange may take before the peer counts as lost.
-    """
-
-    assignment: Assignment
-    config: ModelConfig
-    model_path: Path
-    cache_shape: CacheShape
-    dtype: str
-    step_tokens: int
-    threads: int
-    step_deadline_s: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +65,7 @@ class LayerActor:
         self._device = torch.device(device)
         self._stages_loaded = 0
         self._program: RankProgram | None = None
-        self._spec: RankSpec | None = None
+        self._spec: EngineSpec | None = None
         self._listener: Listener | None = None
         self._link: Link | None = None
         self._exchange: Exchange | None = None
@@ -104,8 +80,18 @@ class LayerActor:
             "gpu": str(gpus[0]) if gpus else None,
         }
 
-    def load(self, spec: RankSpec) -> None:
-        """Read this rank's weights. Raises CheckpointError naming what is wrong with them."""
+    def load(self, spec: EngineSpec) -> None:
+        """Read this rank's weights.
+
+        Raises:
+            ModelNotFound: this node has no such directory.
+            CheckpointError: naming what is wrong with the weights.
+        """
+        if not spec.model_path.is_dir():
+            raise ModelNotFound(
+                f"rank {self.rank}'s node {ray.util.get_node_ip_address()} has no directory "
+                f"{spec.model_path}; fetch or copy the model there, at the same path on every node"
+            )
         torch.set_num_threads(spec.threads)
         self._spec = spec
         with _freed_memory_returned():
@@ -168,12 +154,11 @@ class LayerActor:
             )
         coordinator = sockets.pop(COORDINATOR)
         spec = self._spec
-        values = spec.step_tokens * max(spec.config.hidden_size, spec.config.vocab_size)
         self._link = Link(
             coordinator,
             COORDINATOR,
             format_address(coordinator.getpeername()),
-            max_bytes=4 * values,
+            spec.max_message_bytes,
         )
         if mesh.nccl_address is not None:
             for sock in sockets.values():
@@ -188,14 +173,13 @@ class LayerActor:
                 spec.step_deadline_s,
             )
         else:
-            members = max(stage.group.size for stage in spec.assignment.stages)
             self._exchange = TcpExchange(
                 self.rank,
                 sockets,
                 mesh.addresses,
                 parse_dtype(spec.dtype),
                 self._device,
-                max_bytes=4 * members * spec.step_tokens * spec.config.hidden_size,
+                max_bytes=spec.max_exchange_bytes,
                 epoch=mesh.epoch,
                 deadline_s=spec.step_deadline_s,
                 spin_s=mesh.spin_s,

@@ -14,8 +14,6 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from cqil_dist.errors import InsufficientResources, LaunchError
 
-STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-
 # An error about missing resources comes within 30 s of the launch; starting Ray has its share.
 _PLACEMENT_TIMEOUT_S = 20.0
 
@@ -50,6 +48,11 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
+    if address.startswith("ray://"):
+        raise LaunchError(
+            f"address {address} is a Ray client's, but launching talks to the ranks directly: run "
+            "on a node of the cluster and give the head's host:port, or 'auto'"
+        )
     logging_options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -81,11 +84,8 @@ def placed(resources: RankResources, ranks: int, strategy: str) -> Iterator[Plac
     """Reserve room for `ranks` ranks; given back at the end.
 
     Raises:
-        LaunchError: an unknown strategy.
         InsufficientResources: saying what was asked and what the cluster has.
     """
-    if strategy not in STRATEGIES:
-        raise LaunchError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     bundle = resources.bundle()
     total = ray.cluster_resources()
     if any(total.get(name, 0) < ranks * amount for name, amount in bundle.items()):
@@ -109,8 +109,14 @@ def _shortage(bundle: dict[str, float], ranks: int, strategy: str) -> str:
     return (
         f"asked for {ranks} ranks of {each} each, strategy {strategy}, but the cluster has "
         f"{_amounts(ray.cluster_resources())} ({_amounts(ray.available_resources())} free; "
-        f"{nodes}). Ask for fewer ranks or threads, another strategy, or add nodes"
+        f"{nodes}). {_ways_out(bundle)}"
     )
+
+
+def _ways_out(bundle: dict[str, float]) -> str:
+    if "GPU" in bundle:
+        return "Ask for fewer ranks, let them share GPUs (gpus_per_rank=0.5), or use device='cpu'"
+    return "Ask for fewer ranks or threads, another strategy, or add nodes"
 
 
 def _amounts(resources: dict[str, float]) -> str:

@@ -84,8 +84,8 @@ class RankProgram:
             bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}
             self._stages.append(LocalStage(stage, parts, cache, stage.carrier == rank, bundles))
             on_stage_loaded()
-        rows = assignment.head_rows[rank]
-        self._head = HeadShard.load(config, checkpoint, rows, dtype, device)
+        self.head_rows = assignment.head_rows[rank]
+        self._head = HeadShard.load(config, checkpoint, self.head_rows, dtype, device)
 
     @property
     def weight_bytes(self) -> int:

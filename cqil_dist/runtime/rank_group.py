@@ -1,8 +1,8 @@
-"""The ranks as the coordinator sees them: token ids in, logits out.
+"""The ranks as the coordinator sees them: token ids in, logits (or the likeliest tokens) out.
 
 Also the ranks' end of the same conversation, so that the two halves of it stand on one page. Per
 step the coordinator sends every rank one message (the segments and, to those that start, the
-embedded tokens), and every rank answers with its share of the logits.
+embedded tokens), and every rank answers for its share of the vocabulary.
 """
 
 from __future__ import annotations
@@ -102,17 +102,18 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
             link.send({"error": f"{type(error).__name__}: {error}"})
             raise
         if header["argmax_only"]:
-            link.send({"best": best_of_shard(logits, program.assignment.head_rows[program.rank])})
+            link.send({"best": best_of_shard(logits, program.head_rows)})
         else:
             link.send({}, logits.cpu())
 
 
 def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:
-    """Highest logit and its token, for each row of a shard of the vocabulary.
+    """Highest logit (NaN where not all are finite) and its token, for each row of a shard.
 
     A few bytes in place of the shard, which over an ordinary network takes as long as a layer.
     """
     values, indices = logits_RV.max(dim=-1)  # NaN is above every number
+    values = values.where(logits_RV.amin(dim=-1).isfinite(), torch.nan)
     tokens = (indices + rows.start).tolist()
     return list(zip(values.tolist(), tokens, strict=True))
 

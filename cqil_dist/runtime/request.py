@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -167,14 +168,16 @@ class ChunkStream:
 
     def __init__(self) -> None:
         self._held: deque[Chunk | CqilError] = deque()
+        self._releasing = threading.Lock()
         self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
 
     def hold(self, item: Chunk | CqilError) -> None:
         self._held.append(item)
 
     def release(self) -> None:
-        while self._held:
-            self._queue.put(self._held.popleft())
+        with self._releasing:  # the engine's thread, and one that closes the engine
+            while self._held:
+                self._queue.put(self._held.popleft())
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:

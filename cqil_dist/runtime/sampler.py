@@ -122,7 +122,9 @@ class Sampler:
             scores = scores[:, ids]
         if params.top_p < 1.0:
             probs = scores.softmax(dim=-1)
-            shortlist = (probs[0] > (1 - params.top_p) / len(ids)).nonzero().squeeze(1)
+            # The likeliest token is always on it, also where the bound rounds up to 1.
+            bound = min((1 - params.top_p) / len(ids), float(probs.max()) / 2)
+            shortlist = (probs[0] > bound).nonzero().squeeze(1)
             mass = float(probs[:, shortlist].sum())
             ids, scores = ids[shortlist], scores[:, shortlist]
             scores = TopPLogitsWarper(min(1.0, params.top_p / mass))(_UNUSED, scores)

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import hmac
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from cqil_dist.client import CHANNEL_OPTIONS
 from cqil_dist.errors import CqilError, RequestError
-from cqil_dist.plan import Plan
-from cqil_dist.rpc.convert import chunk_to_wire, params_from_wire
+from cqil_dist.outputs import Status
+from cqil_dist.rpc.convert import chunk_to_wire, params_from_wire, status_to_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.request import Request
 
 
-@dataclass(frozen=True)
-class Served:
-    """What a coordinator serves, for its status.
-
-    Attributes:
-        steps: says how many steps were computed since launch.
-    """
-
-    model: str
-    plan: Plan
-    ranks: tuple[pb.RankStatus, ...]
-    steps: Callable[[], int]
-
-
 class GenerationServicer(rpc.GenerationServiceServicer):
     """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto from one engine."""
 
-    def __init__(self, engine: Engine, served: Served) -> None:
+    def __init__(self, engine: Engine, status: Callable[[], Status]) -> None:
         self._engine = engine
-        self._served = served
+        self._status = status
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
@@ -48,7 +32,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         try:
             submitted = self._submit(request)
             # Runs at the end of the call however it ends; cancelling a finished request is free.
-            context.add_callback(lambda: self._engine.cancel(submitted))
+            if not context.add_callback(lambda: self._engine.cancel(submitted)):
+                self._engine.cancel(submitted)  # the call ended while it was submitted
             for chunk in submitted.stream:
                 yield chunk_to_wire(chunk)
         except RequestError as error:
@@ -59,14 +44,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetStatusResponse:
-        return pb.GetStatusResponse(
-            model=self._served.model,
-            plan_json=json.dumps(self._served.plan.to_json()),
-            ranks=self._served.ranks,
-            max_len=self._engine.max_len,
-            steps=self._served.steps(),
-            **self._engine.status(),
-        )
+        return status_to_wire(self._status())
 
     def _submit(self, request: pb.GenerateRequest) -> Request:
         params = params_from_wire(request.sampling_params)
@@ -115,8 +93,3 @@ def start_server(
     port = server.add_insecure_port(f"{host}:0")
     server.start()
     return server, f"{host}:{port}"
-
-
-def rank_statuses(descriptions: Sequence[dict[str, Any]]) -> tuple[pb.RankStatus, ...]:
-    """Wire form of `LayerActor.describe` of every rank."""
-    return tuple(pb.RankStatus(**description) for description in descriptions)

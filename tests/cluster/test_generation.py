@@ -181,8 +181,6 @@ def test_status_and_counters_tell_what_runs(engine: cqil.RunningEngine) -> None:
 
 def test_ranks_hold_the_bytes_they_say(engine: cqil.RunningEngine, model: TinyModel) -> None:
     config = model.config
-    layers = config.num_layers * config.layer_parameters
-    # Norm gains are folded away: two a layer, and the final one.
-    layers -= 2 * config.hidden_size * config.num_layers
-    expected = 4 * (layers + config.vocab_size * config.hidden_size)
+    head = config.vocab_size * config.hidden_size
+    expected = 4 * (config.num_layers * config.layer_parameters + head)
     assert sum(rank.weight_bytes for rank in engine.status().ranks) == expected

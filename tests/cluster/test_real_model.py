@@ -8,7 +8,7 @@ import pytest
 
 import cqil_dist as cqil
 from cqil_dist.cli.demo import CONCURRENT_PLAN
-from cqil_dist.verification import verify_exactness
+from cqil_dist.verification import PREFILL_TOKENS, verify_exactness
 
 pytestmark = pytest.mark.real_model
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real_model
 )
 def test_verify(cluster: None, smollm2_path: Path, plan: str, ranks: int) -> None:
     with cqil.launch(
-        str(smollm2_path), plan, ranks, slots=4, max_len=256, prefill_tokens=32
+        str(smollm2_path), plan, ranks, slots=4, max_len=256, prefill_tokens=PREFILL_TOKENS
     ) as engine:
         checks = list(verify_exactness(engine, smollm2_path))
     assert len(checks) == 3

@@ -12,7 +12,7 @@ from cqil_dist.sampling_params import SamplingParams
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0 but must be >= 1"),
+        ({"max_tokens": 0}, "max_tokens is 0 but must be from 1 to"),
         ({"max_tokens": 2.0}, "max_tokens is 2.0 but must be a whole number"),
         ({"max_tokens": True}, "max_tokens is True but must be a whole number"),
         ({"temperature": -0.1}, r"temperature is -0.1 but must be 0 \(greedy\) or more"),
@@ -22,7 +22,7 @@ from cqil_dist.sampling_params import SamplingParams
         ({"top_p": 1.5}, r"top_p is 1.5 but must lie in \(0, 1\]"),
         ({"top_p": 0}, r"top_p is 0.0 but must lie in \(0, 1\]"),
         ({"top_p": True}, "top_p is True but must be a number"),
-        ({"top_k": -2}, "top_k is -2 but must be >= -1"),
+        ({"top_k": -2}, "top_k is -2 but must be from -1 to"),
         ({"top_k": 1.5}, "top_k is 1.5 but must be a whole number"),
         ({"min_p": 1.01}, r"min_p is 1.01 but must lie in \[0, 1\]"),
         ({"repetition_penalty": 0}, r"repetition_penalty is 0.0 but must lie in \[0.01, 100\]"),
@@ -31,7 +31,7 @@ from cqil_dist.sampling_params import SamplingParams
         ({"stop": ["a", ""]}, "empty text"),
         ({"stop": ["a", 3]}, r"stop is \['a', 3\] but must be a text or a list of texts"),
         ({"stop": None}, "stop is None but must be a text"),
-        ({"stop_token_ids": [3, -1]}, r"stop_token_ids\[1\] is -1 but must be >= 0"),
+        ({"stop_token_ids": [3, -1]}, r"stop_token_ids\[1\] is -1 but must be from 0 to"),
         ({"stop_token_ids": [True]}, r"stop_token_ids\[0\] is True"),
         ({"stop_token_ids": 7}, "stop_token_ids is 7 but must be a list"),
         ({"seed": 2**63}, "seed is 9223372036854775808 but must be from"),

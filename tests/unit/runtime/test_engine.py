@@ -330,6 +330,7 @@ def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:
             "waiting_requests": 0,
             "free_slots": 2,
             "slots": 2,
+            "steps": len(steps.steps),
         }
 
 

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 
-from cqil_dist.assignment import Assignment
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
-from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.head import Embedding
+from cqil_dist.outputs import RankStatus, Status
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.rank_group import RankGroup
-from cqil_dist.serving.grpc_server import (
-    GenerationServicer,
-    Served,
-    rank_statuses,
-    start_server,
-)
+from cqil_dist.runtime.spec import EngineSpec
+from cqil_dist.serving.grpc_server import GenerationServicer, start_server
 
 if TYPE_CHECKING:
     import grpc
 
 
-@dataclass(frozen=True)
-class CoordinatorSpec:
-    """What the coordinator is told.
-
-    Attributes:
-        model: the name it was launched by.
-        slots: requests that run at the same time.
-        prefill_tokens: most prompt tokens a step computes.
-        streams: most calls at the same time; those beyond `slots` wait for a slot.
-        step_deadline_s: seconds a step may take before a rank counts as lost.
-    """
-
-    model: str
-    assignment: Assignment
-    config: ModelConfig
-    model_path: Path
-    dtype: str
-    slots: int
-    max_len: int
-    prefill_tokens: int
-    streams: int
-    step_deadline_s: float
+# Streams beyond the KV slots wait in the engine's queue; this many may wait.
+_QUEUED_STREAMS = 256
 
 
 class Coordinator:
@@ -61,7 +34,7 @@ class Coordinator:
         self._engine: Engine | None = None
         self._server: grpc.Server | None = None
 
-    def load(self, spec: CoordinatorSpec) -> None:
+    def load(self, spec: EngineSpec) -> None:
         """Read the tokenizer and the embedding."""
         from transformers import AutoTokenizer
 
@@ -70,11 +43,6 @@ class Coordinator:
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model_path)
         checkpoint = Checkpoint(spec.model_path)
         self._embedding = Embedding(spec.config, checkpoint, parse_dtype(spec.dtype))
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        token_ids: list[int] = self._tokenizer(text)["input_ids"]
-        return token_ids
 
     def node_id(self) -> str:
         """Ray's id of the node this actor runs on."""
@@ -96,13 +64,10 @@ class Coordinator:
             ExchangeError: a rank cannot be reached.
         """
         spec = self._spec
-        values = (spec.slots + spec.prefill_tokens) * max(
-            spec.config.hidden_size, spec.config.vocab_size
-        )
         links: list[Link] = []
         for rank, address in sorted(addresses.items()):
             sock = connect(address, COORDINATOR, rank, secret, epoch, deadline_s)
-            links.append(Link(sock, rank, address, max_bytes=4 * values, spin_s=0.0))
+            links.append(Link(sock, rank, address, spec.max_message_bytes))
         self._ranks = RankGroup(spec.assignment, self._embedding, links, spec.step_deadline_s)
         self._engine = Engine(
             self._ranks,
@@ -113,17 +78,26 @@ class Coordinator:
             slots=spec.slots,
             prefill_tokens=spec.prefill_tokens,
         )
-        ranks = self._ranks
-        served = Served(
-            spec.model, spec.assignment.plan, rank_statuses(descriptions), lambda: ranks.steps
-        )
+        self._descriptions = tuple(RankStatus(**description) for description in descriptions)
         self._server, address = start_server(
-            GenerationServicer(self._engine, served),
+            GenerationServicer(self._engine, self.status),
             host,
             secret,
-            spec.streams,
+            spec.slots + _QUEUED_STREAMS,
         )
         return address
+
+    def status(self) -> Status:
+        """What is served, and how busy the engine is."""
+        assert self._engine is not None, "started"
+        counts: dict[str, Any] = self._engine.status()
+        return Status(
+            model=self._spec.model,
+            plan=self._spec.assignment.plan.to_json(),
+            ranks=self._descriptions,
+            max_len=self._spec.max_len,
+            **counts,
+        )
 
     def close(self) -> None:
         """Fail unfinished requests, stop serving and let the ranks go. Idempotent."""

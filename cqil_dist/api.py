@@ -1,0 +1,118 @@
+"""The public face: launch a model, generate, and leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from cqil_dist.assignment import assign
+from cqil_dist.bring_up import ANSWER_TIMEOUT_S, bring_up, ray_errors
+from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.store import resolve
+from cqil_dist.outputs import Chunk, Completion, Status
+from cqil_dist.plan import Plan, PlanSource
+from cqil_dist.progress import Progress, SilentProgress
+from cqil_dist.rpc.convert import Prompt
+from cqil_dist.sampling_params import SamplingParams
+
+
+def launch(
+    model: str,
+    plan: PlanSource = "sequential",
+    ranks: int | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunningEngine:
+    """Run a model under a plan on Ray actors.
+
+    Args:
+        model, plan, ranks, **options: the fields of `LaunchConfig`.
+        progress: where long steps report; silent by default.
+
+    Returns:
+        The running engine: use it in a `with` block, or close it.
+
+    Raises:
+        PlanError, ModelError: the plan or the model cannot be used; nothing was started.
+        InsufficientResources: the cluster lacks what was asked for.
+        LaunchError: an option is wrong, or the cluster or an actor failed.
+    """
+    config = LaunchConfig(model, plan, ranks, **options)
+    return RunningEngine(config, progress or SilentProgress())
+
+
+class RunningEngine:
+    """A launched model; made by `launch`.
+
+    Attributes:
+        plan, assignment: what runs together, and on which ranks.
+        client: the connection to the coordinator.
+    """
+
+    def __init__(self, config: LaunchConfig, progress: Progress) -> None:
+        path = resolve(config.model, progress)
+        model_config = ModelConfig.from_directory(path)
+        self.config = config
+        self.plan = Plan.parse(config.plan, model_config.num_layers)
+        world = config.ranks or max(group.size for group in self.plan.groups)
+        self.assignment = assign(self.plan, world, model_config.vocab_size)
+        with ExitStack() as stack, ray_errors():
+            self._ranks, self.client = bring_up(
+                config, model_config, self.assignment, path, stack, progress
+            )
+            self._stack = stack.pop_all()
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:
+        """Stream a completion.
+
+        Args:
+            prompt: text, token ids, or chat messages with "role" and "content".
+            **sampling: the fields of `SamplingParams`.
+
+        Raises:
+            RequestError: the prompt or a sampling value is wrong.
+            CqilError: the engine failed.
+        """
+        return self.client.stream(prompt, SamplingParams.from_dict(sampling))
+
+    def complete(self, prompt: Prompt, **sampling: Any) -> Completion:
+        """The whole completion at once; arguments and errors as for `generate`."""
+        return self.client.complete(prompt, SamplingParams.from_dict(sampling))
+
+    def status(self) -> Status:
+        """Plan, ranks, and how busy the engine is."""
+        return self.client.status()
+
+    def exchanges_per_token(self) -> float:
+        """Exchanges a step took, counted by the exchanges themselves; 0 before the first step."""
+        led: int = sum(stats["rounds_led"] for stats in self.exchange_stats())
+        return led / max(1, self.status().steps)
+
+    def exchange_stats(self) -> list[dict[str, Any]]:
+        """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`)."""
+        with ray_errors():
+            stats: list[dict[str, Any]] = ray.get(
+                [rank.exchange_stats.remote() for rank in self._ranks], timeout=ANSWER_TIMEOUT_S
+            )
+        return stats
+
+    def close(self) -> None:
+        """Stop every actor, and the local cluster if it is ours. Idempotent."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
