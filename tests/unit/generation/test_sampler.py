@@ -216,3 +216,13 @@ def test_the_callers_logits_stay_as_they_are() -> None:
     params = SamplingParams(temperature=0.5, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=2)
     Sampler(params, [1]).sample(logits, [1, 2, 3], 2)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+@pytest.mark.parametrize("top_p", [1e-30, 1e-8, 1 - 1e-12])
+def test_the_narrowest_nucleus_is_the_likeliest_token(top_k: int, top_p: float) -> None:
+    """Also where the probability bound that spares a full sort rounds up to 1."""
+    logits = torch.zeros(50)
+    logits[7] = 40.0
+    sampler = Sampler(SamplingParams(top_k=top_k, top_p=top_p, seed=1), PROMPT)
+    assert sampler.sample(logits, PROMPT, 0).token_id == 7

@@ -449,6 +449,28 @@ def test_a_model_that_fails_ends_every_request_with_its_reason(
     assert_threads_end(before)
 
 
+class LostAtTheStart(ObservedModel):
+    """Loses a rank when its second step is sent."""
+
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        if len(self.steps) == 1:
+            raise PeerLost(1, "10.0.0.2:4711", "it closed the connection")
+        super().begin(segments, token_ids, argmax_only)
+
+
+def test_a_finished_request_keeps_its_answer_when_the_next_step_fails(model: TinyModel) -> None:
+    steps = LostAtTheStart(model, model.plan("sequential"), 4)
+    with serving(model, steps) as engine:
+        with steps.held():
+            done = engine.submit(random_tokens(5), greedy(1), final_only=True)
+            going_on = engine.submit(random_tokens(5, seed=1), greedy(9))
+        assert len(finish(done).token_ids) == 1
+        with pytest.raises(PeerLost, match="rank 1"):
+            read(going_on)
+
+
 def test_closing_ends_all_streams_and_the_thread(model: TinyModel) -> None:
     before = set(threading.enumerate())
     with observed(model, slots=1) as (engine, steps):
