@@ -7,7 +7,6 @@ messages mean.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import threading
@@ -42,7 +41,6 @@ class Link:
         max_bytes: int,
         *,
         send_deadline_s: float = 30.0,
-        spin_s: float = 0.0,
     ) -> None:
         """Take over an authenticated connection.
 
@@ -52,8 +50,6 @@ class Link:
             address: "host:port" of the other end, for messages.
             max_bytes: bound on a tensor in either direction.
             send_deadline_s: seconds a send may wait for the peer to make room.
-            spin_s: seconds a receive polls before it sleeps. A core that sleeps takes tens of
-                microseconds to wake; one that polls uses power, and yields to whoever needs it.
         """
         prepare(sock)
         self.peer = peer
@@ -61,7 +57,6 @@ class Link:
         self._sock = sock
         self._max_bytes = max_bytes
         self._send_deadline_s = send_deadline_s
-        self._spin_s = spin_s
         self._inbox = _Inbox(max_bytes)
         self._closed = False
         # Held while the socket is in use, so that its descriptor is not closed and given to
@@ -173,7 +168,6 @@ def recv_each(links: Sequence[Link], timeout: float | None) -> list[Message]:
         ProtocolError: a link brought something that is no message.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    spin_until = time.monotonic() + min((link._spin_s for link in links), default=0.0)
     messages: dict[Link, Message] = {}
     with contextlib.ExitStack() as locks:
         for link in links:
@@ -184,9 +178,6 @@ def recv_each(links: Sequence[Link], timeout: float | None) -> list[Message]:
                     messages[link] = message
             if len(messages) == len(links):
                 return [messages[link] for link in links]
-            if time.monotonic() < spin_until:
-                os.sched_yield()  # on a shared core, to the very rank this one waits for
-                continue
             waiting = [link for link in links if link not in messages]
             if not wait_ready({link._sock: select.POLLIN for link in waiting}, deadline):
                 owing = [link.peer for link in waiting]

@@ -17,12 +17,12 @@ MAX_BYTES = 1 << 25
 Pair = tuple[Link, Link]
 
 
-@pytest.fixture(params=[0.0, 0.01], ids=["sleeping", "spinning"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+@pytest.fixture
+def pair() -> Iterator[Pair]:
     with socket_pair() as (near, far):
         links = (
-            Link(near, 1, "near:1", MAX_BYTES, spin_s=request.param),
-            Link(far, -1, "far:2", MAX_BYTES, spin_s=request.param),
+            Link(near, 1, "near:1", MAX_BYTES),
+            Link(far, -1, "far:2", MAX_BYTES),
         )
         yield links
         for link in links:
