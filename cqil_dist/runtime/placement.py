@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cqil_dist.errors import InsufficientResources, LaunchError
 
 # An error about missing resources comes within 30 s of the launch; starting Ray has its share.
 _PLACEMENT_TIMEOUT_S = 20.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
             f"address {address} is a Ray client's, but launching talks to the ranks directly: run "
             "on a node of the cluster and give the head's host:port, or 'auto'"
         )
+    if not local:
+        _check_reachable(address)
     logging_options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -72,11 +76,28 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
             ray.init(address, **logging_options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         what = "start a local Ray cluster" if local else f"reach the Ray cluster at {address}"
-        raise LaunchError(f"cannot {what}: {error}") from error
+        raise LaunchError(
+            f"cannot {what}: {error}. For a cluster with token authentication, set "
+            "RAY_AUTH_MODE=token and have its token in ~/.ray/auth_token before starting"
+        ) from error
     try:
         yield local
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Say at once that nobody listens there, where Ray would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto", which Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LaunchError(
+            f"nobody answers at the Ray cluster's address {address}: {error}; is the head running "
+            "(ray status), and is this its host:port?"
+        ) from error
 
 
 @contextmanager
