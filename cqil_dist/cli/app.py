@@ -11,7 +11,6 @@ import typer
 from cqil_dist.cli import bench, demo, generate, model, plan, verify
 from cqil_dist.errors import CqilError
 
-
 # Ray turns token authentication on for the clusters it starts, but its drivers have to ask for it,
 # before Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
