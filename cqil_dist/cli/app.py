@@ -11,9 +11,10 @@ import typer
 from cqil_dist.cli import bench, demo, generate, model, plan, verify
 from cqil_dist.errors import CqilError
 
-# Ray turns token authentication on for the clusters it starts, but its drivers have to ask for it,
-# before Ray is imported.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+# Ray turns token authentication on for the clusters it starts, but its drivers have to ask for it.
+# Ray reads this when it is imported; set later, it would contradict what Ray has read.
+if "ray" not in sys.modules:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 class _Group(typer.core.TyperGroup):
