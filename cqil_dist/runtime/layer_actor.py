@@ -6,13 +6,10 @@ the coordinator's link, and partial results over the exchange.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +27,13 @@ from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
+from cqil_dist.runtime.resident_memory import (
+    freed_memory_returned,
+    release_import_time_code,
+)
 from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ class LayerActor:
             )
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        with _freed_memory_returned():
+        release_import_time_code()
+        with freed_memory_returned():
             self._program = RankProgram(
                 self.rank,
                 spec.assignment,
@@ -223,19 +223,3 @@ class LayerActor:
             # Closed sockets are how peers and the coordinator learn of it.
             self._link.close()
             self._exchange.close()
-
-
-@contextmanager
-def _freed_memory_returned() -> Iterator[None]:
-    """Have glibc give large freed blocks back at once within the block.
-
-    Left to itself it raises the size from which it maps memory directly up to 32 MiB, and what is
-    read while loading then leaves some 60 MB of holes in its heap. Serving steps wants the
-    opposite: activations that are freed and allocated again should stay mapped.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # other C libraries have none
-    mallopt(_M_MMAP_THRESHOLD, 128 << 10)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)

@@ -1,0 +1,52 @@
+"""Keeps a rank's resident memory near its weights and cache: what glibc and Linux are asked for.
+
+Knows nothing of models. On other systems and C libraries both functions do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MADV_DONTNEED = 4  # sys/mman.h
+_MAPS = Path("/proc/self/maps")
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Have glibc give large freed blocks back at once within the block.
+
+    Left to itself it raises the size from which it maps memory directly up to 32 MiB, and what is
+    read while loading then leaves some 60 MB of holes in its heap. Serving steps wants the
+    opposite: activations that are freed and allocated again should stay mapped.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+
+
+def release_import_time_code() -> None:
+    """Unmap the pages of libraries' code; those that are used again come back from the page cache.
+
+    Importing torch and Ray runs through some 75 MB of code, most of it once. Code pages are never
+    written, so dropping them loses nothing; data, relocated tables among it, is left alone.
+    """
+    if not _MAPS.exists():
+        return
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in _MAPS.read_text(encoding="utf-8").splitlines():
+        addresses, permissions, _offset, _device, inode, *_path = line.split()
+        if permissions == "r-xp" and inode != "0":
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            if madvise(first, last - first, _MADV_DONTNEED):
+                logger.debug("madvise refused %s: errno %d", line, ctypes.get_errno())
