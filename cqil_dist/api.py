@@ -63,7 +63,7 @@ class RunningEngine:
         world = config.ranks or max(group.size for group in self.plan.groups)
         self.assignment = assign(self.plan, world, model_config.vocab_size)
         with ExitStack() as stack, ray_errors():
-            self._ranks, self.client = bring_up(
+            self._coordinator, self.client = bring_up(
                 config, model_config, self.assignment, path, stack, progress
             )
             self._stack = stack.pop_all()
@@ -91,14 +91,19 @@ class RunningEngine:
 
     def exchanges_per_token(self) -> float:
         """Exchanges a step took, counted by the exchanges themselves; 0 before the first step."""
-        led: int = sum(stats["rounds_led"] for stats in self.exchange_stats())
-        return led / max(1, self.status().steps)
+        stats = self.exchange_stats()
+        led: int = sum(rank["rounds_led"] for rank in stats)
+        steps: int = max(rank["steps"] for rank in stats)
+        return led / max(1, steps)
 
     def exchange_stats(self) -> list[dict[str, Any]]:
-        """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`)."""
+        """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`).
+
+        They begin anew when the ranks meet again after a loss.
+        """
         with ray_errors():
             stats: list[dict[str, Any]] = ray.get(
-                [rank.exchange_stats.remote() for rank in self._ranks], timeout=ANSWER_TIMEOUT_S
+                self._coordinator.exchange_stats.remote(), timeout=ANSWER_TIMEOUT_S
             )
         return stats
 

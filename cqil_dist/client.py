@@ -1,18 +1,24 @@
 """Talks to a coordinator: requests out, chunks back.
 
-Knows gRPC and nothing of Ray, torch or how the answer is computed.
+Streams outlive the coordinator: when the connection breaks, the request goes to its successor
+together with the tokens that have come, and the stream goes on after them. Knows gRPC and nothing
+of Ray, torch or how the answer is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from cqil_dist.errors import CqilError, RequestError
-from cqil_dist.outputs import Chunk, Completion, Status
+from cqil_dist.outputs import Chunk, Completion, Status, Timings, TokenLogprob
 from cqil_dist.rpc.convert import Prompt, chunk_from_wire, request_to_wire, status_from_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
@@ -23,21 +29,38 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),  # coordinators are cluster addresses, never behind a proxy
 )
+_RETRY_S = 0.2
 
 
 class GenerationClient:
-    """A connection to one coordinator's generation service.
+    """A connection to one launch's generation service.
 
     Args:
         address: "host:port" of the service.
         secret: the launch's secret.
+        locate: asked where the service is when the connection has broken; it may wait, and raises
+            CqilError if the service is gone for good. By default it is where it was.
+        patience_s: how long a stream tries to go on before it ends with an error.
     """
 
-    def __init__(self, address: str, secret: bytes) -> None:
-        self.address = address
+    def __init__(
+        self,
+        address: str,
+        secret: bytes,
+        locate: Callable[[], str] | None = None,
+        patience_s: float = 60.0,
+    ) -> None:
         self._metadata = (("authorization", f"Bearer {secret.hex()}"),)
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = rpc.GenerationServiceStub(self._channel)
+        self._locate = locate or (lambda: address)
+        self._patience_s = patience_s
+        self._reconnecting = threading.Lock()
+        self._closed = False
+        self._former: list[_Connection] = []
+        self._connection = _Connection(address)
+
+    @property
+    def address(self) -> str:
+        return self._connection.address
 
     def stream(
         self, prompt: Prompt, params: SamplingParams, final_only: bool = False
@@ -51,41 +74,77 @@ class GenerationClient:
             RequestError: the prompt or a sampling value is wrong.
             CqilError: the engine failed, or cannot be reached.
         """
-        request = request_to_wire(prompt, params, final_only)
-        try:
-            call = self._stub.Generate(request, metadata=self._metadata)
-        except ValueError as error:
-            raise CqilError(f"the connection to {self.address} is closed") from error
-        try:
-            for response in call:
-                yield chunk_from_wire(response, params.logprobs is not None)
-        except grpc.RpcError as error:
-            raise _translated(error, self.address) from None
-        finally:
-            call.cancel()
+        params = params.seeded()  # a stream that is resumed draws what it would have drawn
+        received = _Received()
+        while True:
+            connection = self._connection
+            request = request_to_wire(prompt, params, final_only, received.token_ids)
+            call = self._call(connection, connection.stub.Generate, request)
+            try:
+                for response in call:
+                    yield received.add(chunk_from_wire(response, params.logprobs is not None))
+                if not received.finished:
+                    raise CqilError(
+                        f"the stream from {connection.address} ended before the completion did"
+                    )
+                return
+            except grpc.RpcError as error:
+                if not _is_broken(error) or self._closed:
+                    raise _translated(error, connection.address) from None
+                self._reconnect(connection, error, received.latest)
+                received.resumed = True
+            finally:
+                call.cancel()
 
     def complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
         """The whole completion. Raises as `stream` does."""
-        for chunk in self.stream(prompt, params, final_only=True):
-            if chunk.result is not None:
-                return chunk.result
-        raise CqilError(f"the stream from {self.address} ended before the completion did")
+        (chunk,) = self.stream(prompt, params, final_only=True)
+        assert chunk.result is not None, "the only chunk is the last"
+        return chunk.result
 
     def status(self) -> Status:
         """What is served, by which ranks, and how busy it is. Raises CqilError."""
-        try:
-            response = self._stub.GetStatus(
-                pb.GetStatusRequest(), metadata=self._metadata, timeout=30
-            )
-        except grpc.RpcError as error:
-            raise _translated(error, self.address) from None
-        except ValueError as error:
-            raise CqilError(f"the connection to {self.address} is closed") from error
-        return status_from_wire(response)
+        started = time.monotonic()
+        while True:
+            connection = self._connection
+            request = pb.GetStatusRequest()
+            try:
+                response = self._call(connection, connection.stub.GetStatus, request, timeout=30)
+                return status_from_wire(response)
+            except grpc.RpcError as error:
+                if not _is_broken(error) or self._closed:
+                    raise _translated(error, connection.address) from None
+                self._reconnect(connection, error, started)
 
     def close(self) -> None:
         """Cancel what is running and close the connection."""
-        self._channel.close()
+        self._closed = True
+        for connection in (*self._former, self._connection):
+            connection.channel.close()
+
+    def _call(self, connection: _Connection, method: Any, request: Any, **options: Any) -> Any:
+        try:
+            return method(request, metadata=self._metadata, **options)
+        except ValueError as error:
+            raise CqilError(f"the connection to {connection.address} is closed") from error
+
+    def _reconnect(self, broken: _Connection, error: Any, since: float) -> None:
+        """Find the service again; one thread does so for all.
+
+        Args:
+            since: when there was progress last.
+
+        Raises:
+            CqilError: it is gone for good, or patience has ended.
+        """
+        if time.monotonic() - since > self._patience_s:
+            raise _translated(error, broken.address) from None
+        time.sleep(_RETRY_S)
+        with self._reconnecting:
+            if self._connection is broken and (address := self._locate()) != broken.address:
+                # Closed at the end: other streams have yet to notice that it is broken.
+                self._former.append(broken)
+                self._connection = _Connection(address)
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +156,55 @@ class GenerationClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Connection:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.stub = rpc.GenerationServiceStub(self.channel)
+
+
+@dataclass
+class _Received:
+    """What has come of one stream, over all its connections.
+
+    Attributes:
+        times: when it was begun, then when each token came.
+        resumed: it has been broken and taken up again.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    times: list[float] = field(default_factory=lambda: [time.monotonic()])
+    latest: float = field(default_factory=time.monotonic)
+    resumed: bool = False
+    finished: bool = False
+
+    def add(self, chunk: Chunk) -> Chunk:
+        """Note a chunk; returns it as the stream's reader shall see it."""
+        self.latest = time.monotonic()
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs or ()
+        self.times += [self.latest] * len(chunk.token_ids)
+        self.finished = chunk.result is not None
+        if chunk.result is None or not self.resumed:
+            return chunk
+        return replace(chunk, result=self._whole(chunk.result))
+
+    def _whole(self, result: Completion) -> Completion:
+        """The last connection's result, with what only the earlier ones knew."""
+        gaps = [1000 * (after - before) for before, after in pairwise(self.times)]
+        return replace(
+            result,
+            logprobs=None if result.logprobs is None else tuple(self.logprobs),
+            timings=Timings(gaps[0], tuple(gaps[1:])) if gaps else result.timings,
+        )
+
+
+def _is_broken(error: Any) -> bool:
+    """Whether a call failed because nobody is there, rather than by what it asked."""
+    return bool(error.code() is grpc.StatusCode.UNAVAILABLE)
 
 
 def _translated(error: Any, address: str) -> CqilError:

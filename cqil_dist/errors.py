@@ -9,6 +9,7 @@ CqilError
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
 ├── LaunchError        the cluster or its actors could not be brought up
 │   └── InsufficientResources   asked for more than the cluster has
+├── RankUnavailable    a lost rank was not replaced in time; the engine has given up
 └── ExchangeError      the data plane between ranks
     ├── ProtocolError      a peer sent something that is not what the plan expects next
     └── PeerLost           a peer closed its socket or missed the deadline
@@ -53,6 +54,10 @@ class LaunchError(CqilError):
 
 class InsufficientResources(LaunchError):
     """The cluster does not have, or does not free in time, what was asked for."""
+
+
+class RankUnavailable(CqilError):
+    """A lost rank was not replaced in time; names the rank and its node."""
 
 
 class ExchangeError(CqilError):

@@ -45,7 +45,10 @@ class LaunchConfig:
             the others; None for 64 on a CPU and 512 on a GPU.
         pin: bind each rank to cores of its own, the lowest of its node; None does so on a local
             cluster with enough of them. Pass False where several launches share a machine.
+        spares: standby actors, on nodes of their own under STRICT_SPREAD, which take over a lost
+            rank. They read all ranks' weights beforehand as far as memory allows.
         step_deadline_s: seconds a step may take before a rank counts as lost.
+        recovery_timeout_s: seconds to wait for a lost rank to be replaced before giving up.
         verbose: show Ray's own logs.
 
     Raises:
@@ -65,7 +68,9 @@ class LaunchConfig:
     max_len: int | None = None
     prefill_tokens: int | None = None
     pin: bool | None = None
-    step_deadline_s: float = 60.0
+    spares: int = 0
+    step_deadline_s: float = 30.0
+    recovery_timeout_s: float = 180.0
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -73,7 +78,9 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 1")
-        for name in ("gpus_per_rank", "step_deadline_s"):
+        if not isinstance(self.spares, int) or self.spares < 0:
+            raise LaunchError(f"spares is {self.spares!r} but must be a whole number, at least 0")
+        for name in ("gpus_per_rank", "step_deadline_s", "recovery_timeout_s"):
             if not (value := getattr(self, name)) > 0:
                 raise LaunchError(f"{name} is {value!r} but must be above 0")
         for name, known in (("strategy", STRATEGIES), ("device", DEVICES), ("dtype", DTYPES)):

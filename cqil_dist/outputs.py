@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
+EngineState = Literal["serving", "recovering", "failed"]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,26 @@ class RankStatus:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """How the ranks came together again after one was lost.
+
+    Attributes:
+        cause: what was lost, and how that was noticed.
+        seconds: from noticing the loss to the first step computed since.
+        phases: seconds of each phase: "seat" (every rank has a live actor), "load" (it has its
+            weights), "connect" (the ranks have met), "prefill" (a step has been computed).
+    """
+
+    cause: str
+    seconds: float
+    phases: dict[str, float]
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
+        return f"recovered in {self.seconds:.2f} s ({phases}) from: {self.cause}"
+
+
+@dataclass(frozen=True)
 class Status:
     """What an engine serves, and how busy it is.
 
@@ -207,7 +228,12 @@ class Status:
         plan: as `Plan.to_json` gives it.
         running_requests, waiting_requests: those that hold a slot, and those that wait for one.
         max_len: most tokens a prompt and its completion may have together.
-        steps: computed since launch.
+        steps: computed since the coordinator started.
+        state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
+            engine has given up.
+        state_detail: what is waited for, or why it gave up.
+        epoch: counts how often the ranks have met.
+        recoveries: how often since the coordinator started; `last_recovery` is the latest.
     """
 
     model: str
@@ -219,6 +245,11 @@ class Status:
     slots: int
     max_len: int
     steps: int
+    state: EngineState
+    state_detail: str
+    epoch: int
+    recoveries: int
+    last_recovery: Recovery | None
 
 
 def _logprob_dicts(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:

@@ -8,8 +8,9 @@ carries the values; it knows nothing of tensors, tokenizers or how a token is dr
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cqil_dist.errors import RequestError
@@ -59,6 +60,13 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+
+    def seeded(self) -> SamplingParams:
+        """These values with a seed: the one given, or one drawn now.
+
+        Drawn seeds are below 2**48, so that JSON readers that hold numbers as doubles keep them.
+        """
+        return self if self.seed is not None else replace(self, seed=int.from_bytes(os.urandom(6)))
 
     def __post_init__(self) -> None:
         # Values come from JSON and from untyped callers: types are checked as well as ranges, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -39,8 +40,8 @@ def show(
     parsed = Plan.parse(plan, config.num_layers)
     world = max(group.size for group in parsed.groups) if ranks is None else ranks
     assignment = assign(parsed, world, config.vocab_size)
-    bytes_per_value = 2 if dtype in ("float16", "bfloat16") else 4
-    held = [_held(assignment, rank, config, bytes_per_value) for rank in range(world)]
+    dtype = "float32" if dtype == "auto" else dtype
+    held = [_held(assignment, rank, config, dtype) for rank in range(world)]
     if as_json:
         summary = {
             "plan": parsed.to_json(),
@@ -60,16 +61,15 @@ def show(
     )
 
 
-def _held(assignment: Assignment, rank: int, config: Any, bytes_per_value: int) -> dict[str, Any]:
-    layers = assignment.layers_of(rank)
+def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[str, Any]:
+    from cqil_dist.model.footprint import footprint
+
     rows = assignment.head_rows[rank]
-    values = len(layers) * config.layer_parameters + len(rows) * config.hidden_size
     return {
         "rank": rank,
-        "layers": list(layers),
+        "layers": list(assignment.layers_of(rank)),
         "vocabulary_rows": [rows.start, rows.stop],
-        "weight_bytes": values * bytes_per_value,
-        "kv_bytes_per_token": len(layers) * config.kv_values_per_token * bytes_per_value,
+        **asdict(footprint(assignment, rank, config, dtype)),
     }
 
 

@@ -81,6 +81,7 @@ class ExchangeStats:
     """Counters of one rank's exchange, and a ring of its latest waits.
 
     Attributes:
+        steps: steps begun.
         rounds: rounds this rank took part in, sending or receiving.
         rounds_led: rounds of which this rank is the leader; summed over ranks, each round of the
             run counts once.
@@ -88,6 +89,7 @@ class ExchangeStats:
     """
 
     def __init__(self, ring_entries: int = RING_ENTRIES) -> None:
+        self.steps = 0
         self.rounds = 0
         self.rounds_led = 0
         self.bytes_sent = 0
@@ -106,6 +108,7 @@ class ExchangeStats:
         waits, entries = self._waits, len(self._ring)
         ring = self._ring[:waits] if waits < entries else np.roll(self._ring, -(waits % entries))
         return {
+            "steps": self.steps,
             "rounds": self.rounds,
             "rounds_led": self.rounds_led,
             "bytes_sent": self.bytes_sent,

@@ -99,6 +99,12 @@ class Link:
         """
         return recv_each([self], timeout)[0]
 
+    def check(self) -> None:
+        """Raises PeerLost if the connection is closed, at either end. Does not wait or read."""
+        self._check_open()
+        if wait_ready({self._sock: select.POLLRDHUP}, deadline=0):
+            raise self._lost("it closed the connection")
+
     def close(self) -> None:
         """Close the connection and wake a blocked send or receive, which raises PeerLost."""
         self._shut_down()

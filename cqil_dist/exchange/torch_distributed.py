@@ -84,6 +84,7 @@ class TorchDistributedExchange:
     def begin_step(self, step: int) -> None:
         """See `Exchange.begin_step`."""
         self._step = step
+        self.stats.steps += 1
 
     def gather(
         self, round: Round, own: Tensor | None, shapes: Mapping[int, tuple[int, ...]]

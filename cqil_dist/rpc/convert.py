@@ -13,8 +13,10 @@ from cqil_dist.errors import RequestError
 from cqil_dist.outputs import (
     Chunk,
     Completion,
+    EngineState,
     FinishReason,
     RankStatus,
+    Recovery,
     Status,
     Timings,
     TokenLogprob,
@@ -28,12 +30,27 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 _LISTS = ("stop", "stop_token_ids")
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_STATES: dict[int, EngineState] = {
+    pb.ENGINE_STATE_SERVING: "serving",
+    pb.ENGINE_STATE_RECOVERING: "recovering",
+    pb.ENGINE_STATE_FAILED: "failed",
+}
+_STATE_CODES = {state: code for code, state in _STATES.items()}
 
 
-def request_to_wire(prompt: Prompt, params: SamplingParams, final_only: bool) -> pb.GenerateRequest:
+def request_to_wire(
+    prompt: Prompt,
+    params: SamplingParams,
+    final_only: bool = False,
+    resume_token_ids: Sequence[int] = (),
+) -> pb.GenerateRequest:
     """Raises RequestError if the prompt is neither text, token ids nor chat messages."""
     try:
-        wire = pb.GenerateRequest(sampling_params=params_to_wire(params), final_only=final_only)
+        wire = pb.GenerateRequest(
+            sampling_params=params_to_wire(params),
+            final_only=final_only,
+            resume_token_ids=resume_token_ids,
+        )
         if isinstance(prompt, str):
             wire.text = prompt
             return wire
@@ -96,7 +113,11 @@ def chunk_from_wire(wire: pb.GenerateResponse, wants_logprobs: bool) -> Chunk:
 
 
 def status_to_wire(status: Status) -> pb.GetStatusResponse:
-    values = asdict(status) | {"ranks": [pb.RankStatus(**asdict(r)) for r in status.ranks]}
+    values = asdict(status) | {
+        "ranks": [pb.RankStatus(**asdict(rank)) for rank in status.ranks],
+        "state": _STATE_CODES[status.state],
+        "last_recovery": _recovery_to_wire(status.last_recovery),
+    }
     return pb.GetStatusResponse(plan_json=json.dumps(values.pop("plan")), **values)
 
 
@@ -115,7 +136,30 @@ def status_from_wire(wire: pb.GetStatusResponse) -> Status:
         slots=wire.slots,
         max_len=wire.max_len,
         steps=wire.steps,
+        state=_STATES[wire.state],
+        state_detail=wire.state_detail,
+        epoch=wire.epoch,
+        recoveries=wire.recoveries,
+        last_recovery=_recovery_from_wire(wire),
     )
+
+
+def _recovery_to_wire(recovery: Recovery | None) -> pb.Recovery | None:
+    if recovery is None:
+        return None
+    return pb.Recovery(
+        cause=recovery.cause,
+        seconds=recovery.seconds,
+        phases=[pb.RecoveryPhase(name=n, seconds=s) for n, s in recovery.phases.items()],
+    )
+
+
+def _recovery_from_wire(wire: pb.GetStatusResponse) -> Recovery | None:
+    if not wire.HasField("last_recovery"):
+        return None
+    recovery = wire.last_recovery
+    phases = {phase.name: phase.seconds for phase in recovery.phases}
+    return Recovery(recovery.cause, recovery.seconds, phases)
 
 
 def _completion_to_wire(completion: Completion) -> pb.Completion:

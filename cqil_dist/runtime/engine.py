@@ -7,14 +7,18 @@ submit, cancel and read streams.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from cqil_dist.errors import CqilError, ExchangeError, RequestError
 from cqil_dist.model.step import Segment
+from cqil_dist.outputs import EngineState, Recovery
 from cqil_dist.runtime.detokenizer import Detokenizer
 from cqil_dist.runtime.request import Request
 from cqil_dist.runtime.sampler import SampledToken, Sampler
@@ -23,6 +27,14 @@ from cqil_dist.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# How often an idle engine looks whether its ranks are still there.
+_IDLE_CHECK_S = 0.5
+# Recoveries in a row without a step between them, after which it is not bad luck: a step that
+# fails on every new set of ranks is a fault of its own.
+_MAX_ATTEMPTS = 5
 
 
 class StepModel(Protocol):
@@ -51,6 +63,27 @@ class StepModel(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Between steps: raises ExchangeError if there will be no other. Does not wait."""
+        ...
+
+
+Rebuild = Callable[[ExchangeError], tuple[StepModel, dict[str, float]]]
+"""Another model with empty caches in place of one that failed, and the seconds its phases took.
+
+Raises CqilError where there is none to be had.
+"""
+
+
+@dataclass
+class _Loss:
+    """A failure that no step has been computed since."""
+
+    cause: str
+    noticed: float
+    attempts: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+
 
 class Engine:
     """Continuous batching of requests over one model.
@@ -59,6 +92,8 @@ class Engine:
         max_len: most tokens a prompt and its completion may have together.
         slots: requests that run at the same time; more wait.
         prefill_tokens: most prompt tokens a step computes beside the decoding requests' tokens.
+        rebuild: called where the model fails; None ends all requests then.
+        on_recovery: told of each recovery.
     """
 
     def __init__(
@@ -71,8 +106,12 @@ class Engine:
         max_len: int,
         slots: int,
         prefill_tokens: int,
+        rebuild: Rebuild | None = None,
+        on_recovery: Callable[[Recovery], None] = lambda recovery: None,
     ) -> None:
         self.max_len = max_len
+        self._rebuild = rebuild
+        self._on_recovery = on_recovery
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
@@ -83,19 +122,31 @@ class Engine:
         self._changed = threading.Condition()  # guards the scheduler and what follows
         self._cancelled: list[Request] = []
         self._failure: CqilError | None = None
+        self._loss: _Loss | None = None
+        self._recoveries = 0
+        self._last_recovery: Recovery | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, final_only: bool = False
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        final_only: bool = False,
+        resume_token_ids: Sequence[int] = (),
     ) -> Request:
         """Queue a request; its `stream` gives the chunks, or one at the end with `final_only`.
+
+        Args:
+            resume_token_ids: output tokens that a broken stream of the same request has given
+                already; this one goes on after them.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds unknown token ids.
             CqilError: the engine is closed, or lost its model.
         """
         prompt_ids = self._encode(prompt)
+        self._check_known(resume_token_ids)
         request = Request(
             prompt_ids,
             params,
@@ -104,17 +155,23 @@ class Engine:
             self._eos_token_ids,
             final_only,
         )
+        request.replay(resume_token_ids, self.max_len)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
-            self._scheduler.add(request)
-            self._changed.notify()
+            if not request.finished:
+                self._scheduler.add(request)
+                self._changed.notify()
         return request
 
     def submit_chat(
-        self, messages: list[dict[str, str]], params: SamplingParams, final_only: bool = False
+        self,
+        messages: list[dict[str, str]],
+        params: SamplingParams,
+        final_only: bool = False,
+        resume_token_ids: Sequence[int] = (),
     ) -> Request:
-        """Queue a conversation, laid out by the model's chat template.
+        """Queue a conversation, laid out by the model's chat template; otherwise as `submit`.
 
         Raises:
             RequestError: no messages, or the model has no chat template that takes them.
@@ -129,7 +186,7 @@ class Engine:
             raise RequestError(
                 f"the model's chat template refused the messages: {error}"
             ) from error
-        return self.submit(list(encoded["input_ids"]), params, final_only)
+        return self.submit(list(encoded["input_ids"]), params, final_only, resume_token_ids)
 
     def cancel(self, request: Request) -> None:
         """End a request early: its stream closes as "abort" and its slot is freed."""
@@ -138,9 +195,14 @@ class Engine:
             self._changed.notify()
 
     def status(self) -> dict[str, Any]:
-        """Counts of requests that run and wait, of slots, and of steps so far."""
+        """Counts of requests that run and wait, of slots, steps and recoveries; and the state."""
         with self._changed:
+            state, detail = self._state()
             return {
+                "state": state,
+                "state_detail": detail,
+                "recoveries": self._recoveries,
+                "last_recovery": self._last_recovery,
                 "running_requests": self._scheduler.running,
                 "waiting_requests": self._scheduler.waiting,
                 "free_slots": self._scheduler.free_slots,
@@ -155,6 +217,13 @@ class Engine:
         """
         self._fail(CqilError("the engine was closed before the request finished"))
 
+    def _state(self) -> tuple[EngineState, str]:
+        if self._failure is not None:
+            return "failed", str(self._failure)
+        if self._loss is not None:
+            return "recovering", self._loss.cause
+        return "serving", ""
+
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             prompt_ids: list[int] = self._tokenizer(prompt)["input_ids"]
@@ -162,11 +231,7 @@ class Engine:
             prompt_ids = list(prompt)
         if not prompt_ids:
             raise RequestError("the prompt is empty; give at least one token to continue")
-        if unknown := [id for id in prompt_ids if id not in range(self._vocab_size)]:
-            raise RequestError(
-                f"prompt token ids {unknown[:5]} lie outside the vocabulary (0 to "
-                f"{self._vocab_size - 1})"
-            )
+        self._check_known(prompt_ids)
         if len(prompt_ids) >= self.max_len:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, but prompt and completion together may "
@@ -174,15 +239,21 @@ class Engine:
             )
         return prompt_ids
 
+    def _check_known(self, token_ids: Sequence[int]) -> None:
+        if unknown := [id for id in token_ids if id not in range(self._vocab_size)]:
+            raise RequestError(
+                f"prompt token ids {unknown[:5]} lie outside the vocabulary (0 to "
+                f"{self._vocab_size - 1})"
+            )
+
     def _run(self) -> None:
         try:
-            while (step := self._next_step()) is not None:
-                argmax_only = all(request.wants_argmax for request in step.requests)
-                self._model.begin(step.segments, step.token_ids, argmax_only)
-                self._steps += 1
-                self._release()  # while the ranks compute
-                self._deliver(step, self._model.finish(), argmax_only)
-        except ExchangeError as error:
+            while self._failure is None:
+                try:
+                    self._work()
+                except ExchangeError as error:
+                    self._recover(error)
+        except CqilError as error:
             self._fail(error)
         except BaseException as error:
             # Nobody else would tell those who wait for this thread.
@@ -191,18 +262,70 @@ class Engine:
         finally:
             self._release()
 
+    def _work(self) -> None:
+        """Compute a step, or find nothing to compute for a while."""
+        step = self._next_step()
+        if step is None:
+            self._model.check()
+            self._note_progress()
+            return
+        argmax_only = all(request.wants_argmax for request in step.requests)
+        self._model.begin(step.segments, step.token_ids, argmax_only)
+        self._steps += 1
+        self._release()  # while the ranks compute
+        rows = self._model.finish()
+        self._note_progress()
+        self._deliver(step, rows, argmax_only)
+
     def _next_step(self) -> ScheduledStep | None:
-        """Wait for something to compute; None when the engine is closed."""
+        """Wait a while for something to compute; None if there is nothing, or on closing."""
         with self._changed:
-            while self._failure is None:
-                for request in self._cancelled:
-                    self._drop(request)
-                self._cancelled.clear()
-                if (step := self._scheduler.schedule()) is not None:
-                    return step
+            if (step := self._schedule()) is None and self._failure is None:
                 self._release()
-                self._changed.wait()
-            return None
+                self._changed.wait(_IDLE_CHECK_S)
+                step = self._schedule()
+            return step
+
+    def _schedule(self) -> ScheduledStep | None:
+        for request in self._cancelled:
+            self._drop(request)
+        self._cancelled.clear()
+        return self._scheduler.schedule()
+
+    def _recover(self, error: ExchangeError) -> None:
+        """Go on with another model, on which every request computes its tokens again.
+
+        Raises:
+            CqilError: there is none, or they fail one after the other.
+        """
+        self._release()  # what is known is told before the wait
+        with self._changed:
+            if self._failure is not None:  # closed: that is what ended the step
+                return
+            self._loss = loss = self._loss or _Loss(str(error), time.monotonic())
+        loss.attempts += 1
+        logger.warning("attempt %d to recover from: %s", loss.attempts, error)
+        if self._rebuild is None or loss.attempts > _MAX_ATTEMPTS:
+            raise error
+        self._model, phases = self._rebuild(error)
+        for name, seconds in phases.items():
+            loss.phases[name] = loss.phases.get(name, 0.0) + seconds
+        with self._changed:
+            self._scheduler.lose_cache()
+
+    def _note_progress(self) -> None:
+        """The model works: a loss before this is made good."""
+        if (loss := self._loss) is None:
+            return
+        seconds = time.monotonic() - loss.noticed
+        phases = {**loss.phases, "prefill": seconds - sum(loss.phases.values())}
+        recovery = Recovery(loss.cause, seconds, phases)
+        with self._changed:
+            self._loss = None
+            self._recoveries += 1
+            self._last_recovery = recovery
+        logger.warning("%s", recovery)
+        self._on_recovery(recovery)
 
     def _drop(self, request: Request) -> None:
         if not request.finished:

@@ -1,7 +1,10 @@
 """The Ray actor around one rank: loads its layers, joins the mesh, serves steps on a thread.
 
-Ray places it, starts it and asks it questions. Tokens do not pass through Ray: steps come over
-the coordinator's link, and partial results over the exchange.
+Ray places it, starts it again when its process dies, and asks it questions. Tokens do not pass
+through Ray: steps come over the coordinator's link, and partial results over the exchange.
+
+An actor is no particular rank until it joins a mesh as one. Meshes follow each other in epochs:
+when a rank is lost, those that are left keep their weights and meet again in the next.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ import logging
 import os
 import socket
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 
-from cqil_dist.errors import ModelNotFound, PeerLost
+from cqil_dist.errors import ExchangeError, PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
@@ -25,9 +29,12 @@ from cqil_dist.exchange.sockets import format_address
 from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
+from cqil_dist.model.footprint import footprint
+from cqil_dist.runtime.model_files import model_directory
 from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
 from cqil_dist.runtime.resident_memory import (
+    available_bytes,
     freed_memory_returned,
     release_import_time_code,
 )
@@ -35,18 +42,44 @@ from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
 
+_THREAD_END_S = 5.0
+# A spare leaves this much more than it takes to those that serve.
+_HEADROOM = 2.0
+
+
+@dataclass(frozen=True)
+class ActorState:
+    """What an actor says of itself.
+
+    Attributes:
+        cores: those its process may use.
+        gpu: Ray's id of its GPU, or None.
+        epoch: the latest it has listened in; -1 before the first.
+        ranks: those whose weights it holds.
+    """
+
+    node_id: str
+    pid: int
+    cores: tuple[int, ...]
+    gpu: str | None
+    epoch: int
+    ranks: frozenset[int]
+
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """How the ranks of one epoch meet.
+    """How the ranks of one epoch meet, as one of them is told it.
 
     Attributes:
+        rank: the one that is told.
         addresses: each rank's listener, "host:port".
         nccl_address: where ranks with a GPU each meet for NCCL; None for partial sums over TCP.
         cores: cores this rank's compute thread is bound to; empty leaves it free.
         spin_s: seconds to poll for a peer's frame before sleeping.
+        deadline_s: seconds until all must have met.
     """
 
+    rank: int
     addresses: dict[int, str]
     secret: bytes
     epoch: int
@@ -57,76 +90,100 @@ class MeshSpec:
 
 
 class LayerActor:
-    """One rank. Its methods are called through Ray, from several threads."""
+    """One rank, or a spare one. Its methods are called through Ray, from several threads."""
 
-    def __init__(self, rank: int, device: str) -> None:
-        self.rank = rank
+    def __init__(self, device: str) -> None:
         self._device = torch.device(device)
+        self._loading = threading.Lock()
         self._stages_loaded = 0
-        self._program: RankProgram | None = None
-        self._spec: EngineSpec | None = None
+        self._wanted = threading.Event()
+        self._programs: dict[int, RankProgram] = {}
+        self._meeting = threading.Lock()
+        self._epoch = -1
         self._listener: Listener | None = None
-        self._link: Link | None = None
-        self._exchange: Exchange | None = None
-        self._thread: threading.Thread | None = None
+        self._mesh: _Mesh | None = None
 
-    def place(self) -> dict[str, Any]:
-        """Where this rank runs; `cores` are those its process may use."""
+    def state(self) -> ActorState:
+        """Answers at once, whatever else the actor is doing."""
         gpus = ray.get_gpu_ids()
-        return {
-            "node_id": ray.get_runtime_context().get_node_id(),
-            "cores": sorted(os.sched_getaffinity(0)),
-            "gpu": str(gpus[0]) if gpus else None,
-        }
+        return ActorState(
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            cores=tuple(sorted(os.sched_getaffinity(0))),
+            gpu=str(gpus[0]) if gpus else None,
+            epoch=self._epoch,
+            ranks=frozenset(self._programs),
+        )
 
-    def load(self, spec: EngineSpec) -> None:
-        """Read this rank's weights.
+    def load(self, spec: EngineSpec, rank: int) -> None:
+        """Read a rank's weights, unless they are here already.
 
         Raises:
-            ModelNotFound: this node has no such directory.
+            ModelNotFound: this node does not have the model, and cannot fetch it.
             CheckpointError: naming what is wrong with the weights.
         """
-        if not spec.model_path.is_dir():
-            raise ModelNotFound(
-                f"rank {self.rank}'s node {ray.util.get_node_ip_address()} has no directory "
-                f"{spec.model_path}; fetch or copy the model there, at the same path on every node"
-            )
-        torch.set_num_threads(spec.threads)
-        self._spec = spec
-        release_import_time_code()
-        with freed_memory_returned():
-            self._program = RankProgram(
-                self.rank,
-                spec.assignment,
-                spec.config,
-                Checkpoint(spec.model_path),
-                spec.cache_shape,
-                parse_dtype(spec.dtype),
-                self._device,
-                on_stage_loaded=self._count_stage,
-            )
+        with self._loading:
+            if rank in self._programs:
+                return
+            path = model_directory(spec.model, spec.model_path)
+            torch.set_num_threads(spec.threads)
+            release_import_time_code()
+            with freed_memory_returned():
+                self._programs[rank] = RankProgram(
+                    rank,
+                    spec.assignment,
+                    spec.config,
+                    Checkpoint(path),
+                    spec.cache_shape,
+                    parse_dtype(spec.dtype),
+                    self._device,
+                    on_stage_loaded=self._count_stage,
+                )
+
+    def prepare(self, spec: EngineSpec) -> None:
+        """As a spare, read all ranks' weights beforehand, as far as memory allows."""
+        for rank in range(spec.assignment.world):
+            share = footprint(spec.assignment, rank, spec.config, spec.dtype)
+            needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
+            free = available_bytes(self._device)
+            if free < needed:
+                logger.warning(
+                    "spare does not read rank %d beforehand: %d MB are free, %d MB wanted",
+                    rank,
+                    free >> 20,
+                    needed >> 20,
+                )
+                return
+            if self._wanted.is_set():
+                return
+            self.load(spec, rank)
 
     def stages_loaded(self) -> int:
         """Progress of `load`."""
         return self._stages_loaded
 
-    def describe(self) -> dict[str, Any]:
-        """Identity, place and memory of this rank, as in the service's `RankStatus`."""
-        assert self._program is not None, "described after loading"
-        place = self.place()
-        return {
-            "rank": self.rank,
-            "node_id": place["node_id"],
-            "pid": os.getpid(),
-            "device": str(self._device),
-            "weight_bytes": self._program.weight_bytes,
-            "kv_bytes": self._program.kv_bytes,
-        }
-
     def listen(self, host: str, secret: bytes, epoch: int) -> str:
-        """Open this rank's port on `host`, its node's cluster address; returns "host:port"."""
-        self._listener = Listener(host, secret, epoch)
-        return self._listener.address
+        """Leave the mesh of an earlier epoch and open a port on `host` for this one's.
+
+        Args:
+            host: this node's address in the cluster.
+
+        Returns:
+            The listener's "host:port".
+
+        Raises:
+            ExchangeError: the actor has been called to a later epoch.
+        """
+        self._wanted.set()
+        with self._meeting:
+            if epoch <= self._epoch:
+                raise ExchangeError(
+                    f"called to epoch {epoch}, but this actor has been called to {self._epoch}"
+                )
+            self._epoch = epoch
+            self._leave()
+            self._listener = Listener(host, secret, epoch)
+            return self._listener.address
 
     def free_address(self, host: str) -> str:
         """A free "host:port" on this rank's node, for NCCL's rendezvous."""
@@ -134,92 +191,143 @@ class LayerActor:
             sock.bind((host, 0))
             return format_address(sock.getsockname())
 
-    def join(self, mesh: MeshSpec) -> None:
-        """Connect to every peer and the coordinator, and start serving steps.
+    def join(self, spec: EngineSpec, mesh: MeshSpec) -> dict[str, int]:
+        """Connect to every peer and the coordinator, and start serving steps as `mesh.rank`.
+
+        Weights of other ranks are dropped.
+
+        Returns:
+            "weight_bytes" and "kv_bytes" of the rank.
 
         Raises:
-            PeerLost: a peer or the coordinator did not connect in time.
+            ExchangeError: a peer or the coordinator did not connect in time, or the actor has been
+                called to another epoch meanwhile.
         """
-        assert self._listener is not None, "listens before it joins"
-        assert self._spec is not None, "loads before it joins"
-        with self._listener as listener:
+        listener = self._listener
+        if listener is None or mesh.epoch != self._epoch:
+            raise ExchangeError(f"called to join epoch {mesh.epoch}, but this is {self._epoch}")
+        program = self._programs[mesh.rank]
+        joined = _Mesh(program, spec, mesh, listener, self._device)
+        with self._meeting:
+            if mesh.epoch != self._epoch:
+                joined.close()
+                raise ExchangeError(f"epoch {mesh.epoch} was given up for {self._epoch}")
+            self._mesh = joined
+            self._programs = {mesh.rank: program}
+            joined.start()
+        return {"weight_bytes": program.weight_bytes, "kv_bytes": program.kv_bytes}
+
+    def exchange_stats(self) -> dict[str, Any]:
+        """Counters and latest waits of this rank's exchange (`ExchangeStats.snapshot`)."""
+        assert self._mesh is not None, "joined the mesh"
+        return self._mesh.exchange.stats.snapshot()
+
+    def close(self) -> None:
+        """Leave the mesh and end the serving thread. Idempotent."""
+        with self._meeting:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        if self._mesh is not None:
+            self._mesh.close()
+        self._listener = self._mesh = None
+
+    def _count_stage(self) -> None:
+        self._stages_loaded += 1
+
+
+class _Mesh:
+    """One epoch as one rank sees it: the connections, and the thread that serves steps."""
+
+    def __init__(
+        self,
+        program: RankProgram,
+        spec: EngineSpec,
+        mesh: MeshSpec,
+        listener: Listener,
+        device: torch.device,
+    ) -> None:
+        self._program = program
+        self._threads = spec.threads
+        self._cores = mesh.cores
+        with listener, ExitStack() as on_failure:
             sockets = connect_mesh(
                 listener,
-                self.rank,
+                mesh.rank,
                 mesh.addresses,
                 mesh.secret,
                 mesh.epoch,
                 mesh.deadline_s,
                 extra={COORDINATOR},
             )
-        coordinator = sockets.pop(COORDINATOR)
-        spec = self._spec
-        self._link = Link(
-            coordinator,
-            COORDINATOR,
-            format_address(coordinator.getpeername()),
-            spec.max_message_bytes,
-        )
-        if mesh.nccl_address is not None:
             for sock in sockets.values():
-                sock.close()
-            self._exchange = TorchDistributedExchange(
-                self.rank,
-                spec.assignment.world,
-                "nccl",
-                mesh.nccl_address,
-                parse_dtype(spec.dtype),
-                self._device,
-                spec.step_deadline_s,
-            )
-        else:
-            self._exchange = TcpExchange(
-                self.rank,
-                sockets,
-                mesh.addresses,
-                parse_dtype(spec.dtype),
-                self._device,
-                max_bytes=spec.max_exchange_bytes,
-                epoch=mesh.epoch,
-                deadline_s=spec.step_deadline_s,
-                spin_s=mesh.spin_s,
-            )
-        self._thread = threading.Thread(
-            target=self._serve, args=(mesh.cores,), name="steps", daemon=True
-        )
+                on_failure.enter_context(sock)
+            coordinator = sockets.pop(COORDINATOR)
+            address = format_address(coordinator.getpeername())
+            self._link = Link(coordinator, COORDINATOR, address, spec.max_message_bytes)
+            self.exchange = _exchange(spec, mesh, sockets, device)
+            on_failure.pop_all()
+        self._thread = threading.Thread(target=self._serve, name="steps", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
-    def exchange_stats(self) -> dict[str, Any]:
-        """Counters and latest waits of this rank's exchange (`ExchangeStats.snapshot`)."""
-        assert self._exchange is not None, "joined the mesh"
-        return self._exchange.stats.snapshot()
-
     def close(self) -> None:
-        """Leave the mesh and end the serving thread. Idempotent."""
-        for closable in (self._listener, self._link, self._exchange):
-            if closable is not None:
-                closable.close()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        """Close the connections and wait for the thread.
 
-    def _count_stage(self) -> None:
-        self._stages_loaded += 1
+        A thread that does not end, hung in a device or a library, would use the cache beside the
+        next one: the process ends instead, and Ray starts another.
+        """
+        self._link.close()
+        self.exchange.close()
+        if self._thread.is_alive():
+            self._thread.join(_THREAD_END_S)
+            if self._thread.is_alive():
+                logger.error("a step did not end within %g s; ending the process", _THREAD_END_S)
+                os._exit(1)
 
-    def _serve(self, cores: tuple[int, ...]) -> None:
-        assert self._program is not None, "loaded"
-        assert self._link is not None, "joined"
-        assert self._exchange is not None, "joined"
-        if cores:
-            os.sched_setaffinity(0, cores)  # of this thread and those it starts
-        torch.set_num_threads(self._spec.threads if self._spec else 1)
+    def _serve(self) -> None:
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)  # of this thread and those it starts
+        torch.set_num_threads(self._threads)
         try:
-            serve_steps(self._program, self._link, self._exchange)
+            serve_steps(self._program, self._link, self.exchange)
         except PeerLost as error:
             if error.peer != COORDINATOR:
-                logger.error("rank %d stops: %s", self.rank, error)
+                logger.error("rank %d leaves the mesh: %s", self._program.rank, error)
         except Exception:
-            logger.exception("rank %d stops", self.rank)
+            logger.exception("rank %d leaves the mesh", self._program.rank)
         finally:
             # Closed sockets are how peers and the coordinator learn of it.
             self._link.close()
-            self._exchange.close()
+            self.exchange.close()
+
+
+def _exchange(
+    spec: EngineSpec, mesh: MeshSpec, sockets: dict[int, socket.socket], device: torch.device
+) -> Exchange:
+    if mesh.nccl_address is None:
+        return TcpExchange(
+            mesh.rank,
+            sockets,
+            mesh.addresses,
+            parse_dtype(spec.dtype),
+            device,
+            max_bytes=spec.max_exchange_bytes,
+            epoch=mesh.epoch,
+            deadline_s=spec.step_deadline_s,
+            spin_s=mesh.spin_s,
+        )
+    for sock in sockets.values():
+        sock.close()
+    return TorchDistributedExchange(
+        mesh.rank,
+        spec.assignment.world,
+        "nccl",
+        mesh.nccl_address,
+        parse_dtype(spec.dtype),
+        device,
+        spec.step_deadline_s,
+    )

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -69,7 +70,8 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
                 include_dashboard=False,
                 # Ray starts workers at niceness 15, below whatever else the machine does; a rank
                 # that has to wait for its core keeps all the others waiting.
-                _system_config={"worker_niceness": 0},
+                # One that is stuck does not end when asked to, and is killed after this long.
+                _system_config={"worker_niceness": 0, "kill_worker_timeout_milliseconds": 500},
                 **logging_options,
             )
         else:
@@ -101,34 +103,39 @@ def _check_reachable(address: str) -> None:
 
 
 @contextmanager
-def placed(resources: RankResources, ranks: int, strategy: str) -> Iterator[PlacementGroup]:
-    """Reserve room for `ranks` ranks; given back at the end.
+def placed(
+    resources: RankResources, ranks: int, spares: int, strategy: str
+) -> Iterator[PlacementGroup]:
+    """Reserve room for ranks and spares; given back at the end.
 
     Raises:
         InsufficientResources: saying what was asked and what the cluster has.
     """
     bundle = resources.bundle()
     total = ray.cluster_resources()
-    if any(total.get(name, 0) < ranks * amount for name, amount in bundle.items()):
-        raise InsufficientResources(_shortage(bundle, ranks, strategy))
-    group = placement_group([bundle] * ranks, strategy=strategy)
+    actors = ranks + spares
+    shortage = partial(_shortage, bundle, ranks, spares, strategy)
+    if any(total.get(name, 0) < actors * amount for name, amount in bundle.items()):
+        raise InsufficientResources(shortage())
+    group = placement_group([bundle] * actors, strategy=strategy)
     try:
         if not group.wait(_PLACEMENT_TIMEOUT_S):
-            raise InsufficientResources(_shortage(bundle, ranks, strategy))
+            raise InsufficientResources(shortage())
         yield group
     finally:
         remove_placement_group(group)
 
 
-def _shortage(bundle: dict[str, float], ranks: int, strategy: str) -> str:
+def _shortage(bundle: dict[str, float], ranks: int, spares: int, strategy: str) -> str:
     each = _amounts(bundle)
+    actors = f"{ranks} ranks and {spares} spares" if spares else f"{ranks} ranks"
     nodes = "; ".join(
         f"{node['NodeManagerAddress']} has {_amounts(node['Resources'])}"
         for node in ray.nodes()
         if node["Alive"]
     )
     return (
-        f"asked for {ranks} ranks of {each} each, strategy {strategy}, but the cluster has "
+        f"asked for {actors} of {each} each, strategy {strategy}, but the cluster has "
         f"{_amounts(ray.cluster_resources())} ({_amounts(ray.available_resources())} free; "
         f"{nodes}). {_ways_out(bundle)}"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cqil_dist.assignment import Assignment
-from cqil_dist.errors import ExchangeError
+from cqil_dist.errors import ExchangeError, PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.link import Link, recv_each
 from cqil_dist.model.head import Embedding
@@ -76,6 +76,21 @@ class RankGroup:
         if shards:
             return torch.cat(shards, dim=-1)
         return most_likely([answer["best"] for answer, _ in answers])
+
+    def check(self) -> None:
+        """See `StepModel.check`. Raises PeerLost."""
+        for link in self._links:
+            link.check()
+
+    def closed_ranks(self) -> set[int]:
+        """Ranks that have closed their link: their process has ended, or their last step failed."""
+        closed: set[int] = set()
+        for rank, link in enumerate(self._links):
+            try:
+                link.check()
+            except PeerLost:
+                closed.add(rank)
+        return closed
 
     def close(self) -> None:
         for link in self._links:

@@ -90,6 +90,26 @@ class Request:
         elif not self._final_only:
             self.stream.hold(Chunk(text, (sampled.token_id,), logprobs))
 
+    def replay(self, token_ids: Sequence[int], max_len: int) -> None:
+        """Take up a stream that broke off: append output tokens that its reader already has.
+
+        The reader has their text too, and nothing of it is given again. Where they end the
+        request, the stream gives its last chunk at once.
+        """
+        for token_id in token_ids:
+            self.tokens.append(token_id)
+            self._token_times.append(time.perf_counter())
+            reason, stop_reason, text = self._outcome(token_id, max_len)
+            self._text.append(text)
+            if reason is not None:
+                self._end(text, (), None, reason, stop_reason)
+                self.stream.release()
+                return
+
+    def lose_cache(self) -> None:
+        """Its keys and values are gone: all its tokens are to be computed again."""
+        self.computed = 0
+
     def abort(self) -> None:
         """End the stream with what there is."""
         rest = self._detokenizer.finish()

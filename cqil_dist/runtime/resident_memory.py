@@ -1,6 +1,6 @@
-"""Keeps a rank's resident memory near its weights and cache: what glibc and Linux are asked for.
+"""A process's memory: what is free, and keeping what it holds near what it needs.
 
-Knows nothing of models. On other systems and C libraries both functions do nothing.
+Knows nothing of models. What is asked of glibc and Linux is left undone on other systems.
 """
 
 from __future__ import annotations
@@ -11,11 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
 _MAPS = Path("/proc/self/maps")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated: the node's for a CPU (Linux's MemAvailable), else the
+    device's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return 1024 * int(value.split()[0])
+    raise OSError(f"{_MEMINFO} has no MemAvailable")
 
 
 @contextmanager

@@ -19,7 +19,6 @@ Short cuts, with one core's time for one token of a 49,152 token vocabulary:
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -64,12 +63,13 @@ class Sampler:
         prompt_ids: the prompt's tokens, which the repetition penalty counts.
 
     Attributes:
-        seed: the request's seed, or the one drawn for it; below 2**48 then, so that JSON readers
-            that hold numbers as doubles keep it exact.
+        seed: the request's seed, or the one drawn for it.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        self.seed = int.from_bytes(os.urandom(6)) if params.seed is None else params.seed
+        seed = params.seeded().seed
+        assert seed is not None, "drawn where it was not given"
+        self.seed = seed
         self._params = params
         self._prompt_length = len(prompt_ids)
         self._penalty: RepetitionPenaltyLogitsProcessor | None = None

@@ -70,6 +70,11 @@ class Scheduler:
             heapq.heappush(self._free, request.slot)
             request.slot = None
 
+    def lose_cache(self) -> None:
+        """The KV cache is gone: every running request computes its tokens again, in its slot."""
+        for request in self._running:
+            request.lose_cache()
+
     def drain(self) -> list[Request]:
         """Forget all requests; returns them."""
         requests = [*self._running, *self._waiting]

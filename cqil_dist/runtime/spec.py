@@ -22,7 +22,10 @@ class EngineSpec:
         max_len: most tokens of a prompt and its completion.
         prefill_tokens: most prompt tokens a step computes.
         threads: compute threads of a rank on a CPU.
+        on_gpu: ranks compute on GPUs.
+        pin: bind ranks to cores: "never", "always", or "if_possible": where nodes have enough.
         step_deadline_s: seconds a step, or an exchange, may take before a peer counts as lost.
+        recovery_timeout_s: seconds to wait for a lost rank before giving up.
     """
 
     model: str
@@ -34,7 +37,10 @@ class EngineSpec:
     max_len: int
     prefill_tokens: int
     threads: int
+    on_gpu: bool
+    pin: str
     step_deadline_s: float
+    recovery_timeout_s: float
 
     @property
     def cache_shape(self) -> CacheShape:

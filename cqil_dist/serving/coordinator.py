@@ -1,109 +1,175 @@
-"""The Ray actor around the engine: connects to the ranks and serves requests over gRPC."""
+"""The Ray actor around the engine: brings the ranks together and serves requests over gRPC.
+
+It survives the loss of ranks, and of itself: started again by Ray, it takes over the ranks as it
+finds them, weights and all, and clients resume their streams. What it needs for that are the
+arguments that Ray creates it with.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray.util.metrics import Counter, Histogram
 
-from cqil_dist.exchange.handshake import COORDINATOR
-from cqil_dist.exchange.link import Link
-from cqil_dist.exchange.listener import connect
+from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.head import Embedding
-from cqil_dist.outputs import RankStatus, Status
+from cqil_dist.outputs import Recovery, Status
+from cqil_dist.runtime.assembly import AssembledRanks, RankPool, host_addresses
 from cqil_dist.runtime.engine import Engine
+from cqil_dist.runtime.model_files import model_directory
 from cqil_dist.runtime.rank_group import RankGroup
 from cqil_dist.runtime.spec import EngineSpec
 from cqil_dist.serving.grpc_server import GenerationServicer, start_server
 
 if TYPE_CHECKING:
     import grpc
+    from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 # Streams beyond the KV slots wait in the engine's queue; this many may wait.
 _QUEUED_STREAMS = 256
+_RECOVERY_BUCKETS_S = [0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300]
 
 
 class Coordinator:
-    """Embeds, schedules, samples and detokenises. Its methods are called through Ray."""
+    """Embeds, schedules, samples and detokenises. Its methods are called through Ray.
 
-    def __init__(self) -> None:
-        self._ranks: RankGroup | None = None
+    Args:
+        secret: of the launch.
+        actors: handles of the layer actors, spare ones included.
+    """
+
+    def __init__(self, spec: EngineSpec, secret: bytes, *actors: Any) -> None:
+        self._spec = spec
+        self._secret = secret
+        self._pool = RankPool(actors, spec, secret)
+        self._starting = threading.Lock()
+        self._address: str | None = None
         self._engine: Engine | None = None
         self._server: grpc.Server | None = None
+        self._group: RankGroup | None = None
+        self._assembled: AssembledRanks | None = None
+        self._recoveries = Counter("cqil_recoveries", "Losses of a rank that were made good.")
+        self._recovery_seconds = Histogram(
+            "cqil_recovery_seconds",
+            "Time to recover from the loss of a rank, by phase.",
+            boundaries=_RECOVERY_BUCKETS_S,
+            tag_keys=("phase",),
+        )
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # Nobody may ask for a while, and then everybody waits.
+            threading.Thread(target=self._start_again, name="start", daemon=True).start()
 
-    def load(self, spec: EngineSpec) -> None:
-        """Read the tokenizer and the embedding."""
-        from transformers import AutoTokenizer
-
-        torch.set_num_threads(1)  # the ranks want the cores
-        self._spec = spec
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.model_path)
-        checkpoint = Checkpoint(spec.model_path)
-        self._embedding = Embedding(spec.config, checkpoint, parse_dtype(spec.dtype))
-
-    def node_id(self) -> str:
-        """Ray's id of the node this actor runs on."""
-        node_id: str = ray.get_runtime_context().get_node_id()
-        return node_id
-
-    def start(
-        self,
-        host: str,
-        addresses: dict[int, str],
-        secret: bytes,
-        epoch: int,
-        deadline_s: float,
-        descriptions: list[dict[str, Any]],
-    ) -> str:
-        """Connect to the ranks' listeners and serve on `host`; returns the service's "host:port".
+    def start(self) -> str:
+        """Bring the ranks together and serve, unless that is done; returns "host:port".
 
         Raises:
-            ExchangeError: a rank cannot be reached.
+            ModelError, LaunchError, RankUnavailable: the ranks could not come together.
         """
+        with self._starting:
+            if self._address is None:
+                torch.set_num_threads(1)  # the ranks want the cores
+                with ThreadPoolExecutor(1) as own:
+                    loading = own.submit(self._load)
+                    assembled = self._pool.assemble()
+                    tokenizer, self._embedding = loading.result()
+                self._address = self._serve(tokenizer, self._connected(assembled))
+            return self._address
+
+    def status(self) -> Status:
+        """What is served, and how busy the engine is."""
+        assert self._engine is not None, "started"
+        assert self._assembled is not None, "started"
+        counts: dict[str, Any] = self._engine.status()
+        if counts["state"] == "recovering" and self._pool.waiting_for:
+            counts["state_detail"] += f"; waiting for {self._pool.waiting_for}"
+        return Status(
+            model=self._spec.model,
+            plan=self._spec.assignment.plan.to_json(),
+            ranks=self._assembled.descriptions,
+            max_len=self._spec.max_len,
+            epoch=self._assembled.epoch,
+            **counts,
+        )
+
+    def exchange_stats(self) -> list[dict[str, Any]]:
+        """Counters and latest waits of each rank's exchange in this epoch."""
+        assert self._assembled is not None, "started"
+        stats: list[dict[str, Any]] = ray.get(
+            [actor.exchange_stats.remote() for actor in self._assembled.actors]
+        )
+        return stats
+
+    def close(self) -> None:
+        """Fail unfinished requests, stop serving and let the ranks go. Idempotent."""
+        self._pool.stop()
+        if self._engine is not None:
+            self._engine.close()
+        if self._server is not None:
+            self._server.stop(grace=1).wait()
+        if self._group is not None:
+            self._group.close()
+
+    def _start_again(self) -> None:
+        try:
+            self.start()
+        except CqilError:
+            logger.exception("started again by Ray, but the ranks did not come together")
+
+    def _load(self) -> tuple[PreTrainedTokenizerBase, Embedding]:
+        from transformers import AutoTokenizer
+
         spec = self._spec
-        links: list[Link] = []
-        for rank, address in sorted(addresses.items()):
-            sock = connect(address, COORDINATOR, rank, secret, epoch, deadline_s)
-            links.append(Link(sock, rank, address, spec.max_message_bytes))
-        self._ranks = RankGroup(spec.assignment, self._embedding, links, spec.step_deadline_s)
+        path = model_directory(spec.model, spec.model_path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        return tokenizer, Embedding(spec.config, Checkpoint(path), parse_dtype(spec.dtype))
+
+    def _connected(self, assembled: AssembledRanks) -> RankGroup:
+        spec = self._spec
+        self._assembled = assembled
+        self._group = RankGroup(
+            spec.assignment, self._embedding, assembled.links, spec.step_deadline_s
+        )
+        self._pool.prepare_spares()
+        return self._group
+
+    def _serve(self, tokenizer: PreTrainedTokenizerBase, group: RankGroup) -> str:
+        spec = self._spec
         self._engine = Engine(
-            self._ranks,
-            self._tokenizer,
+            group,
+            tokenizer,
             spec.config.eos_token_ids,
             spec.config.vocab_size,
             max_len=spec.max_len,
             slots=spec.slots,
             prefill_tokens=spec.prefill_tokens,
+            rebuild=self._rebuild,
+            on_recovery=self._count,
         )
-        self._descriptions = tuple(RankStatus(**description) for description in descriptions)
         self._server, address = start_server(
             GenerationServicer(self._engine, self.status),
-            host,
-            secret,
+            host_addresses()[ray.get_runtime_context().get_node_id()],
+            self._secret,
             spec.slots + _QUEUED_STREAMS,
         )
         return address
 
-    def status(self) -> Status:
-        """What is served, and how busy the engine is."""
-        assert self._engine is not None, "started"
-        counts: dict[str, Any] = self._engine.status()
-        return Status(
-            model=self._spec.model,
-            plan=self._spec.assignment.plan.to_json(),
-            ranks=self._descriptions,
-            max_len=self._spec.max_len,
-            **counts,
-        )
+    def _rebuild(self, error: ExchangeError) -> tuple[RankGroup, dict[str, float]]:
+        """See `engine.Rebuild`."""
+        assert self._group is not None, "it has failed"
+        ended = self._group.closed_ranks()
+        self._group.close()
+        assembled = self._pool.assemble(frozenset(ended))
+        return self._connected(assembled), assembled.phases
 
-    def close(self) -> None:
-        """Fail unfinished requests, stop serving and let the ranks go. Idempotent."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._server is not None:
-            self._server.stop(grace=1).wait()
-        if self._ranks is not None:
-            self._ranks.close()
+    def _count(self, recovery: Recovery) -> None:
+        self._recoveries.inc()
+        for phase, seconds in {**recovery.phases, "total": recovery.seconds}.items():
+            self._recovery_seconds.observe(seconds, tags={"phase": phase})

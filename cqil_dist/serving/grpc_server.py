@@ -39,7 +39,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         except RequestError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except CqilError as error:
-            context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            context.abort(grpc.StatusCode.INTERNAL, str(error))
 
     def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
@@ -48,13 +48,14 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     def _submit(self, request: pb.GenerateRequest) -> Request:
         params = params_from_wire(request.sampling_params)
+        rest = (params, request.final_only, request.resume_token_ids)
         kind = request.WhichOneof("prompt")
         if kind == "chat":
             messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            return self._engine.submit_chat(messages, params, request.final_only)
+            return self._engine.submit_chat(messages, *rest)
         if kind == "token_ids":
-            return self._engine.submit(list(request.token_ids.ids), params, request.final_only)
-        return self._engine.submit(request.text, params, request.final_only)
+            return self._engine.submit(list(request.token_ids.ids), *rest)
+        return self._engine.submit(request.text, *rest)
 
 
 class SecretInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]

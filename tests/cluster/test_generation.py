@@ -144,7 +144,7 @@ def test_values_are_also_checked_by_the_coordinator(engine: cqil.RunningEngine) 
     """A client in another language sends what it likes."""
     from cqil_dist.rpc.v1 import generation_pb2 as pb
 
-    stub: Any = engine.client._stub
+    stub: Any = engine.client._connection.stub
     request = pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(top_p=7))
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Generate(request, metadata=engine.client._metadata))

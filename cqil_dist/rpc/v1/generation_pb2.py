@@ -24,37 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cqil_dist/rpc/v1/generation.proto\x12\x10\x63qil_dist.rpc.v1\"\xd3\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12/\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1a.cqil_dist.rpc.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.cqil_dist.rpc.v1.ChatH\x00\x12\x39\n\x0fsampling_params\x18\x04 \x01(\x0b\x32 .cqil_dist.rpc.v1.SamplingParams\x12\x12\n\nfinal_only\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"7\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.cqil_dist.rpc.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xee\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x05\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x97\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\x12\x30\n\ncompletion\x18\x04 \x01(\x0b\x32\x1c.cqil_dist.rpc.v1.Completion\"m\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\"\x86\x02\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\x05H\x00\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12*\n\x07timings\x18\x08 \x01(\x0b\x32\x19.cqil_dist.rpc.v1.Timings\x12\x0c\n\x04seed\x18\t \x01(\x03\x42\r\n\x0bstop_reason\"*\n\x07Timings\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x0e\n\x06itl_ms\x18\x02 \x03(\x01\"\x12\n\x10GetStatusRequest\"\xd9\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tplan_json\x18\x02 \x01(\t\x12+\n\x05ranks\x18\x03 \x03(\x0b\x32\x1c.cqil_dist.rpc.v1.RankStatus\x12\x18\n\x10running_requests\x18\x04 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x05 \x01(\x05\x12\x12\n\nfree_slots\x18\x06 \x01(\x05\x12\r\n\x05slots\x18\x07 \x01(\x05\x12\x0f\n\x07max_len\x18\x08 \x01(\x05\x12\r\n\x05steps\x18\t \x01(\x03\"\x81\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x03\x32\xbe\x01\n\x11GenerationService\x12S\n\x08Generate\x12!.cqil_dist.rpc.v1.GenerateRequest\x1a\".cqil_dist.rpc.v1.GenerateResponse0\x01\x12T\n\tGetStatus\x12\".cqil_dist.rpc.v1.GetStatusRequest\x1a#.cqil_dist.rpc.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cqil_dist/rpc/v1/generation.proto\x12\x10\x63qil_dist.rpc.v1\"\xed\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12/\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1a.cqil_dist.rpc.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.cqil_dist.rpc.v1.ChatH\x00\x12\x39\n\x0fsampling_params\x18\x04 \x01(\x0b\x32 .cqil_dist.rpc.v1.SamplingParams\x12\x12\n\nfinal_only\x18\x05 \x01(\x08\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"7\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.cqil_dist.rpc.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xee\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x05\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x97\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\x12\x30\n\ncompletion\x18\x04 \x01(\x0b\x32\x1c.cqil_dist.rpc.v1.Completion\"m\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\"\x86\x02\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.cqil_dist.rpc.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\x05H\x00\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12*\n\x07timings\x18\x08 \x01(\x0b\x32\x19.cqil_dist.rpc.v1.Timings\x12\x0c\n\x04seed\x18\t \x01(\x03\x42\r\n\x0bstop_reason\"*\n\x07Timings\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x0e\n\x06itl_ms\x18\x02 \x03(\x01\"\x12\n\x10GetStatusRequest\"\xf3\x02\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tplan_json\x18\x02 \x01(\t\x12+\n\x05ranks\x18\x03 \x03(\x0b\x32\x1c.cqil_dist.rpc.v1.RankStatus\x12\x18\n\x10running_requests\x18\x04 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x05 \x01(\x05\x12\x12\n\nfree_slots\x18\x06 \x01(\x05\x12\r\n\x05slots\x18\x07 \x01(\x05\x12\x0f\n\x07max_len\x18\x08 \x01(\x05\x12\r\n\x05steps\x18\t \x01(\x03\x12,\n\x05state\x18\n \x01(\x0e\x32\x1d.cqil_dist.rpc.v1.EngineState\x12\x14\n\x0cstate_detail\x18\x0b \x01(\t\x12\r\n\x05\x65poch\x18\x0c \x01(\x05\x12\x12\n\nrecoveries\x18\r \x01(\x05\x12\x31\n\rlast_recovery\x18\x0e \x01(\x0b\x32\x1a.cqil_dist.rpc.v1.Recovery\"[\n\x08Recovery\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12/\n\x06phases\x18\x03 \x03(\x0b\x32\x1f.cqil_dist.rpc.v1.RecoveryPhase\".\n\rRecoveryPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x81\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x03*{\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x01\x12\x1b\n\x17\x45NGINE_STATE_RECOVERING\x10\x02\x12\x17\n\x13\x45NGINE_STATE_FAILED\x10\x03\x32\xbe\x01\n\x11GenerationService\x12S\n\x08Generate\x12!.cqil_dist.rpc.v1.GenerateRequest\x1a\".cqil_dist.rpc.v1.GenerateResponse0\x01\x12T\n\tGetStatus\x12\".cqil_dist.rpc.v1.GetStatusRequest\x1a#.cqil_dist.rpc.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cqil_dist.rpc.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ENGINESTATE']._serialized_start=2033
+  _globals['_ENGINESTATE']._serialized_end=2156
   _globals['_GENERATEREQUEST']._serialized_start=56
-  _globals['_GENERATEREQUEST']._serialized_end=267
-  _globals['_TOKENIDS']._serialized_start=269
-  _globals['_TOKENIDS']._serialized_end=292
-  _globals['_CHAT']._serialized_start=294
-  _globals['_CHAT']._serialized_end=349
-  _globals['_CHATMESSAGE']._serialized_start=351
-  _globals['_CHATMESSAGE']._serialized_end=395
-  _globals['_SAMPLINGPARAMS']._serialized_start=398
-  _globals['_SAMPLINGPARAMS']._serialized_end=764
-  _globals['_GENERATERESPONSE']._serialized_start=767
-  _globals['_GENERATERESPONSE']._serialized_end=918
-  _globals['_TOKENLOGPROB']._serialized_start=920
-  _globals['_TOKENLOGPROB']._serialized_end=1029
-  _globals['_COMPLETION']._serialized_start=1032
-  _globals['_COMPLETION']._serialized_end=1294
-  _globals['_TIMINGS']._serialized_start=1296
-  _globals['_TIMINGS']._serialized_end=1338
-  _globals['_GETSTATUSREQUEST']._serialized_start=1340
-  _globals['_GETSTATUSREQUEST']._serialized_end=1358
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1361
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1578
-  _globals['_RANKSTATUS']._serialized_start=1581
-  _globals['_RANKSTATUS']._serialized_end=1710
-  _globals['_GENERATIONSERVICE']._serialized_start=1713
-  _globals['_GENERATIONSERVICE']._serialized_end=1903
+  _globals['_GENERATEREQUEST']._serialized_end=293
+  _globals['_TOKENIDS']._serialized_start=295
+  _globals['_TOKENIDS']._serialized_end=318
+  _globals['_CHAT']._serialized_start=320
+  _globals['_CHAT']._serialized_end=375
+  _globals['_CHATMESSAGE']._serialized_start=377
+  _globals['_CHATMESSAGE']._serialized_end=421
+  _globals['_SAMPLINGPARAMS']._serialized_start=424
+  _globals['_SAMPLINGPARAMS']._serialized_end=790
+  _globals['_GENERATERESPONSE']._serialized_start=793
+  _globals['_GENERATERESPONSE']._serialized_end=944
+  _globals['_TOKENLOGPROB']._serialized_start=946
+  _globals['_TOKENLOGPROB']._serialized_end=1055
+  _globals['_COMPLETION']._serialized_start=1058
+  _globals['_COMPLETION']._serialized_end=1320
+  _globals['_TIMINGS']._serialized_start=1322
+  _globals['_TIMINGS']._serialized_end=1364
+  _globals['_GETSTATUSREQUEST']._serialized_start=1366
+  _globals['_GETSTATUSREQUEST']._serialized_end=1384
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1387
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1758
+  _globals['_RECOVERY']._serialized_start=1760
+  _globals['_RECOVERY']._serialized_end=1851
+  _globals['_RECOVERYPHASE']._serialized_start=1853
+  _globals['_RECOVERYPHASE']._serialized_end=1899
+  _globals['_RANKSTATUS']._serialized_start=1902
+  _globals['_RANKSTATUS']._serialized_end=2031
+  _globals['_GENERATIONSERVICE']._serialized_start=2159
+  _globals['_GENERATIONSERVICE']._serialized_end=2349
 # @@protoc_insertion_point(module_scope)

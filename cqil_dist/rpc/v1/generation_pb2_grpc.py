@@ -59,7 +59,9 @@ class GenerationServiceServicer:
         """Streams a completion. Cancelling the call ends the request and frees its slot.
 
         INVALID_ARGUMENT: the prompt or a sampling value is wrong; the message names the rule.
-        UNAVAILABLE: the engine is closed, or lost a rank.
+        INTERNAL: the engine is closed, or lost a rank and gave up waiting for it.
+        UNAVAILABLE: the coordinator is gone; the same request with `resume_token_ids` goes on when it
+        is back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,6 +22,7 @@ def test_a_ring_that_is_not_full_holds_only_what_was_recorded() -> None:
     assert stats.snapshot()["step"] == []
     stats.record_wait(1, 2, 0.5)
     assert stats.snapshot() == {
+        "steps": 0,
         "rounds": 0,
         "rounds_led": 0,
         "bytes_sent": 0,

@@ -1,0 +1,30 @@
+"""How much memory a rank's share of a model takes, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cqil_dist.assignment import Assignment
+from cqil_dist.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a rank's weights, and of its KV cache for each token it has room for."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def total(self, tokens: int) -> int:
+        """Bytes with room for `tokens` tokens over all slots."""
+        return self.weight_bytes + tokens * self.kv_bytes_per_token
+
+
+def footprint(assignment: Assignment, rank: int, config: ModelConfig, dtype: str) -> Footprint:
+    """What `rank` holds in `dtype`: "float32", "float16" or "bfloat16"."""
+    bytes_per_value = 4 if dtype == "float32" else 2
+    layers, rows = len(assignment.layers_of(rank)), len(assignment.head_rows[rank])
+    weights = layers * config.layer_parameters + rows * config.hidden_size
+    return Footprint(
+        bytes_per_value * weights, bytes_per_value * layers * config.kv_values_per_token
+    )

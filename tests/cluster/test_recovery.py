@@ -1,0 +1,152 @@
+"""Processes are killed and stopped while requests stream; the streams do not show it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+from tiny_models import TinyModel, TinyModelFactory, tiny_config
+
+import cqil_dist as cqil
+from cqil_dist.outputs import Chunk, Completion, RankStatus
+
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"prompt": "one", "temperature": 0},
+    {"prompt": [5, 6, 7, 8] * 5, "temperature": 0.9, "seed": 11, "logprobs": 1},
+    {"prompt": "three", "temperature": 1.1, "top_p": 0.9, "seed": 12},
+)
+MAX_LEN = 400
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    """Room for streams that last long enough to be disturbed."""
+    return tiny_model(tiny_config(max_position_embeddings=MAX_LEN))
+
+
+def launch(model: TinyModel, **options: Any) -> cqil.RunningEngine:
+    return cqil.launch(
+        str(model.path), "P2 S0 E6 D1", ranks=2, max_len=MAX_LEN, step_deadline_s=2, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: None, model: TinyModel) -> Iterator[cqil.RunningEngine]:
+    with launch(model) as engine:
+        yield engine
+
+
+def stream(
+    engine: cqil.RunningEngine, request: dict[str, Any], under_way: threading.Barrier | None = None
+) -> list[Chunk]:
+    options = {"max_tokens": MAX_LEN - 40, "ignore_eos": True, **request}
+    chunks: list[Chunk] = []
+    for chunk in engine.generate(options.pop("prompt"), **options):
+        chunks.append(chunk)
+        if len(chunks) == 5 and under_way is not None:
+            under_way.wait(timeout=60)
+    return chunks
+
+
+def check(chunks: list[Chunk], expected: Completion) -> None:
+    """Nothing lost, nothing doubled, nothing else: in the chunks, and in the whole."""
+    result = chunks[-1].result
+    assert result is not None
+    assert tuple(id for chunk in chunks for id in chunk.token_ids) == expected.token_ids
+    assert "".join(chunk.text for chunk in chunks) == expected.text
+    assert (result.token_ids, result.text) == (expected.token_ids, expected.text)
+    assert (result.finish_reason, result.usage) == (expected.finish_reason, expected.usage)
+    assert len(result.timings.itl_ms) == len(expected.token_ids) - 1
+    assert len(result.logprobs or ()) == len(expected.logprobs or ())
+    for got, want in zip(result.logprobs or (), expected.logprobs or (), strict=True):
+        assert got.token_id == want.token_id
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+
+
+def disturb(engine: cqil.RunningEngine, fault: Callable[[], None]) -> None:
+    """Stream all requests, with the fault in the midst of them, and compare with without it."""
+    expected = [stream(engine, request)[-1].result for request in REQUESTS]
+    under_way = threading.Barrier(len(REQUESTS) + 1)
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        running = [pool.submit(stream, engine, request, under_way) for request in REQUESTS]
+        under_way.wait(timeout=60)
+        fault()
+        for future, completion in zip(running, expected, strict=True):
+            assert completion is not None
+            check(future.result(timeout=90), completion)
+
+
+def ranks_of(engine: cqil.RunningEngine) -> dict[int, RankStatus]:
+    return {rank.rank: rank for rank in engine.status().ranks}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_replaced_and_the_others_stay(
+    rank: int, engine: cqil.RunningEngine
+) -> None:
+    before, ranks = engine.status(), ranks_of(engine)
+    disturb(engine, lambda: os.kill(ranks[rank].pid, signal.SIGKILL))
+    after = engine.status()
+    assert after.state == "serving"
+    assert after.epoch > before.epoch
+    assert after.recoveries == before.recoveries + 1
+    assert ranks_of(engine)[1 - rank].pid == ranks[1 - rank].pid
+    assert ranks_of(engine)[rank].pid != ranks[rank].pid
+    assert after.last_recovery is not None
+    assert f"rank {rank}" in after.last_recovery.cause
+    assert after.last_recovery.phases.keys() == {"seat", "load", "connect", "prefill"}
+    assert engine.exchanges_per_token() == engine.assignment.rounds
+
+
+def test_a_stuck_rank_is_found_by_the_step_deadline(engine: cqil.RunningEngine) -> None:
+    stuck = ranks_of(engine)[1].pid
+    disturb(engine, lambda: os.kill(stuck, signal.SIGSTOP))
+    assert ranks_of(engine)[1].pid != stuck
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(stuck):
+        assert time.monotonic() < deadline, "the stuck process is left behind"
+        time.sleep(0.1)
+
+
+def test_a_rank_lost_between_requests_is_back_for_the_next(engine: cqil.RunningEngine) -> None:
+    before = engine.status()
+    os.kill(ranks_of(engine)[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while (status := engine.status()).recoveries == before.recoveries:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+    assert len(engine.complete("x", max_tokens=3, ignore_eos=True).token_ids) == 3
+
+
+def test_a_killed_coordinator_takes_over_the_ranks_as_they_are(engine: cqil.RunningEngine) -> None:
+    ranks, epoch = ranks_of(engine), engine.status().epoch
+    (coordinator,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ray::Coordinator" in " ".join(process.info["cmdline"] or [])
+    )
+    disturb(engine, coordinator.kill)
+    assert engine.status().epoch > epoch
+    assert {rank: s.pid for rank, s in ranks_of(engine).items()} == {
+        rank: s.pid for rank, s in ranks.items()
+    }
+
+
+def test_a_spare_takes_over_at_once(cluster: None, model: TinyModel) -> None:
+    with launch(model, spares=1) as engine:
+        ranks = ranks_of(engine)
+        disturb(engine, lambda: os.kill(ranks[1].pid, signal.SIGKILL))
+        recovery = engine.status().last_recovery
+        assert recovery is not None
+        replacement = ranks_of(engine)[1].pid
+        assert replacement not in {rank.pid for rank in ranks.values()}
+        # The one that was killed is the next spare.
+        disturb(engine, lambda: os.kill(replacement, signal.SIGKILL))
+        assert engine.status().recoveries == 2

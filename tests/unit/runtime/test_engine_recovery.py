@@ -1,0 +1,275 @@
+"""A model that is lost and replaced: requests go on as if nothing had been."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from observed_engine import MAX_LEN, PROMPTS, ObservedModel, finish, greedy, read
+from tiny_models import VOCAB, TinyModel, TinyModelFactory, random_tokens
+from torch import Tensor
+
+from cqil_dist.errors import CqilError, ExchangeError, PeerLost, RankUnavailable, RequestError
+from cqil_dist.model.step import Segment
+from cqil_dist.outputs import Completion, Recovery
+from cqil_dist.runtime.engine import Engine, Rebuild, StepModel
+from cqil_dist.sampling_params import SamplingParams
+
+PLAN = "P2 S1 E5 D1"
+LOST = PeerLost(1, "10.0.0.2:4711", "it closed the connection")
+REQUESTS = (
+    (PROMPTS[0], greedy(20)),
+    (PROMPTS[1], SamplingParams(max_tokens=25, temperature=0.9, seed=3, logprobs=2)),
+    (PROMPTS[2], greedy(25, repetition_penalty=1.3)),
+    (PROMPTS[3], SamplingParams(max_tokens=15, temperature=1.2, top_p=0.8, seed=4)),
+)
+
+
+class LostInStep(ObservedModel):
+    """Is lost when its step of this number is sent, or when the answer is due."""
+
+    def __init__(self, model: TinyModel, number: int, sent: bool = False) -> None:
+        super().__init__(model, model.plan(PLAN), 4)
+        self._number = number
+        self._sent = sent
+
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        if self._sent and len(self.steps) == self._number:
+            raise LOST
+        super().begin(segments, token_ids, argmax_only)
+
+    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
+        logits = super().forward(segments, token_ids)
+        if len(self.steps) > self._number:
+            raise LOST
+        return logits
+
+
+class LostWhenIdle(ObservedModel):
+    def check(self) -> None:
+        raise LOST
+
+
+@pytest.fixture
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+@contextmanager
+def serving(
+    model: TinyModel, steps: StepModel, rebuild: Rebuild | None = None, **options: Any
+) -> Iterator[Engine]:
+    engine = Engine(
+        steps,
+        model.tokenizer,
+        (),
+        VOCAB,
+        max_len=MAX_LEN,
+        slots=4,
+        prefill_tokens=16,
+        rebuild=rebuild,
+        **options,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def healthy(model: TinyModel) -> ObservedModel:
+    return ObservedModel(model, model.plan(PLAN), 4)
+
+
+def run(engine: Engine, steps: ObservedModel) -> list[Completion]:
+    with steps.held():
+        requests = [engine.submit(prompt, params) for prompt, params in REQUESTS]
+    return [finish(request) for request in requests]
+
+
+def outcomes(completions: Sequence[Completion]) -> list[tuple[Any, ...]]:
+    return [
+        (c.text, c.token_ids, c.finish_reason, c.usage, [e.token_id for e in c.logprobs or ()])
+        for c in completions
+    ]
+
+
+@pytest.fixture
+def undisturbed(model: TinyModel) -> list[tuple[Any, ...]]:
+    steps = healthy(model)
+    with serving(model, steps) as engine:
+        return outcomes(run(engine, steps))
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["when_sent", "when_due"])
+@pytest.mark.parametrize("number", [1, 2, 6, 17])
+def test_requests_get_the_tokens_they_would_have_got(
+    number: int, sent: bool, model: TinyModel, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    """The loss falls into prefill, into decoding, or beside both; chunks and the whole agree."""
+    recoveries: list[Recovery] = []
+    steps = LostInStep(model, number, sent)
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        assert error is LOST
+        return healthy(model), {"seat": 0.25, "load": 0.5}
+
+    with serving(model, steps, rebuild, on_recovery=recoveries.append) as engine:
+        assert outcomes(run(engine, steps)) == undisturbed
+        status = engine.status()
+    assert (status["state"], status["recoveries"]) == ("serving", 1)
+    assert recoveries == [status["last_recovery"]]
+    assert "lost rank 1 at 10.0.0.2:4711" in recoveries[0].cause
+    assert list(recoveries[0].phases) == ["seat", "load", "prefill"]
+
+
+def test_losses_can_follow_each_other(model: TinyModel, undisturbed: list[tuple[Any, ...]]) -> None:
+    """Each model computes a few steps; some not even one."""
+    steps = LostInStep(model, 3)
+    lives = iter([LostInStep(model, 0), LostInStep(model, 4), LostInStep(model, 2)])
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        return next(lives, healthy(model)), {}
+
+    with serving(model, steps, rebuild) as engine:
+        assert outcomes(run(engine, steps)) == undisturbed
+        assert engine.status()["recoveries"] == 3  # one took two attempts
+
+
+def test_a_loss_between_requests_is_noticed_and_made_good(model: TinyModel) -> None:
+    rebuilt = threading.Event()
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        rebuilt.set()
+        return healthy(model), {}
+
+    with serving(model, LostWhenIdle(model, model.plan(PLAN), 4), rebuild) as engine:
+        assert rebuilt.wait(timeout=10)
+        while engine.status()["state"] != "serving":
+            rebuilt.wait(0.01)
+        assert engine.status()["recoveries"] == 1
+
+
+def test_what_is_known_is_told_before_the_wait_and_others_may_join_it(model: TinyModel) -> None:
+    go_on = threading.Event()
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        assert go_on.wait(timeout=30)
+        return healthy(model), {}
+
+    with serving(model, LostInStep(model, 3), rebuild) as engine:
+        first = engine.submit(PROMPTS[0], greedy(10))
+        stream = iter(first.stream)
+        seen = [next(stream) for _ in range(3)]  # steps 0 to 2 gave a token each
+        while engine.status()["state"] != "recovering":
+            go_on.wait(0.01)
+        assert "rank 1" in engine.status()["state_detail"]
+        second = engine.submit(PROMPTS[1], greedy(10))
+        dropped = engine.submit(PROMPTS[2], greedy(10))
+        engine.cancel(dropped)
+        go_on.set()
+        assert len(seen) + len(list(stream)) == 10
+        assert len(finish(second).token_ids) == 10
+        assert finish(dropped).finish_reason == "abort"
+
+
+def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
+    gone = RankUnavailable("no actor for rank 1 (was on 10.0.0.2) within 5 s")
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        raise gone
+
+    steps = LostInStep(model, 2)
+    with serving(model, steps, rebuild) as engine:
+        with steps.held():
+            requests = [engine.submit(prompt, params) for prompt, params in REQUESTS]
+        for request in requests:
+            with pytest.raises(RankUnavailable, match=r"rank 1 \(was on 10\.0\.0\.2\)"):
+                read(request)
+        with pytest.raises(RankUnavailable):
+            engine.submit(PROMPTS[0], greedy())
+        assert engine.status()["state"] == "failed"
+
+
+def test_a_step_that_fails_on_every_model_ends_in_an_error(model: TinyModel) -> None:
+    attempts: list[ExchangeError] = []
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        attempts.append(error)
+        return LostInStep(model, 0), {}
+
+    with serving(model, LostInStep(model, 0), rebuild) as engine, pytest.raises(PeerLost):
+        read(engine.submit(PROMPTS[0], greedy()))
+    assert 2 <= len(attempts) <= 10
+
+
+def test_closing_ends_a_recovery(model: TinyModel) -> None:
+    closing = threading.Event()
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        assert closing.wait(timeout=30)
+        raise CqilError("the pool was stopped")
+
+    with serving(model, LostInStep(model, 1), rebuild) as engine:
+        request = engine.submit(PROMPTS[0], greedy())
+        while engine.status()["state"] != "recovering":
+            closing.wait(0.01)
+        engine.close()
+        with pytest.raises(CqilError, match="the engine was closed"):
+            read(request)
+        closing.set()
+
+
+@pytest.mark.parametrize("given", [0, 1, 7, 14])
+@pytest.mark.parametrize("index", range(len(REQUESTS)))
+def test_a_broken_stream_goes_on_after_the_tokens_it_gave(
+    index: int, given: int, model: TinyModel
+) -> None:
+    prompt, params = REQUESTS[index]
+    with serving(model, healthy(model)) as engine:
+        chunks = read(engine.submit(prompt, params))
+        whole = chunks[-1].result
+        assert whole is not None
+        resumed = read(engine.submit(prompt, params, False, whole.token_ids[:given]))
+    texts = [chunk.text for chunk in chunks]
+    assert "".join(chunk.text for chunk in resumed) == "".join(texts[given:])
+    assert [id for c in resumed for id in c.token_ids] == list(whole.token_ids[given:])
+    result = resumed[-1].result
+    assert result is not None
+    assert (result.text, result.token_ids, result.usage) == (
+        whole.text,
+        whole.token_ids,
+        whole.usage,
+    )
+
+
+def test_a_stop_string_is_found_across_the_break(model: TinyModel) -> None:
+    with serving(model, healthy(model)) as engine:
+        whole = finish(engine.submit(PROMPTS[0], greedy(20)))
+        pieces = [model.tokenizer.decode([id]) for id in whole.token_ids]
+        stop = (pieces[6] + pieces[7]).strip() or pieces[6] + pieces[7]
+        params = greedy(20, stop=[stop])
+        expected = finish(engine.submit(PROMPTS[0], params))
+        assert expected.stop_reason == stop
+        resumed = finish_from(engine, params, expected.token_ids[:-1])
+    assert (resumed.text, resumed.stop_reason) == (expected.text, stop)
+
+
+def finish_from(engine: Engine, params: SamplingParams, given: Sequence[int]) -> Completion:
+    result = read(engine.submit(PROMPTS[0], params, False, given))[-1].result
+    assert result is not None
+    return result
+
+
+def test_tokens_that_end_a_request_leave_nothing_to_compute(model: TinyModel) -> None:
+    with serving(model, healthy(model)) as engine:
+        given = random_tokens(5)
+        (chunk,) = read(engine.submit(PROMPTS[0], greedy(5), False, given))
+        assert chunk.finish_reason == "length"
+        assert engine.status()["steps"] == 0
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            engine.submit(PROMPTS[0], greedy(5), False, [VOCAB])
