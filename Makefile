@@ -2,15 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint proto bench clean
+.PHONY: install demo test test-multinode lint proto bench clean
 
-demo: $(READY)
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
 	$(BIN)/cqil demo
 
 test: $(READY) lint
 	$(BIN)/python -m pytest
+
+# The part of the tests that runs over several hosts; needs root, sshd and rsync.
+test-multinode: $(READY)
+	$(BIN)/python -m pytest tests/multinode
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -27,12 +35,16 @@ proto: $(READY)
 		protos/cqil_dist/rpc/v1/generation.proto
 
 # torch by version: a machine that has that build at hand takes it, others the registry's.
-$(READY): pyproject.toml
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+$(READY): $(INSTALLED)
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

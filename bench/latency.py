@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cqil_dist.benchmarks.latency import command
+from cqil_dist.cli.bench import latency
 
 if __name__ == "__main__":
-    typer.run(command)
+    typer.run(latency)

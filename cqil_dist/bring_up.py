@@ -97,7 +97,8 @@ def bring_up(
             )
             for bundle in range(world + config.spares)
         ]
-        # Beside the driver: when this node is lost, so is the launch.
+        # Beside the driver: when this node is lost, so is the launch. (Soft affinity would pass
+        # over a node without CPUs to give, as heads often are.)
         here = ray.get_runtime_context().get_node_id()
         coordinator = _start(
             Coordinator,
@@ -106,7 +107,7 @@ def bring_up(
             secret,
             # Not as a list: Ray would keep that in its object store, where a restart may miss it.
             *actors,
-            where=NodeAffinitySchedulingStrategy(here, soft=True),
+            where=NodeAffinitySchedulingStrategy(here, soft=False),
             num_cpus=0,
         )
         stack.callback(_close_quietly, coordinator, actors)

@@ -28,6 +28,11 @@ from cqil_dist.sampling_params import SamplingParams
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),  # coordinators are cluster addresses, never behind a proxy
+    # A coordinator whose node has vanished closes nothing: ask whether it is still there.
+    ("grpc.keepalive_time_ms", 3000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),  # what the server puts up with
 )
 _RETRY_S = 0.2
 

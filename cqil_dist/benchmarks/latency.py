@@ -13,14 +13,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 
-from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
 from cqil_dist.progress import ConsoleProgress
 
 PROMPT = (
@@ -80,62 +77,30 @@ class LayerTimes:
     head_whole_alone: float
 
 
-def command(
-    model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m",
-    plan: Annotated[
-        list[str] | None,
-        typer.Option("--plan", "-p", help="Concurrent plans; repeatable."),
-    ] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks of the concurrent plans.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option()] = 32,
-    output_tokens: Annotated[int, typer.Option()] = 64,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and PNG.")] = Path(
-        "latency"
-    ),
-) -> None:
-    """Per-token latency: transformers, the sequential plan on 1 rank, concurrent plans."""
-    plans = plan or ["P2 S12 E28 D0", "P2 S12 E28 D1", "P2 S12 E28 Dfull"]
-    results, layers = measure(
-        model, plans, ranks, prompt_tokens, output_tokens, repeats, device, dtype
-    )
-    setting = {
-        "model": model,
-        "dtype": dtype,
-        "device": device,
-        "hardware": _hardware(device),
-        "cores": os.cpu_count(),
-        "threads_per_rank": 1,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "repeats": repeats,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-    }
-    report = {
-        "setting": setting,
-        "layer_times_ms": None if layers is None else asdict(layers),
-        "results": [result.to_dict() for result in results],
-    }
-    print_tables(report)
-    write_json(report, output / "latency.json")
-    write_plot(report, output / "latency.png")
-    typer.echo(f"written: {output / 'latency.json'}, {output / 'latency.png'}")
+@dataclass(frozen=True)
+class Case:
+    """What every configuration computes."""
+
+    model: str
+    device: str
+    dtype: str
+    prompt_tokens: int
+    output_tokens: int
 
 
 def measure(
-    model: str,
-    plans: Sequence[str],
-    ranks: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    repeats: int,
-    device: str,
-    dtype: str,
-) -> tuple[list[Result], LayerTimes | None]:
-    """Run the benchmark; one result for transformers, the sequential plan and each plan."""
+    case: Case, plans: Sequence[str], ranks: int, repeats: int, address: str | None, strategy: str
+) -> tuple[list[Result], LayerTimes | None, list[str]]:
+    """Run the benchmark.
+
+    Args:
+        address: of a Ray cluster; None for a local one, whose ranks are bound to cores.
+
+    Returns:
+        A result for transformers, the sequential plan and each plan; the layer times that the
+        serial paths are predicted from, where they were measured (here, on the CPU); and the
+        addresses of the nodes that had a rank.
+    """
     from transformers import AutoTokenizer
 
     from cqil_dist.api import launch
@@ -144,34 +109,36 @@ def measure(
     from cqil_dist.runtime.placement import connected
 
     progress = ConsoleProgress()
-    path = resolve(model, progress)
+    path = resolve(case.model, progress)
+    prompt_tokens, output_tokens = case.prompt_tokens, case.output_tokens
     text_ids = AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]
     prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
     cores = sorted(os.sched_getaffinity(0))
-    on_cpu = device == "cpu"
+    bound = case.device == "cpu" and address is None
     with ExitStack() as stack:
         with progress.task("Loading transformers"):
             baseline = stack.enter_context(
-                Worker(prepare_transformers, (cores[0],), path, device, dtype)
+                Worker(prepare_transformers, (cores[0],), path, case.device, case.dtype)
             )
             workers = [
                 stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
-                for core in (cores[:ranks] if on_cpu else ())
+                for core in (cores[:ranks] if bound else ())
             ]
-        stack.enter_context(connected(None, local_cpus=1 + ranks * len(plans), verbose=False))
+        stack.enter_context(connected(address, local_cpus=1 + ranks * len(plans), verbose=False))
         engines = {
             plan: stack.enter_context(
                 launch(
-                    model,
+                    case.model,
                     plan,
                     world,
-                    device=device,
-                    dtype=dtype,
+                    strategy=strategy,
+                    device=case.device,
+                    dtype=case.dtype,
                     slots=1,
                     max_len=prompt_tokens + output_tokens,
                     prefill_tokens=prompt_tokens,
                     gpus_per_rank=1 / (1 + ranks * len(plans)),
-                    pin=on_cpu,
+                    pin=bound,
                     progress=progress,
                 )
             )
@@ -202,7 +169,8 @@ def measure(
             result.exchange_us = _exchange_times(engine.exchange_stats())
             if layers is not None:
                 result.predicted_ms = _predicted(engine, layers)
-    return list(results.values()), layers
+        nodes = {rank.address for engine in engines.values() for rank in engine.status().ranks}
+    return list(results.values()), layers, sorted(nodes)
 
 
 def _generation(engine: Any, prompt_ids: list[int], max_tokens: int) -> Callable[[], list[float]]:
@@ -259,7 +227,8 @@ def _exchange_times(snapshots: Sequence[dict[str, Any]]) -> dict[str, float] | N
     }
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
+    """What computes here, as its maker calls it."""
     import torch
 
     if device == "cuda":
@@ -270,7 +239,8 @@ def _hardware(device: str) -> str:
     return platform.processor()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what decides the speed."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("cqil-dist", "torch", "transformers", "ray")}

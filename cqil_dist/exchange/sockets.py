@@ -10,11 +10,28 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
+# Probes after 2 s of silence, one a second, three of them; and the most that may go unacknowledged.
+_SILENCE = {
+    "TCP_KEEPIDLE": 2,
+    "TCP_KEEPINTVL": 1,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 8000,  # milliseconds
+}
+
 
 def prepare(sock: socket.socket) -> None:
-    """Set up a connection for small frames: no delay, no blocking."""
+    """Set up a connection for small frames: no delay, no blocking, and no silent end.
+
+    A node that vanishes closes nothing. Its kernel does not answer either, which ends the
+    connection after some seconds, whether this end waits or sends. (A process that is only slow,
+    or stopped, has a kernel that answers.)
+    """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _SILENCE.items():
+        if (number := getattr(socket, option, None)) is not None:  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 def format_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:

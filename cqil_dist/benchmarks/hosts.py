@@ -1,0 +1,284 @@
+"""Several hosts on one machine: namespaces with their own network, processes and home directory.
+
+Each host is a process tree of its own (unshare(1)) on a bridge, with its own address, /root-like
+home, /tmp/ray and /dev/shm, so that Ray nodes, sshd and `ray stop` in one know nothing of another.
+The file system is shared otherwise: the package and its environment are there on all of them, as
+if installed at the same path. Everything ends with the processes, so nothing is left behind even
+if this one is killed. Needs root on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cqil_dist.errors import LaunchError
+
+HEAD_PORT = 6379
+_TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
+_OPERATOR = 254  # the bridge's own address: where `ray up` is run
+_OBJECT_STORE_BYTES = 100_000_000
+# As in cluster/: a lost node is noticed in seconds, a stuck process is killed at once, and ranks
+# do not step back behind whatever else the machine does.
+RAY_SETTINGS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_kill_worker_timeout_milliseconds": "500",
+    "RAY_worker_niceness": "0",
+}
+
+# Runs as process 1 of a host. Ray's sessions and shared memory are private to it, and so is the
+# home directory of root, which sshd and Ray look up in the password file.
+_INIT = """
+set -e
+home=$1
+mount -t tmpfs -o size=1g tmpfs /dev/shm
+mkdir -p /tmp/ray "$home/.ray_sessions"
+mount --bind "$home/.ray_sessions" /tmp/ray
+sed "s|^\\(root:[^:]*:[^:]*:[^:]*:[^:]*\\):[^:]*:|\\1:$home:|" /etc/passwd > "$home/.passwd"
+mount --bind "$home/.passwd" /etc/passwd
+hostname "$2"
+echo ready
+while :; do sleep 3600 & wait; done
+"""
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here; None where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "hosts are network namespaces: they need root on Linux"
+    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        return f"hosts need {', '.join(missing)} (Debian: util-linux, iproute2)"
+    probe = subprocess.run(
+        ["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, check=False
+    )
+    return None if probe.returncode == 0 else f"no namespaces here: {probe.stderr.decode().strip()}"
+
+
+class Host:
+    """One host of a `Network`.
+
+    Attributes:
+        address: its IPv4 address.
+        home: root's home directory on it.
+    """
+
+    def __init__(self, network: Network, index: int) -> None:
+        self.name = f"host{index}"
+        self.address = network.address_of(index)
+        self.home = network.folder / self.name
+        self.home.mkdir()
+        self._network = network
+        self._port = f"port{index}"
+        self._init, self._pid = _unshared(
+            ["--pid", "--ipc", "--uts"], ["bash", "-c", _INIT, "init", str(self.home), self.name]
+        )
+        assert self._init.stdout is not None
+        if self._init.stdout.readline() != "ready\n":
+            raise LaunchError(f"{self.name} did not start: {self._init.communicate()[1]}")
+        network.plug_in(self._port, self._pid, self.address)
+
+    def command(self, *words: str) -> list[str]:
+        """What to run here so that `words` run there, with the environment's commands on PATH."""
+        environment = {
+            "HOME": str(self.home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "PYTHONUNBUFFERED": "1",
+        }
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        return ["nsenter", "-t", str(self._pid), "-a", "--", "env", *settings, *words]
+
+    def run(self, *words: str, timeout_s: float = 120, check: bool = True) -> str:
+        """Run a command there to its end; returns its output.
+
+        Raises:
+            LaunchError: it failed, with what it printed.
+        """
+        done = subprocess.run(
+            self.command(*words),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            cwd=self.home,
+        )
+        if check and done.returncode != 0:
+            output = (done.stdout + done.stderr)[-3000:]
+            raise LaunchError(f"{self.name}: {' '.join(words)} gave {done.returncode}: {output}")
+        return done.stdout
+
+    def popen(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a command there; it ends with the host."""
+        return subprocess.Popen(self.command(*words), text=True, cwd=self.home, **options)
+
+    def start_ray(self, head: Host | None = None, cpus: int = 2) -> None:
+        """Start its Ray node: the head of a cluster, or a member of `head`'s."""
+        role = ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false"]
+        if head is not None:
+            role = [f"--address={head.address}:{HEAD_PORT}"]
+        self.run(
+            "env",
+            *(f"{name}={value}" for name, value in self._network.ray_settings.items()),
+            "ray",
+            "start",
+            *role,
+            f"--node-ip-address={self.address}",
+            f"--num-cpus={cpus}",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            "--disable-usage-stats",
+        )
+
+    def processes(self, pattern: str) -> list[int]:
+        """Its processes whose command line matches, as numbered there."""
+        return [int(pid) for pid in self.run("pgrep", "-f", pattern, check=False).split()]
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to one of its processes, if that still exists."""
+        self.run("kill", f"-{number.value}", str(pid), check=False)
+
+    def kill_ray(self) -> None:
+        """Kill its Ray node and all that runs in it."""
+        self.run("pkill", "-KILL", "-f", "ray", check=False)
+
+    def cut(self) -> None:
+        """Pull its network cable: nothing goes in or out, and nobody is told."""
+        self._network.switch("ip", "link", "set", self._port, "down")
+
+    def restore(self) -> None:
+        """Put the cable back."""
+        self._network.switch("ip", "link", "set", self._port, "up")
+
+    def power_off(self) -> None:
+        """End everything that runs on it. Idempotent."""
+        self._init.kill()
+        self._init.wait()
+
+
+class Network:
+    """Hosts on one bridge; use it in a `with` block.
+
+    Args:
+        count: how many hosts: 10.77.0.1 and on.
+        ray_settings: environment of their Ray nodes.
+
+    Attributes:
+        hosts: in order of address.
+        folder: holds their homes, and is removed at the end.
+        switch_pid: a process in the bridge's network namespace, whose address is 10.77.0.254.
+    """
+
+    def __init__(self, count: int, ray_settings: Mapping[str, str] | None = None) -> None:
+        if (reason := why_not()) is not None:
+            raise LaunchError(reason)
+        self.ray_settings = dict(RAY_SETTINGS if ray_settings is None else ray_settings)
+        self.folder = Path(tempfile.mkdtemp(prefix="cqil_hosts_"))
+        self.hosts: list[Host] = []
+        try:
+            self._switch, self.switch_pid = _unshared([], ["bash", "-c", "echo; sleep infinity"])
+            assert self._switch.stdout is not None
+            self._switch.stdout.readline()
+            self.switch("ip", "link", "set", "lo", "up")
+            self.switch("ip", "link", "add", "bridge", "type", "bridge")
+            self.switch("ip", "addr", "add", f"{self.address_of(_OPERATOR)}/24", "dev", "bridge")
+            self.switch("ip", "link", "set", "bridge", "up")
+            token = secrets.token_hex(32)
+            for index in range(1, count + 1):
+                host = Host(self, index)
+                self.hosts.append(host)
+                (host.home / ".ray").mkdir()
+                (host.home / ".ray" / "auth_token").write_text(token, encoding="ascii")
+        except BaseException:
+            self.close()
+            raise
+
+    def address_of(self, index: int) -> str:
+        return f"10.77.0.{index}"
+
+    def switch(self, *words: str) -> str:
+        """Run a command where the bridge is."""
+        done = subprocess.run(
+            ["nsenter", "-t", str(self.switch_pid), "--net", "--", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise LaunchError(f"{' '.join(words)} gave {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def plug_in(self, port: str, pid: int, address: str) -> None:
+        """Connect a host's namespace to the bridge."""
+        self.switch(
+            "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(pid)
+        )
+        self.switch("ip", "link", "set", port, "master", "bridge", "up")
+        for words in (
+            ["addr", "add", f"{address}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+            # Leads nowhere; programs ask it which address is theirs.
+            ["route", "add", "default", "via", self.address_of(_OPERATOR)],
+        ):
+            subprocess.run(["nsenter", "-t", str(pid), "--net", "--", "ip", *words], check=True)
+
+    def close(self) -> None:
+        """End all hosts and remove their homes. Idempotent."""
+        for host in self.hosts:
+            host.power_off()
+        if hasattr(self, "_switch"):
+            self._switch.kill()
+            self._switch.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _unshared(namespaces: Sequence[str], words: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
+    """Run `words` in namespaces of their own; they end with the returned process, and it with us.
+
+    Returns:
+        The process, and the pid by which to enter the namespaces.
+    """
+    process = subprocess.Popen(
+        [
+            *("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", *namespaces),
+            *("--fork", "--kill-child"),
+            *(["--mount-proc"] if "--pid" in namespaces else []),
+            *words,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 10
+    while process.poll() is None:
+        if pids := children.read_text(encoding="ascii").split():
+            return process, int(pids[0])
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    process.kill()
+    raise LaunchError(f"unshare failed: {process.communicate()[1]}")

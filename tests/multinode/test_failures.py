@@ -1,0 +1,183 @@
+"""Ranks on nodes of their own, which are killed, cut off and brought back while requests stream."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from nodes import PLAN, PROMPT, SAMPLINGS, host_of, launch, stream, wait_for
+from tiny_models import TinyModel
+
+from cqil_dist.benchmarks.hosts import Host, Network
+from cqil_dist.benchmarks.remote import RemoteEngine, RemoteStream
+
+
+@pytest.fixture(scope="module")
+def engine(network: Network, model: TinyModel) -> Iterator[RemoteEngine]:
+    with launch(network, model) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine: RemoteEngine) -> list[RemoteStream]:
+    return [stream(engine, sampling).read() for sampling in SAMPLINGS]
+
+
+def disturb(
+    engine: RemoteEngine, undisturbed: list[RemoteStream], fault: Callable[[], None]
+) -> dict[str, Any]:
+    """The streams are what they were without the fault; returns the status afterwards."""
+    running = [stream(engine, sampling).read(tokens=20) for sampling in SAMPLINGS]
+    fault()
+    for got, expected in zip(running, undisturbed, strict=True):
+        got.read()
+        assert got.token_ids == expected.token_ids
+        assert got.text == expected.text
+    status = engine.status()
+    assert status["state"] == "serving"
+    return status
+
+
+def test_ranks_are_on_nodes_of_their_own_and_compute_the_reference(
+    network: Network, engine: RemoteEngine, model: TinyModel, undisturbed: list[RemoteStream]
+) -> None:
+    ranks = engine.status()["ranks"]
+    assert len({rank["node_id"] for rank in ranks}) == 2
+    addresses = {rank["address"] for rank in ranks}
+    assert addresses < {host.address for host in network.hosts[1:]}
+    token_ids = undisturbed[0].token_ids
+    sequence = [*PROMPT, *token_ids]
+    logits = model.reference_logits(model.plan(PLAN), sequence)[len(PROMPT) - 1 : -1]
+    assert logits.argmax(-1).tolist() == token_ids
+
+
+def test_nothing_of_ours_listens_on_every_interface(network: Network, engine: RemoteEngine) -> None:
+    """Ranks listen only while they meet; the coordinator on its own address."""
+    head = network.hosts[0]
+    (coordinator,) = head.processes("ray::Coordinator")
+    ours = ports_of(head, coordinator)
+    assert {address for address in ours if not is_ray_s_own(address)} == {head.address}
+    for rank in engine.status()["ranks"]:
+        listening = ports_of(host_of(network, rank), rank["pid"])
+        assert not {address for address in listening if not is_ray_s_own(address)}
+
+
+def ports_of(host: Host, pid: int) -> list[str]:
+    """Addresses on which a process listens."""
+    lines = host.run("ss", "-Htlnp").splitlines()
+    owned = [line.split()[3] for line in lines if re.search(rf"\bpid={pid}\b", line)]
+    return [address.rpartition(":")[0].replace("[::ffff:", "").strip("[]") for address in owned]
+
+
+def is_ray_s_own(address: str) -> bool:
+    return address in ("*", "0.0.0.0", "::")
+
+
+def test_a_rank_moves_to_a_spare_node_when_its_own_dies(
+    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
+) -> None:
+    kept, lost = engine.status()["ranks"]
+    status = disturb(engine, undisturbed, host_of(network, lost).kill_ray)
+    assert status["ranks"][0] == kept
+    assert status["ranks"][1]["address"] not in (kept["address"], lost["address"])
+    assert f"lost rank 1 at {lost['address']}" in status["last_recovery"]["cause"]
+    # The node comes back, and is the spare of the next test.
+    host_of(network, lost).start_ray(network.hosts[0], cpus=1)
+
+
+def test_a_rank_moves_when_its_node_is_cut_off(
+    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
+) -> None:
+    kept, lost = engine.status()["ranks"]
+    host = host_of(network, lost)
+    status = disturb(engine, undisturbed, host.cut)
+    assert status["ranks"][0] == kept
+    assert status["ranks"][1]["address"] not in (kept["address"], lost["address"])
+    host.restore()
+    wait_for(lambda: not host.processes("ray::LayerActor"), "the rank that was cut off ends")
+    host.kill_ray()  # it has been declared dead: there is no spare for the next test
+
+
+def test_the_engine_waits_for_a_node_to_come_back(
+    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
+) -> None:
+    """No node is left: the status says what is waited for until there is one."""
+    _, lost = engine.status()["ranks"]
+    host = host_of(network, lost)
+
+    def kill_and_bring_back() -> None:
+        host.kill_ray()
+        wait_for(lambda: engine.status()["state"] == "recovering", "the loss is noticed")
+        wait_for(
+            lambda: f"rank 1 (was on {host.address})" in engine.status()["state_detail"],
+            "the status names the rank and its node",
+        )
+        host.start_ray(network.hosts[0], cpus=1)
+
+    status = disturb(engine, undisturbed, kill_and_bring_back)
+    assert status["ranks"][1]["address"] == host.address
+
+
+def test_a_short_cut_ends_where_it_began(
+    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
+) -> None:
+    """Too short for Ray to call the node dead; the rank starts anew on it all the same."""
+    _, lost = engine.status()["ranks"]
+    host = host_of(network, lost)
+
+    def cut_for_a_while() -> None:
+        host.cut()
+        time.sleep(4)
+        host.restore()
+
+    status = disturb(engine, undisturbed, cut_for_a_while)
+    assert status["ranks"][1]["address"] == host.address
+
+
+def test_a_flood_of_strangers_disturbs_nobody(
+    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
+) -> None:
+    """Garbage, huge lengths, half messages and silence, at every port of the coordinator's."""
+    epoch = engine.status()["epoch"]
+    head, stranger = network.hosts[0], network.hosts[-1]
+    (coordinator,) = head.processes("ray::Coordinator")
+    ports = [
+        line.split()[3].rpartition(":")[2]
+        for line in head.run("ss", "-Htlnp").splitlines()
+        if f"pid={coordinator}," in line and head.address in line
+    ]
+    assert len(ports) == 1
+    flood = stranger.popen("python", "-c", _FLOOD, head.address, *ports)
+    try:
+        disturb(engine, undisturbed, lambda: None)
+        assert flood.poll() is None
+    finally:
+        flood.kill()
+        flood.wait()
+    assert engine.status()["epoch"] == epoch
+    assert len(stream(engine, SAMPLINGS[0], tokens=5).read().token_ids) == 5
+
+
+_FLOOD = """
+import os, socket, sys, time
+host, *ports = sys.argv[1:]
+huge = b"\\xff\\xff\\xff\\x7f" * 2
+opening = [b"", b"\\xff" * 64, os.urandom(4096), huge, b"GET / HTTP/1.1\\r\\n"]
+held = []
+while True:
+    for port in ports:
+        for data in opening:
+            try:
+                sock = socket.create_connection((host, int(port)), timeout=1)
+                sock.sendall(data)
+                held.append(sock)
+            except OSError:
+                time.sleep(0.01)
+    for sock in held[:-300]:
+        sock.close()
+    held = held[-300:]
+    time.sleep(0.005)
+"""

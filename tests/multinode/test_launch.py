@@ -1,0 +1,46 @@
+"""Launches that end otherwise than hoped: each ends with an error that names what is missing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from nodes import SAMPLINGS, host_of, launch, stream
+from tiny_models import TinyModel
+
+import cqil_dist as cqil
+from cqil_dist.benchmarks.hosts import Network
+from cqil_dist.benchmarks.remote import RemoteEngine
+
+
+def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyModel) -> None:
+    """Three ranks fill the nodes: there is no other to move to."""
+    with launch(network, model, ranks=3, recovery_timeout_s=4) as engine:
+        running = [stream(engine, sampling).read(tokens=20) for sampling in SAMPLINGS]
+        lost = engine.status()["ranks"][1]
+        host = host_of(network, lost)
+        host.kill_ray()
+        started = time.monotonic()
+        for waiting in running:
+            with pytest.raises(cqil.CqilError, match=rf"rank 1 \(was on {host.address}\)"):
+                waiting.read()
+        assert time.monotonic() - started < 20
+        with pytest.raises(cqil.CqilError, match="rank 1"):
+            stream(engine, SAMPLINGS[0]).read()
+        assert engine.status()["state"] == "failed"
+    host.start_ray(network.hosts[0], cpus=1)
+
+
+def test_a_node_without_the_model_is_named(network: Network, model: TinyModel) -> None:
+    """The model lies on the head alone."""
+    head = network.hosts[0]
+    private = f"/dev/shm/{model.path.name}_model"
+    head.run("cp", "-r", str(model.path), private)
+    message = rf"ModelNotFound: node 10\.77\.0\.[2-4] has no directory {private}"
+    with pytest.raises(cqil.CqilError, match=message):
+        RemoteEngine(head, model=private, ranks=1, address="auto")
+
+
+def test_more_spread_ranks_than_nodes_are_refused(network: Network, model: TinyModel) -> None:
+    with pytest.raises(cqil.CqilError, match=r"InsufficientResources: asked for 4 ranks.*3 CPU"):
+        launch(network, model, ranks=4)

@@ -1,0 +1,48 @@
+"""What tests on several nodes share: launching over them, streams, and waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tiny_models import TinyModel
+
+from cqil_dist.benchmarks.hosts import Host, Network
+from cqil_dist.benchmarks.remote import RemoteEngine, RemoteStream
+
+PLAN = "P2 S0 E6 D1"
+MAX_LEN = 3000
+PROMPT = [5, 6, 7, 8, 9]
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0.9, "top_p": 0.95, "seed": 3},
+)
+
+
+def launch(network: Network, model: TinyModel, **options: Any) -> RemoteEngine:
+    defaults = {
+        "plan": PLAN,
+        "ranks": 2,
+        "strategy": "STRICT_SPREAD",
+        "address": "auto",
+        "max_len": MAX_LEN,
+        "step_deadline_s": 3,
+    }
+    return RemoteEngine(network.hosts[0], model=str(model.path), **{**defaults, **options})
+
+
+def stream(engine: RemoteEngine, sampling: dict[str, Any], tokens: int = 900) -> RemoteStream:
+    return engine.stream(PROMPT, max_tokens=tokens, ignore_eos=True, **sampling)
+
+
+def host_of(network: Network, rank: dict[str, Any]) -> Host:
+    (host,) = (host for host in network.hosts if host.address == rank["address"])
+    return host
+
+
+def wait_for(happened: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.1)
