@@ -9,14 +9,12 @@ from typing import Any, Self
 
 import ray
 
-from cqil_dist.assignment import assign
 from cqil_dist.bring_up import ANSWER_TIMEOUT_S, bring_up, ray_errors
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.store import resolve
 from cqil_dist.outputs import Chunk, Completion, Status
-from cqil_dist.plan import Plan, PlanSource
+from cqil_dist.plan import PlanSource
 from cqil_dist.progress import Progress, SilentProgress
+from cqil_dist.resolved_launch import ResolvedLaunch
 from cqil_dist.rpc.convert import Prompt
 from cqil_dist.sampling_params import SamplingParams
 
@@ -56,16 +54,12 @@ class RunningEngine:
     """
 
     def __init__(self, config: LaunchConfig, progress: Progress) -> None:
-        path = resolve(config.model, progress)
-        model_config = ModelConfig.from_directory(path)
+        resolved = ResolvedLaunch.of(config, progress)
         self.config = config
-        self.plan = Plan.parse(config.plan, model_config.num_layers)
-        world = config.ranks or max(group.size for group in self.plan.groups)
-        self.assignment = assign(self.plan, world, model_config.vocab_size)
+        self.assignment = resolved.assignment
+        self.plan = self.assignment.plan
         with ExitStack() as stack, ray_errors():
-            self._coordinator, self.client = bring_up(
-                config, model_config, self.assignment, path, stack, progress
-            )
+            self._coordinator, self.client = bring_up(resolved, stack, progress)
             self._stack = stack.pop_all()
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:

@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,8 +29,8 @@ from cqil_dist.client import GenerationClient
 from cqil_dist.errors import LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.model.config import ModelConfig
 from cqil_dist.progress import Progress
+from cqil_dist.resolved_launch import ResolvedLaunch
 from cqil_dist.runtime.layer_actor import LayerActor
 from cqil_dist.runtime.placement import RankResources, connected, placed
 from cqil_dist.runtime.spec import EngineSpec
@@ -45,12 +44,7 @@ _PROGRESS_S = 0.2
 
 
 def bring_up(
-    config: LaunchConfig,
-    model: ModelConfig,
-    assignment: Assignment,
-    model_path: Path,
-    stack: ExitStack,
-    progress: Progress,
+    resolved: ResolvedLaunch, stack: ExitStack, progress: Progress
 ) -> tuple[Any, GenerationClient]:
     """Start Ray if need be, place the actors, and have the coordinator bring them together.
 
@@ -61,6 +55,7 @@ def bring_up(
         LaunchError, InsufficientResources: the cluster or an actor failed.
         ModelError: a rank cannot read its weights.
     """
+    config, model, assignment = resolved.config, resolved.model, resolved.assignment
     world = assignment.world
     max_len = config.max_len_for(model)
     with progress.task("Starting Ray"):
@@ -71,7 +66,7 @@ def bring_up(
     on_gpu = resources.gpus > 0
     spec = EngineSpec(
         model=config.model,
-        model_path=model_path,
+        model_path=resolved.path,
         config=model,
         assignment=assignment,
         dtype=config.dtype_for(model, on_gpu),

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, Self
 
 from cqil_dist.benchmarks.hosts import Host
@@ -64,7 +65,7 @@ class RemoteStream:
 
     @property
     def longest_pause_s(self) -> float:
-        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
+        return max((after - before for before, after in pairwise(self.times)), default=0.0)
 
 
 class RemoteEngine:

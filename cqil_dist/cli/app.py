@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cqil_dist.cli import bench, demo, generate, model, plan, verify
+from cqil_dist.cli import bench, demo, doctor, generate, model, plan, verify
 from cqil_dist.errors import CqilError
 
 # Ray turns token authentication on for the clusters it starts, but its drivers have to ask for it.
@@ -40,6 +40,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.add_typer(plan.app, name="plan")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")

@@ -44,6 +44,7 @@ def generate(
     dtype: options.Dtype = "auto",
     slots: options.Slots = 8,
     max_len: options.MaxLen = None,
+    spares: options.Spares = 0,
     verbose: options.Verbose = False,
 ) -> None:
     """Stream a completion of a prompt to standard output."""
@@ -76,6 +77,7 @@ def generate(
         dtype=dtype,
         slots=slots,
         max_len=max_len,
+        spares=spares,
         verbose=verbose,
         progress=options.terminal_progress(),
     ) as engine:

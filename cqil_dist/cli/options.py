@@ -48,6 +48,7 @@ MaxLen = Annotated[
     int | None,
     typer.Option("--max-len", help="Most tokens of a prompt and its completion together."),
 ]
+Spares = Annotated[int, typer.Option("--spares", help="Standby actors that take over a lost rank.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs.")]
 
 

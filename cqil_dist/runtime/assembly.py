@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 # An actor that has answered before and does not within this long is stuck, or its node is cut
 # off. One that has not been heard of may be importing torch on a busy machine.
-_ANSWER_S = 2.0
+_ANSWER_S = 1.0
 _FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3

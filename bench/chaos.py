@@ -1,0 +1,96 @@
+"""Faults at random moments while requests stream; every token compared. Needs root on Linux.
+
+    python bench/chaos.py --minutes 10 [--faults kill,stop,link,coordinator] [--spares 1]
+
+See cqil_dist/benchmarks/chaos.py for how it is set up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.benchmarks.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
+from cqil_dist.benchmarks.latency import hardware, versions
+from cqil_dist.model.store import resolve
+from cqil_dist.progress import ConsoleProgress
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long to break things.")] = 5.0,
+    faults: Annotated[str, typer.Option(help="Which, by comma.")] = ",".join(FAULTS),
+    seed: Annotated[int, typer.Option(help="Of the faults and their moments.")] = 0,
+    model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m",
+    plan: Annotated[str, typer.Option("--plan", "-p")] = "P2 S12 E28 D1",
+    spares: Annotated[int, typer.Option(help="Standby actors.")] = 0,
+    streams: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("chaos.json"),
+) -> None:
+    """Break things for some minutes and compare every token."""
+    chosen = faults.split(",")
+    if unknown := sorted(set(chosen) - set(FAULTS)):
+        raise typer.BadParameter(f"{', '.join(unknown)}; known faults: {', '.join(FAULTS)}")
+    console = Console()
+    path = resolve(model, ConsoleProgress())
+
+    def show(injected: Injected) -> None:
+        console.print(f"{injected.fault:12} recovered in {injected.seconds:6.2f} s")
+
+    report = run_chaos(
+        str(path),
+        plan,
+        minutes=minutes,
+        faults=chosen,
+        seed=seed,
+        spares=spares,
+        streams=streams,
+        on_fault=show,
+    )
+    _print(report, console)
+    setting = {
+        "model": model,
+        "plan": plan,
+        "ranks": RANKS,
+        "spares": spares,
+        "streams": streams,
+        "minutes": minutes,
+        "seed": seed,
+        "hardware": hardware("cpu"),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(
+        json.dumps({"setting": setting, **report.to_dict()}, indent=1) + "\n", encoding="utf-8"
+    )
+    if report.failed or report.wrong or report.lost or report.doubled:
+        raise typer.Exit(1)
+
+
+def _print(report: ChaosReport, console: Console) -> None:
+    table = Table("fault", "times", "median to recover", "longest")
+    for fault, values in report.to_dict()["recovery"].items():
+        table.add_row(
+            fault, str(values["count"]), f"{values['median_s']:.2f} s", f"{values['max_s']:.2f} s"
+        )
+    console.print(table)
+    console.print(
+        f"{report.requests} requests, {len(report.failed)} failed; {report.compared} tokens "
+        f"compared: {report.lost} lost, {report.doubled} doubled, {report.wrong} wrong"
+    )
+    for message in report.failed[:5]:
+        console.print(f"failed: {message}", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

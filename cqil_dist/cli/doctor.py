@@ -1,0 +1,87 @@
+"""`cqil doctor`: would a launch work on this cluster, and what is to be mended?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.cli import options
+from cqil_dist.launch_config import LaunchConfig
+
+if TYPE_CHECKING:
+    from cqil_dist.diagnosis import Finding
+
+_COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model to be launched; default: none.")
+    ] = None,
+    plan: options.PlanText = "sequential",
+    ranks: options.Ranks = None,
+    address: options.Address = None,
+    strategy: options.Strategy = "PACK",
+    threads_per_rank: options.Threads = 1,
+    device: options.Device = "auto",
+    gpus_per_rank: options.GpusPerRank = 1.0,
+    dtype: options.Dtype = "auto",
+    slots: options.Slots = 8,
+    max_len: options.MaxLen = None,
+    spares: options.Spares = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check every node and every link of a cluster before launching.
+
+    Versions, model files, memory, GPUs, and for each pair of nodes, in both directions, whether
+    ranks can connect and how fast. Exits with 1 if a launch would fail.
+    """
+    from cqil_dist.diagnosis import diagnose
+    from cqil_dist.resolved_launch import ResolvedLaunch
+    from cqil_dist.runtime.placement import connected
+
+    progress = options.terminal_progress()
+    config = LaunchConfig(
+        model or "",
+        plan,
+        ranks,
+        strategy=strategy,
+        threads_per_rank=threads_per_rank,
+        device=device,
+        gpus_per_rank=gpus_per_rank,
+        dtype=dtype,
+        slots=slots,
+        max_len=max_len,
+        spares=spares,
+    )
+    wanted = ResolvedLaunch.of(config, progress) if model else None
+    with connected(address, local_cpus=1, verbose=False):
+        findings = list(diagnose(wanted, progress))
+    failures = sum(finding.verdict == "failure" for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"failures": failures, "findings": [asdict(f) for f in findings]}))
+    else:
+        _print(findings, failures)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _print(findings: Sequence[Finding], failures: int) -> None:
+    table = Table("where", "check", "", "found")
+    for finding in findings:
+        colour = _COLOURS[finding.verdict]
+        table.add_row(
+            finding.where, finding.check, f"[{colour}]{finding.verdict}[/{colour}]", finding.detail
+        )
+    console = Console()
+    console.print(table)
+    if failures:
+        console.print(f"[red]{failures} to mend before launching[/red]")
+    else:
+        console.print("[green]ready to launch[/green]")

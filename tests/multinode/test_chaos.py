@@ -1,0 +1,25 @@
+"""A short run of bench/chaos.py: faults of every kind, and not a token other than it should be."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import TinyModel
+
+from cqil_dist.benchmarks.chaos import run_chaos
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_random_faults_change_no_token(model: TinyModel, spares: int) -> None:
+    report = run_chaos(
+        str(model.path),
+        "P2 S0 E6 D1",
+        minutes=0.7,
+        faults=("kill", "coordinator", "stop"),
+        seed=spares,
+        spares=spares,
+        max_tokens=200,
+    )
+    assert report.failed == []
+    assert (report.lost, report.doubled, report.wrong) == (0, 0, 0)
+    assert len(report.faults) >= 3
+    assert report.compared > 1000
