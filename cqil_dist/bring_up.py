@@ -26,12 +26,12 @@ from ray.util.scheduling_strategies import (
 
 from cqil_dist.assignment import Assignment
 from cqil_dist.client import GenerationClient
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import Progress
 from cqil_dist.resolved_launch import ResolvedLaunch
-from cqil_dist.runtime.layer_actor import LayerActor
+from cqil_dist.runtime.layer_actor import QUESTIONS, LayerActor
 from cqil_dist.runtime.placement import RankResources, connected, placed
 from cqil_dist.runtime.spec import EngineSpec
 from cqil_dist.serving.coordinator import Coordinator
@@ -40,6 +40,7 @@ ANSWER_TIMEOUT_S = 120.0
 """Seconds a running actor may take to answer."""
 
 _CLOSE_TIMEOUT_S = 5.0
+_RESTART_S = 60.0  # of a coordinator's process, before it looks for its ranks
 _PROGRESS_S = 0.2
 
 
@@ -89,6 +90,7 @@ def bring_up(
                 where=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
+                concurrency_groups={QUESTIONS: 2},
             )
             for bundle in range(world + config.spares)
         ]
@@ -110,7 +112,7 @@ def bring_up(
     address = _started(coordinator, actors, assignment, progress)
 
     def locate() -> str:
-        return _locate(coordinator, config.recovery_timeout_s)
+        return _locate(coordinator, config.recovery_timeout_s + _RESTART_S)
 
     client = GenerationClient(address, secret, locate, config.recovery_timeout_s)
     return coordinator, stack.enter_context(client)
@@ -130,20 +132,24 @@ def _resources(config: LaunchConfig, actors: int) -> RankResources:
 
 
 def _start(
-    kind: type, stack: ExitStack, *arguments: Any, where: Any, num_cpus: int, num_gpus: float = 0
+    kind: type,
+    stack: ExitStack,
+    *arguments: Any,
+    where: Any,
+    num_cpus: int,
+    num_gpus: float = 0,
+    concurrency_groups: dict[str, int] | None = None,
 ) -> Any:
     """Start an actor that Ray restarts when it dies, until the stack unwinds."""
-    actor: Any = (
-        ray.remote(kind)
-        .options(
-            max_restarts=-1,
-            max_concurrency=8,  # a long load or join must not keep questions waiting
-            scheduling_strategy=where,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-        )
-        .remote(*arguments)
-    )
+    remote: Any = ray.remote  # its types know no actor's options
+    actor = remote(
+        max_restarts=-1,
+        max_concurrency=8,
+        concurrency_groups=concurrency_groups,
+        scheduling_strategy=where,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )(kind).remote(*arguments)
     stack.callback(ray.kill, actor)
     return actor
 
@@ -210,9 +216,8 @@ def ray_errors() -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, Exception):
-            raise cause from None
+        if isinstance(error.cause, CqilError):
+            raise error.cause from None
         raise LaunchError(f"an actor failed: {error}") from error
     except RayActorError as error:
         raise LaunchError(f"an actor died: {error}") from error

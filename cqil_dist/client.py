@@ -81,12 +81,14 @@ class GenerationClient:
         """
         params = params.seeded()  # a stream that is resumed draws what it would have drawn
         received = _Received()
+        broken_since: float | None = None
         while True:
             connection = self._connection
             request = request_to_wire(prompt, params, final_only, received.token_ids)
             call = self._call(connection, connection.stub.Generate, request)
             try:
                 for response in call:
+                    broken_since = None
                     yield received.add(chunk_from_wire(response, params.logprobs is not None))
                 if not received.finished:
                     raise CqilError(
@@ -94,10 +96,11 @@ class GenerationClient:
                     )
                 return
             except grpc.RpcError as error:
-                if not _is_broken(error) or self._closed:
-                    raise _translated(error, connection.address) from None
-                self._reconnect(connection, error, received.latest)
-                received.resumed = True
+                if received.finished:  # all was said; the call broke while it was being closed
+                    return
+                broken_since = broken_since or time.monotonic()
+                self._reconnect(connection, error, broken_since)
+                received.resumed = bool(received.token_ids)
             finally:
                 call.cancel()
 
@@ -109,7 +112,7 @@ class GenerationClient:
 
     def status(self) -> Status:
         """What is served, by which ranks, and how busy it is. Raises CqilError."""
-        started = time.monotonic()
+        broken_since: float | None = None
         while True:
             connection = self._connection
             request = pb.GetStatusRequest()
@@ -117,9 +120,8 @@ class GenerationClient:
                 response = self._call(connection, connection.stub.GetStatus, request, timeout=30)
                 return status_from_wire(response)
             except grpc.RpcError as error:
-                if not _is_broken(error) or self._closed:
-                    raise _translated(error, connection.address) from None
-                self._reconnect(connection, error, started)
+                broken_since = broken_since or time.monotonic()
+                self._reconnect(connection, error, broken_since)
 
     def close(self) -> None:
         """Cancel what is running and close the connection."""
@@ -134,18 +136,21 @@ class GenerationClient:
             raise CqilError(f"the connection to {connection.address} is closed") from error
 
     def _reconnect(self, broken: _Connection, error: Any, since: float) -> None:
-        """Find the service again; one thread does so for all.
+        """Find the service again after a call failed; one thread does so for all.
 
         Args:
-            since: when there was progress last.
+            since: when calls began to fail.
 
         Raises:
-            CqilError: it is gone for good, or patience has ended.
+            CqilError: the call failed by what it asked; or the service is gone for good, or
+                patience has ended.
         """
-        if time.monotonic() - since > self._patience_s:
+        if not _is_broken(error):
             raise _translated(error, broken.address) from None
         time.sleep(_RETRY_S)
         with self._reconnecting:
+            if self._closed or time.monotonic() - since > self._patience_s:
+                raise _translated(error, broken.address) from None
             if self._connection is broken and (address := self._locate()) != broken.address:
                 # Closed at the end: other streams have yet to notice that it is broken.
                 self._former.append(broken)
@@ -176,22 +181,21 @@ class _Received:
 
     Attributes:
         times: when it was begun, then when each token came.
-        resumed: it has been broken and taken up again.
+        resumed: it has been broken and taken up again after some tokens.
     """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     times: list[float] = field(default_factory=lambda: [time.monotonic()])
-    latest: float = field(default_factory=time.monotonic)
     resumed: bool = False
     finished: bool = False
 
     def add(self, chunk: Chunk) -> Chunk:
         """Note a chunk; returns it as the stream's reader shall see it."""
-        self.latest = time.monotonic()
+        now = time.monotonic()
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs or ()
-        self.times += [self.latest] * len(chunk.token_ids)
+        self.times += [now] * len(chunk.token_ids)
         self.finished = chunk.result is not None
         if chunk.result is None or not self.resumed:
             return chunk

@@ -10,21 +10,17 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
-# Probes after 2 s of silence, one a second, three of them; and the most that may go unacknowledged.
-_SILENCE = {
-    "TCP_KEEPIDLE": 2,
-    "TCP_KEEPINTVL": 1,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 8000,  # milliseconds
-}
+# Probes after 2 s of silence, one a second, three of them.
+_SILENCE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 
 
 def prepare(sock: socket.socket) -> None:
     """Set up a connection for small frames: no delay, no blocking, and no silent end.
 
-    A node that vanishes closes nothing. Its kernel does not answer either, which ends the
-    connection after some seconds, whether this end waits or sends. (A process that is only slow,
-    or stopped, has a kernel that answers.)
+    A node that vanishes closes nothing, but its kernel does not answer probes either, which ends an
+    idle connection after some seconds. Where data is under way, the deadline of its step does.
+    (TCP_USER_TIMEOUT would end it sooner, and with it the connection of a peer that is merely too
+    busy to read.)
     """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

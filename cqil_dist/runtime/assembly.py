@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
-from cqil_dist.errors import ExchangeError, LaunchError, RankUnavailable
+from cqil_dist.errors import CqilError, ExchangeError, LaunchError, RankUnavailable
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
@@ -31,6 +31,8 @@ from cqil_dist.runtime.spec import EngineSpec
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_RETRY_S = 0.2
+_MAX_SURPRISES = 2
 # An actor that has answered before and does not within this long is stuck, or its node is cut
 # off. One that has not been heard of may be importing torch on a busy machine.
 _ANSWER_S = 1.0
@@ -38,7 +40,7 @@ _FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3
 _CALL_TIMEOUT_S = 60.0
-_LOAD_TIMEOUT_S = 3600.0
+_LOADING_ANSWER_S = 10.0
 _JOIN_DEADLINE_S = 20.0
 
 # A core that sleeps takes tens of microseconds to wake, and runs its first layer a third slower.
@@ -74,6 +76,7 @@ class _Candidate:
         address: of its node, when it last answered.
         question: the call that has not been answered yet, and when it was asked.
         known: it has answered since its process was last known to have ended.
+        gone: Ray does not start it again.
     """
 
     actor: Any
@@ -82,6 +85,7 @@ class _Candidate:
     question: Any = None
     asked: float = 0.0
     known: bool = False
+    gone: bool = False
 
 
 class RankPool:
@@ -97,7 +101,7 @@ class RankPool:
         self._spec = spec
         self._secret = secret
         self._seats: dict[int, int] = {}
-        self._preparing: list[Any] = []
+        self._preparing: dict[int, Any] = {}
         self._stopping = threading.Event()
         self.waiting_for = ""
 
@@ -109,7 +113,8 @@ class RankPool:
                 answer is taken to be restarting; any other that does not, to be stuck.
 
         Raises:
-            RankUnavailable: a rank has no actor within the spec's `recovery_timeout_s`.
+            RankUnavailable: a rank has no actor within the spec's `recovery_timeout_s`, time to
+                load apart.
             ModelError: a rank's weights cannot be read.
             LaunchError: the pool has been stopped, or cores cannot be bound as asked.
         """
@@ -118,18 +123,32 @@ class RankPool:
             if (seat := self._seats.get(rank)) is not None:
                 self._candidates[seat].known = False
         phases: dict[str, float] = {}
+        surprises = 0
         while True:
             try:
                 with _timed(phases, "seat"):
                     states = self._seat(deadline)
+                loaded = phases.get("load", 0.0)
                 with _timed(phases, "load"):
                     self._load()
+                deadline += phases["load"] - loaded
                 with _timed(phases, "connect"):
                     return self._connect(states, phases)
             except (ExchangeError, RayActorError, GetTimeoutError) as error:
-                if time.monotonic() > deadline:
-                    raise RankUnavailable(f"the ranks could not meet again: {error}") from error
-                logger.warning("the ranks meet once more, because: %s", error)
+                reason: Exception = error
+            except CqilError:
+                raise
+            except Exception as error:  # of one actor, which may have another successor
+                surprises += 1
+                logger.exception("unexpected")
+                reason = error
+            if time.monotonic() > deadline or surprises > _MAX_SURPRISES:
+                raise RankUnavailable(
+                    f"the ranks could not meet: {type(reason).__name__}: {reason}"
+                ) from reason
+            logger.warning("the ranks meet once more, because: %s", reason)
+            self._check_stopping()
+            time.sleep(_RETRY_S)
 
     def stop(self) -> None:
         """End an `assemble` under way, and let no other begin."""
@@ -140,12 +159,12 @@ class RankPool:
 
         Those that are being restarted will do so when they are back.
         """
-        seated = self._seats.values()
-        self._preparing = [
-            candidate.actor.prepare.remote(self._spec)
-            for index, candidate in enumerate(self._candidates)
-            if index not in seated
-        ]
+        for index, candidate in enumerate(self._candidates):
+            under_way = self._preparing.get(index)
+            if under_way is not None and not ray.wait([under_way], timeout=0)[0]:
+                continue
+            if index not in self._seats.values() and not candidate.gone:
+                self._preparing[index] = candidate.actor.prepare.remote(self._spec)
 
     # Seating: an actor that answers for every rank.
 
@@ -154,7 +173,8 @@ class RankPool:
         started = time.monotonic()
         for candidate in self._candidates:
             candidate.state = None
-            self._ask(candidate)
+            if not candidate.gone:
+                self._ask(candidate)
         while True:
             self._read_answers()
             answered = {
@@ -163,7 +183,7 @@ class RankPool:
                 if candidate.state is not None
             }
             # Those that may still answer are waited for: they hold weights.
-            missing = [c for c in self._candidates if c.state is None]
+            missing = [c for c in self._candidates if c.state is None and not c.gone]
             grace = time.monotonic() < started + _GRACE_S
             if not missing or not (grace or any(c.known for c in missing)):
                 seats = seat_ranks(self._spec.assignment.world, answered, self._seats)
@@ -196,7 +216,11 @@ class RankPool:
             try:
                 state: ActorState = ray.get(answer)
             except ActorDiedError as error:
-                raise LaunchError(f"an actor is gone for good: {error}") from error
+                candidate.known = False
+                candidate.gone = not getattr(error, "preempted", False)
+                logger.error("an actor is gone for good: %s", error)
+                if not candidate.gone:
+                    self._ask(candidate)
             except RayActorError:  # its process ended: the next question waits for the next one
                 candidate.known = False
                 self._ask(candidate)
@@ -210,22 +234,25 @@ class RankPool:
         now = time.monotonic()
         for candidate in self._candidates:
             patience = _ANSWER_S if candidate.known else _FIRST_ANSWER_S
-            if candidate.state is None and now - candidate.asked > patience:
+            if candidate.state is not None or candidate.gone or now - candidate.asked < patience:
+                continue
+            if not ray.wait([candidate.question], timeout=0)[0]:  # else it has answered just now
                 logger.warning("no answer from %s within %g s", candidate.address, patience)
                 candidate.known = False
                 ray.kill(candidate.actor, no_restart=False)
                 self._ask(candidate)
 
     def _wait(self, deadline: float, answered: Mapping[int, ActorState]) -> None:
+        held = frozenset[int]().union(*(state.ranks for state in answered.values()))
         lost = [
             f"rank {rank} (was on {self._candidates[seat].address})"
             for rank, seat in sorted(self._seats.items())
             if seat not in answered
-        ]
-        self.waiting_for = ", ".join(lost) or "the first answer of the actors"
-        if self._stopping.is_set():
-            raise LaunchError("the engine is closing")
-        if time.monotonic() > deadline:
+        ] or [f"rank {rank}" for rank in range(self._spec.assignment.world) if rank not in held]
+        self.waiting_for = ", ".join(lost)
+        self._check_stopping()
+        living = sum(not candidate.gone for candidate in self._candidates)
+        if time.monotonic() > deadline or living < self._spec.assignment.world:
             raise RankUnavailable(
                 f"no actor for {self.waiting_for} within {self._spec.recovery_timeout_s:g} s: "
                 f"{len(answered)} of {len(self._candidates)} actors answer and "
@@ -234,6 +261,10 @@ class RankPool:
             )
         time.sleep(_POLL_S)
 
+    def _check_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise LaunchError("the engine is closing")
+
     # Loading and connecting.
 
     def _seated(self) -> list[_Candidate]:
@@ -241,11 +272,26 @@ class RankPool:
 
     def _load(self) -> None:
         """Every seated actor reads its rank's weights, unless it has them."""
+        seated = self._seated()
         loading = [
-            candidate.actor.load.remote(self._spec, rank)
-            for rank, candidate in enumerate(self._seated())
+            candidate.actor.load.remote(self._spec, rank) for rank, candidate in enumerate(seated)
         ]
-        _results(loading, _LOAD_TIMEOUT_S)
+        questions = [candidate.actor.state.remote() for candidate in seated]
+        asked = time.monotonic()
+        while waiting := ray.wait(loading, num_returns=len(loading), timeout=_POLL_S)[1]:
+            self._check_stopping()
+            _raise_first_error(ref for ref in loading if ref not in waiting)
+            # Reading takes as long as it takes, as long as those who read are there.
+            answers, silent = ray.wait(questions, num_returns=len(questions), timeout=0)
+            _raise_first_error(answers)
+            if not silent:
+                questions = [candidate.actor.state.remote() for candidate in seated]
+                asked = time.monotonic()
+            elif time.monotonic() - asked > _LOADING_ANSWER_S:
+                raise ExchangeError(
+                    f"{len(silent)} of {len(seated)} actors do not answer while they load"
+                )
+        _raise_first_error(loading)
 
     def _connect(
         self, states: Mapping[int, ActorState], phases: dict[str, float]
@@ -395,11 +441,15 @@ def _results(calls: list[Any], timeout_s: float) -> list[Any]:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             raise GetTimeoutError(f"{len(waiting)} actors did not answer within {timeout_s:g} s")
-        try:
-            ray.get(done)
-        except RayTaskError as error:
-            if isinstance(error.cause, Exception):
-                raise error.cause from None
-            raise
+        _raise_first_error(done)
     results: list[Any] = ray.get(calls)
     return results
+
+
+def _raise_first_error(done: Iterable[Any]) -> None:
+    try:
+        ray.get(list(done))
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from None
+        raise

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 # How often an idle engine looks whether its ranks are still there.
 _IDLE_CHECK_S = 0.5
-# Recoveries in a row without a step between them, after which it is not bad luck: a step that
-# fails on every new set of ranks is a fault of its own.
-_MAX_ATTEMPTS = 5
+# Losses in a row that may strike the steps of one request before it gains a token. More are not
+# bad luck: something in the request breaks whatever computes it.
+_MAX_SETBACKS = 5
 
 
 class StepModel(Protocol):
@@ -118,7 +118,8 @@ class Engine:
         self._vocab_size = vocab_size
         self._steps = 0
         self._scheduler = Scheduler(slots, prefill_tokens)
-        self._unreleased: list[Request] = []  # used by the engine's thread alone
+        self._unreleased: list[Request] = []  # used by the engine's thread alone, as is:
+        self._computing: tuple[Request, ...] = ()  # the requests of the step under way
         self._changed = threading.Condition()  # guards the scheduler and what follows
         self._cancelled: list[Request] = []
         self._failure: CqilError | None = None
@@ -265,6 +266,7 @@ class Engine:
     def _work(self) -> None:
         """Compute a step, or find nothing to compute for a while."""
         step = self._next_step()
+        self._computing = () if step is None else step.requests
         if step is None:
             self._model.check()
             self._note_progress()
@@ -296,7 +298,7 @@ class Engine:
         """Go on with another model, on which every request computes its tokens again.
 
         Raises:
-            CqilError: there is none, or they fail one after the other.
+            CqilError: there is none.
         """
         self._release()  # what is known is told before the wait
         with self._changed:
@@ -305,8 +307,14 @@ class Engine:
             self._loss = loss = self._loss or _Loss(str(error), time.monotonic())
         loss.attempts += 1
         logger.warning("attempt %d to recover from: %s", loss.attempts, error)
-        if self._rebuild is None or loss.attempts > _MAX_ATTEMPTS:
+        if self._rebuild is None:
             raise error
+        for request in self._computing:
+            request.setbacks += 1
+            if request.setbacks > _MAX_SETBACKS:
+                with self._changed:
+                    self._scheduler.remove(request)
+                request.fail(error)
         self._model, phases = self._rebuild(error)
         for name, seconds in phases.items():
             loss.phases[name] = loss.phases.get(name, 0.0) + seconds

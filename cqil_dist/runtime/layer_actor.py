@@ -42,6 +42,10 @@ from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
 
+QUESTIONS = "questions"
+"""Concurrency group of what must be answered while all other calls wait."""
+
+# Beyond the deadline of the step that it may be in the midst of.
 _THREAD_END_S = 5.0
 # A spare leaves this much more than it takes to those that serve.
 _HEADROOM = 2.0
@@ -103,6 +107,7 @@ class LayerActor:
         self._listener: Listener | None = None
         self._mesh: _Mesh | None = None
 
+    @ray.method(concurrency_group=QUESTIONS)
     def state(self) -> ActorState:
         """Answers at once, whatever else the actor is doing."""
         gpus = ray.get_gpu_ids()
@@ -122,14 +127,18 @@ class LayerActor:
             ModelNotFound: this node does not have the model, and cannot fetch it.
             CheckpointError: naming what is wrong with the weights.
         """
+        self._wanted.set()  # one that prepares makes way
+        self._read(spec, rank)
+
+    def _read(self, spec: EngineSpec, rank: int, preparing: bool = False) -> None:
         with self._loading:
-            if rank in self._programs:
+            if rank in self._programs or (preparing and self._wanted.is_set()):
                 return
             path = model_directory(spec.model, spec.model_path)
             torch.set_num_threads(spec.threads)
             release_import_time_code()
             with freed_memory_returned():
-                self._programs[rank] = RankProgram(
+                program = RankProgram(
                     rank,
                     spec.assignment,
                     spec.config,
@@ -139,9 +148,12 @@ class LayerActor:
                     self._device,
                     on_stage_loaded=self._count_stage,
                 )
+            if not (preparing and self._wanted.is_set()):
+                self._programs[rank] = program
 
     def prepare(self, spec: EngineSpec) -> None:
         """As a spare, read all ranks' weights beforehand, as far as memory allows."""
+        self._wanted.clear()
         for rank in range(spec.assignment.world):
             share = footprint(spec.assignment, rank, spec.config, spec.dtype)
             needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
@@ -154,10 +166,9 @@ class LayerActor:
                     needed >> 20,
                 )
                 return
-            if self._wanted.is_set():
-                return
-            self.load(spec, rank)
+            self._read(spec, rank, preparing=True)
 
+    @ray.method(concurrency_group=QUESTIONS)
     def stages_loaded(self) -> int:
         """Progress of `load`."""
         return self._stages_loaded
@@ -174,7 +185,6 @@ class LayerActor:
         Raises:
             ExchangeError: the actor has been called to a later epoch.
         """
-        self._wanted.set()
         with self._meeting:
             if epoch <= self._epoch:
                 raise ExchangeError(
@@ -206,7 +216,8 @@ class LayerActor:
         listener = self._listener
         if listener is None or mesh.epoch != self._epoch:
             raise ExchangeError(f"called to join epoch {mesh.epoch}, but this is {self._epoch}")
-        program = self._programs[mesh.rank]
+        if (program := self._programs.get(mesh.rank)) is None:
+            raise ExchangeError(f"called to be rank {mesh.rank}, whose weights are not here")
         joined = _Mesh(program, spec, mesh, listener, self._device)
         with self._meeting:
             if mesh.epoch != self._epoch:
@@ -251,6 +262,7 @@ class _Mesh:
     ) -> None:
         self._program = program
         self._threads = spec.threads
+        self._end_s = spec.step_deadline_s + _THREAD_END_S
         self._cores = mesh.cores
         with listener, ExitStack() as on_failure:
             sockets = connect_mesh(
@@ -283,9 +295,9 @@ class _Mesh:
         self._link.close()
         self.exchange.close()
         if self._thread.is_alive():
-            self._thread.join(_THREAD_END_S)
+            self._thread.join(self._end_s)
             if self._thread.is_alive():
-                logger.error("a step did not end within %g s; ending the process", _THREAD_END_S)
+                logger.error("a step did not end within %g s; ending the process", self._end_s)
                 os._exit(1)
 
     def _serve(self) -> None:

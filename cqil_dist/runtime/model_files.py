@@ -10,6 +10,7 @@ import ray
 
 from cqil_dist.errors import ModelNotFound
 
+_FETCH_S = 3600
 _RESOLVE = """
 import sys
 from cqil_dist.errors import CqilError
@@ -36,12 +37,20 @@ def model_directory(name: str, path: Path) -> Path:
         return path
     # In a process of its own: converting takes libraries and memory that a rank has no use for.
     # Ranks of one node share one copy: the first to come makes it, the others wait at its lock.
-    found = subprocess.run(
-        [sys.executable, "-c", _RESOLVE, name], capture_output=True, text=True, check=False
-    )
+    node = ray.util.get_node_ip_address()
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", _RESOLVE, name],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_FETCH_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelNotFound(f"node {node} did not fetch {name} within {_FETCH_S} s") from error
     if found.returncode != 0:
         raise ModelNotFound(
-            f"node {ray.util.get_node_ip_address()} has no directory {path}, and could not fetch "
+            f"node {node} has no directory {path}, and could not fetch "
             f"{name}: {found.stderr.strip()[-500:]}; fetch or copy the model there"
         )
     return Path(found.stdout.strip().splitlines()[-1])

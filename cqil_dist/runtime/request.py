@@ -29,6 +29,7 @@ class Request:
         computed: how many of them are in the KV cache.
         slot: KV slot, or None while waiting for one.
         finished: the stream has ended.
+        setbacks: losses of the model during its steps, since it last gained a token.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Request:
         self.computed = 0
         self.slot: int | None = None
         self.finished = False
+        self.setbacks = 0
         self.stream = ChunkStream()
         self._final_only = final_only
         self._prompt_length = len(prompt_ids)
@@ -80,6 +82,7 @@ class Request:
         Args:
             max_len: most tokens the KV slot has room for.
         """
+        self.setbacks = 0
         self.tokens.append(sampled.token_id)
         self._token_times.append(time.perf_counter())
         logprobs = self._record_logprob(sampled)

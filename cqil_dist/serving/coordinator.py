@@ -103,7 +103,7 @@ class Coordinator:
         """Counters and latest waits of each rank's exchange in this epoch."""
         assert self._assembled is not None, "started"
         stats: list[dict[str, Any]] = ray.get(
-            [actor.exchange_stats.remote() for actor in self._assembled.actors]
+            [actor.exchange_stats.remote() for actor in self._assembled.actors], timeout=30
         )
         return stats
 

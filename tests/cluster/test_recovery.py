@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
+import ray
 from tiny_models import TinyModel, TinyModelFactory, tiny_config
 
 import cqil_dist as cqil
@@ -103,6 +107,22 @@ def test_a_killed_rank_is_replaced_and_the_others_stay(
     assert f"rank {rank}" in after.last_recovery.cause
     assert after.last_recovery.phases.keys() == {"seat", "load", "connect", "prefill"}
     assert engine.exchanges_per_token() == engine.assignment.rounds
+
+
+def test_recoveries_are_counted_in_ray_s_metrics(engine: cqil.RunningEngine) -> None:
+    assert engine.status().recoveries > 0
+    (node,) = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(OSError):
+            text = urllib.request.urlopen(url, timeout=5).read().decode()
+            if re.search(r"^ray_cqil_recoveries\S* [1-9]", text, re.MULTILINE):
+                break
+        assert time.monotonic() < deadline, "no such metric"
+        time.sleep(1)
+    for phase in ("seat", "load", "connect", "prefill", "total"):
+        assert re.search(rf'^ray_cqil_recovery_seconds_count\{{.*"{phase}"', text, re.MULTILINE)
 
 
 def test_a_stuck_rank_is_found_by_the_step_deadline(engine: cqil.RunningEngine) -> None:

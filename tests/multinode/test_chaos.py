@@ -1,22 +1,19 @@
-"""A short run of bench/chaos.py: faults of every kind, and not a token other than it should be."""
+"""A short run of bench/chaos.py: random faults, and not a token other than it should be."""
 
 from __future__ import annotations
 
-import pytest
 from tiny_models import TinyModel
 
 from cqil_dist.benchmarks.chaos import run_chaos
 
 
-@pytest.mark.parametrize("spares", [0, 1])
-def test_random_faults_change_no_token(model: TinyModel, spares: int) -> None:
+def test_random_faults_change_no_token(model: TinyModel) -> None:
     report = run_chaos(
         str(model.path),
         "P2 S0 E6 D1",
-        minutes=0.7,
+        minutes=0.6,
         faults=("kill", "coordinator", "stop"),
-        seed=spares,
-        spares=spares,
+        spares=1,
         max_tokens=200,
     )
     assert report.failed == []

@@ -195,16 +195,20 @@ def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
         assert engine.status()["state"] == "failed"
 
 
-def test_a_step_that_fails_on_every_model_ends_in_an_error(model: TinyModel) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_request_that_breaks_every_model_fails_alone(number: int, model: TinyModel) -> None:
+    """In its first chunk, or in its second: getting that far each time is no progress."""
     attempts: list[ExchangeError] = []
 
     def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
         attempts.append(error)
-        return LostInStep(model, 0), {}
+        return (LostInStep(model, number) if len(attempts) < 6 else healthy(model)), {}
 
-    with serving(model, LostInStep(model, 0), rebuild) as engine, pytest.raises(PeerLost):
-        read(engine.submit(PROMPTS[0], greedy()))
-    assert 2 <= len(attempts) <= 10
+    with serving(model, LostInStep(model, number), rebuild) as engine:
+        with pytest.raises(PeerLost):
+            read(engine.submit(PROMPTS[3], greedy()))
+        assert len(finish(engine.submit(PROMPTS[3], greedy(4))).token_ids) == 4
+    assert len(attempts) == 6
 
 
 def test_closing_ends_a_recovery(model: TinyModel) -> None:
