@@ -40,6 +40,7 @@ def launch(
         PlanError, ModelError: the plan or the model cannot be used; nothing was started.
         InsufficientResources: the cluster lacks what was asked for.
         LaunchError: an option is wrong, or the cluster or an actor failed.
+        RankUnavailable: the ranks could not come together.
     """
     config = LaunchConfig(model, plan, ranks, **options)
     return RunningEngine(config, progress or SilentProgress())

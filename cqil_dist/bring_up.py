@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
@@ -32,7 +32,7 @@ from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import Progress
 from cqil_dist.resolved_launch import ResolvedLaunch
 from cqil_dist.runtime.layer_actor import QUESTIONS, LayerActor
-from cqil_dist.runtime.placement import RankResources, connected, placed
+from cqil_dist.runtime.placement import connected, placed, rank_resources
 from cqil_dist.runtime.spec import EngineSpec
 from cqil_dist.serving.coordinator import Coordinator
 
@@ -55,14 +55,15 @@ def bring_up(
     Raises:
         LaunchError, InsufficientResources: the cluster or an actor failed.
         ModelError: a rank cannot read its weights.
+        RankUnavailable: the ranks could not come together.
     """
     config, model, assignment = resolved.config, resolved.model, resolved.assignment
     world = assignment.world
     max_len = config.max_len_for(model)
     with progress.task("Starting Ray"):
-        cpus = (world + config.spares) * config.threads_per_rank
+        cpus = resolved.actors * config.threads_per_rank
         local = stack.enter_context(connected(config.address, cpus, config.verbose))
-        resources = _resources(config, world + config.spares)
+        resources = rank_resources(config, resolved.actors)
         group = stack.enter_context(placed(resources, world, config.spares, config.strategy))
     on_gpu = resources.gpus > 0
     spec = EngineSpec(
@@ -92,7 +93,7 @@ def bring_up(
                 num_gpus=resources.gpus,
                 concurrency_groups={QUESTIONS: 2},
             )
-            for bundle in range(world + config.spares)
+            for bundle in range(resolved.actors)
         ]
         # Beside the driver: when this node is lost, so is the launch. (Soft affinity would pass
         # over a node without CPUs to give, as heads often are.)
@@ -122,13 +123,6 @@ def _pin(config: LaunchConfig, local: bool, on_gpu: bool) -> str:
     if config.pin is None:
         return "if_possible" if local and not on_gpu else "never"
     return "always" if config.pin else "never"
-
-
-def _resources(config: LaunchConfig, actors: int) -> RankResources:
-    enough_gpus = ray.cluster_resources().get("GPU", 0) >= actors * config.gpus_per_rank
-    if config.device == "cuda" or (config.device == "auto" and enough_gpus):
-        return RankResources(cpus=1, gpus=config.gpus_per_rank)
-    return RankResources(cpus=config.threads_per_rank, gpus=0)
 
 
 def _start(
@@ -165,7 +159,7 @@ def _started(
             counts = [actor.stages_loaded.remote() for actor in actors]
             answered, _ = ray.wait(counts, num_returns=len(counts), timeout=_PROGRESS_S)
             if len(answered) == len(counts):  # an actor that fails is the coordinator's affair
-                with _actors_may_fail():
+                with suppress(RayActorError):
                     task.update(min(total, sum(ray.get(answered))))
         address: str = ray.get(starting)
         task.update(total)
@@ -200,14 +194,6 @@ def _close_quietly(coordinator: Any, actors: Sequence[Any]) -> None:
     for closing in ([coordinator], actors):
         calls = [actor.close.remote() for actor in closing]
         ray.wait(calls, num_returns=len(calls), timeout=_CLOSE_TIMEOUT_S)
-
-
-@contextmanager
-def _actors_may_fail() -> Iterator[None]:
-    try:
-        yield
-    except RayActorError:
-        return
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from cqil_dist.model.footprint import footprint
 from cqil_dist.model.store import BUILTIN_MODELS
 from cqil_dist.progress import Progress
 from cqil_dist.resolved_launch import ResolvedLaunch
-from cqil_dist.runtime.assembly import host_addresses
 from cqil_dist.runtime.node_probe import LinkSpeed, NodeFacts, NodeProbe
+from cqil_dist.runtime.placement import RankResources, host_addresses, rank_resources
 
 Verdict = Literal["ok", "warning", "failure"]
 
@@ -55,8 +55,11 @@ def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Find
         wanted: what is to be launched; None looks at the cluster alone.
     """
     nodes = host_addresses()
+    on_gpu = False
     if wanted is not None:
-        yield _resources(wanted)
+        resources = rank_resources(wanted.config, wanted.actors)
+        on_gpu = resources.gpus > 0
+        yield _resources(wanted, resources)
     with progress.task("Starting probes", total=len(nodes), unit="nodes") as task:
         probes: dict[str, Any] = {}
         facts: dict[str, NodeFacts] = {}
@@ -86,7 +89,10 @@ def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Find
                 task.advance()
             here = facts.get(_own_host(nodes))
             for host, found in facts.items():
-                yield from _node_findings(host, found, here or found, wanted)
+                yield from _node_findings(host, found, here or found, on_gpu)
+                if wanted is not None:
+                    yield _model(host, found, wanted)
+                    yield _memory(host, found, wanted, on_gpu)
             yield from _link_findings({host: probes[host] for host in facts}, progress)
         finally:
             for probe in probes.values():
@@ -97,31 +103,28 @@ def _own_host(nodes: Mapping[str, str]) -> str:
     return nodes[ray.get_runtime_context().get_node_id()]
 
 
-def _resources(wanted: ResolvedLaunch) -> Finding:
-    config, world = wanted.config, wanted.assignment.world
-    actors = world + config.spares
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    on_gpu = config.device == "cuda"
-    name, each = ("GPU", config.gpus_per_rank) if on_gpu else ("CPU", config.threads_per_rank)
-    room = [int(node["Resources"].get(name, 0) / each) for node in alive]
-    if config.strategy == "STRICT_SPREAD":
+def _resources(wanted: ResolvedLaunch, resources: RankResources) -> Finding:
+    strategy, actors = wanted.config.strategy, wanted.actors
+    bundle = resources.bundle()
+    room = [
+        int(min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    if strategy == "STRICT_SPREAD":
         fits, rule = sum(1 for count in room if count) >= actors, "a node each"
-    elif config.strategy == "STRICT_PACK":
+    elif strategy == "STRICT_PACK":
         fits, rule = max(room, default=0) >= actors, "all on one node"
     else:
         fits, rule = sum(room) >= actors, "anywhere"
-    detail = (
-        f"{actors} actors of {each:g} {name}, {rule} ({config.strategy}); the nodes have room for "
-        f"{room}"
-    )
+    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    detail = f"{actors} actors of {each}, {rule} ({strategy}); the nodes have room for {room}"
     if not fits:
         detail += "; add nodes, ask for fewer ranks, or choose another strategy"
     return Finding("cluster", "resources", "ok" if fits else "failure", detail)
 
 
-def _node_findings(
-    host: str, facts: NodeFacts, here: NodeFacts, wanted: ResolvedLaunch | None
-) -> Iterator[Finding]:
+def _node_findings(host: str, facts: NodeFacts, here: NodeFacts, on_gpu: bool) -> Iterator[Finding]:
     other = {
         name: f"{name} {found} (here {here.versions[name]})"
         for name, found in facts.versions.items()
@@ -146,13 +149,10 @@ def _node_findings(
     if facts.gpus:
         verdict: Verdict = "ok" if facts.nccl else "warning"
         yield Finding(host, "GPU", verdict, f"{', '.join(facts.gpus)}; NCCL {facts.nccl}")
-    elif wanted is not None and wanted.config.device == "cuda":
+    elif on_gpu:
         yield Finding(
             host, "GPU", "failure", "torch sees none; install its CUDA build and NVIDIA's driver"
         )
-    if wanted is not None:
-        yield _model(host, facts, wanted)
-        yield _memory(host, facts, wanted)
 
 
 def _model(host: str, facts: NodeFacts, wanted: ResolvedLaunch) -> Finding:
@@ -165,18 +165,19 @@ def _model(host: str, facts: NodeFacts, wanted: ResolvedLaunch) -> Finding:
     return Finding(host, "model", "failure", f"no directory {wanted.path}: copy the model there")
 
 
-def _memory(host: str, facts: NodeFacts, wanted: ResolvedLaunch) -> Finding:
+def _memory(host: str, facts: NodeFacts, wanted: ResolvedLaunch, on_gpu: bool) -> Finding:
     config, model, assignment = wanted.config, wanted.model, wanted.assignment
     tokens = config.slots * config.max_len_for(model)
-    dtype = config.dtype_for(model, on_gpu=bool(facts.gpus) and config.device != "cpu")
+    dtype = config.dtype_for(model, on_gpu)
+    free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
     needed = _PROCESS_BYTES + max(
         footprint(assignment, rank, model, dtype).total(tokens) for rank in range(assignment.world)
     )
     detail = (
-        f"{facts.free_bytes / 1e9:.1f} GB free; the largest rank takes {needed / 1e9:.1f} GB "
+        f"{free / 1e9:.1f} GB free; the largest rank takes {needed / 1e9:.1f} GB "
         f"({dtype}, {config.slots} slots of {config.max_len_for(model)} tokens)"
     )
-    if facts.free_bytes >= needed:
+    if free >= needed:
         return Finding(host, "memory", "ok", detail)
     return Finding(
         host, "memory", "failure", f"{detail}; use more ranks, fewer slots or a shorter max_len"
@@ -215,5 +216,5 @@ def _speed(probes: Mapping[str, Any], hosts: Sequence[str], own: int, peer: int)
 def _link_finding(where: str, speed: LinkSpeed) -> Finding:
     detail = f"round trip {speed.round_trip_us:.0f} us, {speed.megabytes_per_s:.0f} MB/s"
     if speed.round_trip_us > _SLOW_ROUND_TRIP_US:
-        return Finding(where, "link", "warning", f"{detail}: every group waits for it; see docs")
+        return Finding(where, "link", "warning", f"{detail}: every group of layers waits for it")
     return Finding(where, "link", "ok", detail)

@@ -9,7 +9,7 @@ CqilError
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
 ├── LaunchError        the cluster or its actors could not be brought up
 │   └── InsufficientResources   asked for more than the cluster has
-├── RankUnavailable    a lost rank was not replaced in time; the engine has given up
+├── RankUnavailable    ranks could not come together in time; the engine has given up
 └── ExchangeError      the data plane between ranks
     ├── ProtocolError      a peer sent something that is not what the plan expects next
     └── PeerLost           a peer closed its socket or missed the deadline
@@ -57,7 +57,10 @@ class InsufficientResources(LaunchError):
 
 
 class RankUnavailable(CqilError):
-    """A lost rank was not replaced in time; names the rank and its node."""
+    """Ranks could not come together in time: at launch, or because a lost one was not replaced.
+
+    The message names the rank and, where it is known, its node.
+    """
 
 
 class ExchangeError(CqilError):

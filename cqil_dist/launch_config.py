@@ -26,8 +26,8 @@ class LaunchConfig:
     """How to run a model.
 
     Attributes:
-        model: built-in name, directory, GGUF file or hub id. On a cluster its files must lie at
-            the same path on every node.
+        model: built-in name, directory, GGUF file or hub id. On a cluster a directory or file must
+            lie at the same path on every node; others are fetched where they are missing.
         plan: anything `Plan.parse` reads.
         ranks: how many layer actors; None for as many as the plan's largest group has layers.
         address: of a Ray cluster that this machine is a node of; None takes RAY_ADDRESS, else

@@ -206,7 +206,7 @@ class Recovery:
 
     Attributes:
         cause: what was lost, and how that was noticed.
-        seconds: from noticing the loss to the first step computed since.
+        seconds: from noticing the loss to the first step computed since, or to being ready for one.
         phases: seconds of each phase: "seat" (every rank has a live actor), "load" (it has its
             weights), "connect" (the ranks have met), "prefill" (a step has been computed).
     """
@@ -232,7 +232,7 @@ class Status:
         state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
             engine has given up.
         state_detail: what is waited for, or why it gave up.
-        epoch: counts how often the ranks have met.
+        epoch: number of the ranks' latest meeting, from 0; attempts that failed count.
         recoveries: how often since the coordinator started; `last_recovery` is the latest.
     """
 

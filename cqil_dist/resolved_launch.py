@@ -27,6 +27,11 @@ class ResolvedLaunch:
     path: Path
     assignment: Assignment
 
+    @property
+    def actors(self) -> int:
+        """Ranks and spares."""
+        return self.assignment.world + self.config.spares
+
     @classmethod
     def of(cls, config: LaunchConfig, progress: Progress) -> Self:
         """Fetch the model if need be, and assign the plan's layers to ranks.

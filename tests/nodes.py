@@ -37,8 +37,7 @@ def stream(engine: RemoteEngine, sampling: dict[str, Any], tokens: int = 900) ->
 
 
 def host_of(network: Network, rank: dict[str, Any]) -> Host:
-    (host,) = (host for host in network.hosts if host.address == rank["address"])
-    return host
+    return network.host_at(rank["address"])
 
 
 def wait_for(happened: Callable[[], bool], what: str, timeout_s: float = 60) -> None:

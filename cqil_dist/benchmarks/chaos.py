@@ -69,22 +69,15 @@ class ChaosReport:
     wrong: int = 0
     failed: list[str] = field(default_factory=list)
 
-    @property
-    def recovery_s(self) -> list[float]:
-        return [injected.seconds for injected in self.faults]
-
-    def by_fault(self) -> dict[str, list[float]]:
-        """Seconds to recover, by kind of fault."""
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, with count, median and longest time to recover of each kind and of all."""
         kinds: dict[str, list[float]] = {}
         for injected in self.faults:
             kinds.setdefault(injected.fault, []).append(injected.seconds)
-        return kinds
-
-    def to_dict(self) -> dict[str, Any]:
+            kinds.setdefault("all", []).append(injected.seconds)
         summary = {
             kind: {"count": len(s), "median_s": statistics.median(s), "max_s": max(s)}
-            for kind, s in (*self.by_fault().items(), ("all", self.recovery_s))
-            if s
+            for kind, s in sorted(kinds.items(), key=lambda item: item[0] == "all")
         }
         return {**asdict(self), "recovery": summary}
 
@@ -113,12 +106,9 @@ def run_chaos(
         CqilError: the engine did not come back.
     """
     with Network(4) as network:
-        head, *workers = network.hosts
-        head.start_ray(cpus=0)
-        for host in workers:
-            host.start_ray(head, cpus=1)
+        network.start_ray()
         with RemoteEngine(
-            head,
+            network.hosts[0],
             model=model,
             plan=plan,
             ranks=RANKS,
@@ -237,7 +227,7 @@ class _Injector:
         fault = self._random.choice(self._faults)
         status = self._engine.status()
         rank = self._random.choice(status["ranks"])
-        host = next(h for h in self._network.hosts if h.address == rank["address"])
+        host = self._network.host_at(rank["address"])
         cut_s = self._random.uniform(3, 12)
         self._load.forget_before(time.monotonic() - 60)
         started = time.monotonic()

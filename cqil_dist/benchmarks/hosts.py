@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -130,7 +130,7 @@ class Host:
             role = [f"--address={head.address}:{HEAD_PORT}"]
         self.run(
             "env",
-            *(f"{name}={value}" for name, value in self._network.ray_settings.items()),
+            *(f"{name}={value}" for name, value in RAY_SETTINGS.items()),
             "ray",
             "start",
             *role,
@@ -171,7 +171,6 @@ class Network:
 
     Args:
         count: how many hosts: 10.77.0.1 and on.
-        ray_settings: environment of their Ray nodes.
 
     Attributes:
         hosts: in order of address.
@@ -179,14 +178,13 @@ class Network:
         switch_pid: a process in the bridge's network namespace, whose address is 10.77.0.254.
     """
 
-    def __init__(self, count: int, ray_settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, count: int) -> None:
         if (reason := why_not()) is not None:
             raise LaunchError(reason)
-        self.ray_settings = dict(RAY_SETTINGS if ray_settings is None else ray_settings)
-        self.folder = Path(tempfile.mkdtemp(prefix="cqil_hosts_"))
         self.hosts: list[Host] = []
+        self._switch, self.switch_pid = _unshared([], ["bash", "-c", "echo; sleep infinity"])
+        self.folder = Path(tempfile.mkdtemp(prefix="cqil_hosts_"))
         try:
-            self._switch, self.switch_pid = _unshared([], ["bash", "-c", "echo; sleep infinity"])
             assert self._switch.stdout is not None
             self._switch.stdout.readline()
             self.switch("ip", "link", "set", "lo", "up")
@@ -218,6 +216,18 @@ class Network:
             raise LaunchError(f"{' '.join(words)} gave {done.returncode}: {done.stderr}")
         return done.stdout
 
+    def host_at(self, address: str) -> Host:
+        (host,) = (host for host in self.hosts if host.address == address)
+        return host
+
+    def start_ray(self) -> None:
+        """A cluster of the hosts: the first is its head and has no room for ranks, the others have
+        room for one each. Hosts whose Ray node runs are left alone."""
+        head, *others = self.hosts
+        for host in (head, *others):
+            if not host.processes("raylet/raylet"):
+                host.start_ray(None if host is head else head, cpus=0 if host is head else 1)
+
     def plug_in(self, port: str, pid: int, address: str) -> None:
         """Connect a host's namespace to the bridge."""
         self.switch(
@@ -237,9 +247,8 @@ class Network:
         """End all hosts and remove their homes. Idempotent."""
         for host in self.hosts:
             host.power_off()
-        if hasattr(self, "_switch"):
-            self._switch.kill()
-            self._switch.wait()
+        self._switch.kill()
+        self._switch.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:

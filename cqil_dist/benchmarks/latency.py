@@ -94,7 +94,8 @@ def measure(
     """Run the benchmark.
 
     Args:
-        address: of a Ray cluster; None for a local one, whose ranks are bound to cores.
+        address: of a Ray cluster; None takes RAY_ADDRESS, else a local one with its ranks bound to
+            cores.
 
     Returns:
         A result for transformers, the sequential plan and each plan; the layer times that the
@@ -114,8 +115,9 @@ def measure(
     text_ids = AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]
     prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
     cores = sorted(os.sched_getaffinity(0))
-    bound = case.device == "cpu" and address is None
     with ExitStack() as stack:
+        local = stack.enter_context(connected(address, 1 + ranks * len(plans), verbose=False))
+        bound = case.device == "cpu" and local
         with progress.task("Loading transformers"):
             baseline = stack.enter_context(
                 Worker(prepare_transformers, (cores[0],), path, case.device, case.dtype)
@@ -124,7 +126,6 @@ def measure(
                 stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
                 for core in (cores[:ranks] if bound else ())
             ]
-        stack.enter_context(connected(address, local_cpus=1 + ranks * len(plans), verbose=False))
         engines = {
             plan: stack.enter_context(
                 launch(

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any, Self
 
 from cqil_dist.benchmarks.hosts import Host
@@ -62,10 +61,6 @@ class RemoteStream:
             self.text += event["text"]
             self.result = event["result"]
         return self
-
-    @property
-    def longest_pause_s(self) -> float:
-        return max((after - before for before, after in pairwise(self.times)), default=0.0)
 
 
 class RemoteEngine:

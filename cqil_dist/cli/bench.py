@@ -52,7 +52,7 @@ def latency(
         plan or ["P2 S12 E28 D0", "P2 S12 E28 D1", "P2 S12 E28 Dfull"],
         ranks,
         repeats,
-        address or os.environ.get("RAY_ADDRESS") or None,
+        address,
         strategy,
     )
     setting = {

@@ -1,4 +1,4 @@
-"""Brings the ranks together: out of a pool of actors into the mesh of a new epoch.
+"""Brings the ranks together, out of a pool of actors: at launch, and after any loss.
 
 Launching and recovering are one procedure. Ranks whose actors are alive and hold their weights
 keep them; the others go to whatever actor answers (one that Ray has started again, or a spare) and
@@ -11,21 +11,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, RankUnavailable
-from cqil_dist.exchange.handshake import COORDINATOR
-from cqil_dist.exchange.link import Link
-from cqil_dist.exchange.listener import connect
-from cqil_dist.outputs import RankStatus
-from cqil_dist.runtime.layer_actor import ActorState, MeshSpec
+from cqil_dist.runtime.layer_actor import ActorState
+from cqil_dist.runtime.meeting import ConnectedRanks, connect_ranks, raise_first_error
+from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -39,32 +36,7 @@ _ANSWER_S = 1.0
 _FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3
-_CALL_TIMEOUT_S = 60.0
 _LOADING_ANSWER_S = 10.0
-_JOIN_DEADLINE_S = 20.0
-
-# A core that sleeps takes tens of microseconds to wake, and runs its first layer a third slower.
-# A rank with cores to itself may poll for as long as a peer's run of layers takes; one that
-# shares them, only for as long as an exchange.
-_SPIN_PINNED_S = 0.02
-_SPIN_S = 0.0005
-
-
-@dataclass(frozen=True)
-class AssembledRanks:
-    """The ranks of one epoch, connected.
-
-    Attributes:
-        links: from the coordinator to rank 0, 1, ...
-        actors: their handles.
-        phases: seconds each phase took.
-    """
-
-    epoch: int
-    links: tuple[Link, ...]
-    actors: tuple[Any, ...]
-    descriptions: tuple[RankStatus, ...]
-    phases: dict[str, float]
 
 
 @dataclass
@@ -77,6 +49,7 @@ class _Candidate:
         question: the call that has not been answered yet, and when it was asked.
         known: it has answered since its process was last known to have ended.
         gone: Ray does not start it again.
+        preparing: its latest call to read weights as a spare.
     """
 
     actor: Any
@@ -86,6 +59,7 @@ class _Candidate:
     asked: float = 0.0
     known: bool = False
     gone: bool = False
+    preparing: Any = None
 
 
 class RankPool:
@@ -101,16 +75,20 @@ class RankPool:
         self._spec = spec
         self._secret = secret
         self._seats: dict[int, int] = {}
-        self._preparing: dict[int, Any] = {}
         self._stopping = threading.Event()
         self.waiting_for = ""
 
-    def assemble(self, ended: frozenset[int] = frozenset()) -> AssembledRanks:
+    def assemble(
+        self, ended: frozenset[int] = frozenset()
+    ) -> tuple[ConnectedRanks, dict[str, float]]:
         """Connect all ranks in a new epoch.
 
         Args:
             ended: ranks known to have closed their connections. Of these, one that does not
                 answer is taken to be restarting; any other that does not, to be stuck.
+
+        Returns:
+            The ranks, and the seconds that each phase took.
 
         Raises:
             RankUnavailable: a rank has no actor within the spec's `recovery_timeout_s`, time to
@@ -133,7 +111,9 @@ class RankPool:
                     self._load()
                 deadline += phases["load"] - loaded
                 with _timed(phases, "connect"):
-                    return self._connect(states, phases)
+                    actors = [candidate.actor for candidate in self._seated()]
+                    met = connect_ranks(self._spec, self._secret, actors, states)
+                return met, phases
             except (ExchangeError, RayActorError, GetTimeoutError) as error:
                 reason: Exception = error
             except CqilError:
@@ -160,11 +140,10 @@ class RankPool:
         Those that are being restarted will do so when they are back.
         """
         for index, candidate in enumerate(self._candidates):
-            under_way = self._preparing.get(index)
-            if under_way is not None and not ray.wait([under_way], timeout=0)[0]:
+            if index in self._seats.values() or candidate.gone:
                 continue
-            if index not in self._seats.values() and not candidate.gone:
-                self._preparing[index] = candidate.actor.prepare.remote(self._spec)
+            if candidate.preparing is None or ray.wait([candidate.preparing], timeout=0)[0]:
+                candidate.preparing = candidate.actor.prepare.remote(self._spec)
 
     # Seating: an actor that answers for every rank.
 
@@ -265,7 +244,7 @@ class RankPool:
         if self._stopping.is_set():
             raise LaunchError("the engine is closing")
 
-    # Loading and connecting.
+    # Loading.
 
     def _seated(self) -> list[_Candidate]:
         return [self._candidates[self._seats[rank]] for rank in range(len(self._seats))]
@@ -280,10 +259,10 @@ class RankPool:
         asked = time.monotonic()
         while waiting := ray.wait(loading, num_returns=len(loading), timeout=_POLL_S)[1]:
             self._check_stopping()
-            _raise_first_error(ref for ref in loading if ref not in waiting)
+            raise_first_error(ref for ref in loading if ref not in waiting)
             # Reading takes as long as it takes, as long as those who read are there.
             answers, silent = ray.wait(questions, num_returns=len(questions), timeout=0)
-            _raise_first_error(answers)
+            raise_first_error(answers)
             if not silent:
                 questions = [candidate.actor.state.remote() for candidate in seated]
                 asked = time.monotonic()
@@ -291,87 +270,7 @@ class RankPool:
                 raise ExchangeError(
                     f"{len(silent)} of {len(seated)} actors do not answer while they load"
                 )
-        _raise_first_error(loading)
-
-    def _connect(
-        self, states: Mapping[int, ActorState], phases: dict[str, float]
-    ) -> AssembledRanks:
-        spec = self._spec
-        seated = self._seated()
-        epoch = 1 + max(state.epoch for state in states.values())
-        hosts = host_addresses()
-        if gone := [rank for rank, state in states.items() if state.node_id not in hosts]:
-            raise ExchangeError(f"the nodes of ranks {gone} are gone")
-        own_hosts = [hosts[states[rank].node_id] for rank in range(len(seated))]
-        listening = [
-            candidate.actor.listen.remote(host, self._secret, epoch)
-            for candidate, host in zip(seated, own_hosts, strict=True)
-        ]
-        addresses = dict(enumerate(_results(listening, _CALL_TIMEOUT_S)))
-        nccl_address = None
-        own_gpus = {(state.node_id, state.gpu) for state in states.values()}
-        if spec.on_gpu and 1 < len(seated) == len(own_gpus):
-            asked = [seated[0].actor.free_address.remote(own_hosts[0])]
-            (nccl_address,) = _results(asked, _CALL_TIMEOUT_S)
-        cores = self._cores(states)
-        joining = [
-            candidate.actor.join.remote(
-                spec,
-                MeshSpec(
-                    rank=rank,
-                    addresses=addresses,
-                    secret=self._secret,
-                    epoch=epoch,
-                    nccl_address=nccl_address,
-                    cores=cores[rank] if cores is not None and spec.pin != "never" else (),
-                    spin_s=_spin_s(cores is not None, spec.pin),
-                    deadline_s=_JOIN_DEADLINE_S,
-                ),
-            )
-            for rank, candidate in enumerate(seated)
-        ]
-        links: list[Link] = []
-        try:
-            for rank, address in addresses.items():
-                sock = connect(address, COORDINATOR, rank, self._secret, epoch, _JOIN_DEADLINE_S)
-                links.append(Link(sock, rank, address, spec.max_message_bytes))
-            sizes = _results(joining, _CALL_TIMEOUT_S)
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
-        descriptions = tuple(
-            RankStatus(
-                rank=rank,
-                node_id=states[rank].node_id,
-                address=own_hosts[rank],
-                pid=states[rank].pid,
-                device="cuda" if spec.on_gpu else "cpu",
-                **sizes[rank],
-            )
-            for rank in range(len(seated))
-        )
-        actors = tuple(candidate.actor for candidate in seated)
-        return AssembledRanks(epoch, tuple(links), actors, descriptions, phases)
-
-    def _cores(self, states: Mapping[int, ActorState]) -> list[tuple[int, ...]] | None:
-        """Cores of each rank, none shared on a node; None where a node has not enough of them."""
-        threads = self._spec.threads
-        taken: Counter[str] = Counter()
-        cores: list[tuple[int, ...]] = []
-        for rank in range(len(states)):
-            state = states[rank]
-            first = taken[state.node_id]
-            cores.append(state.cores[first : first + threads])
-            taken[state.node_id] += threads
-        if all(len(own) == threads for own in cores):
-            return cores
-        if self._spec.pin == "always":
-            raise LaunchError(
-                f"pin asks for {threads} cores a rank, but a node has fewer than its ranks need; "
-                "launch fewer ranks or threads, or without pin"
-            )
-        return None
+        raise_first_error(loading)
 
 
 def seat_ranks(
@@ -406,18 +305,6 @@ def seat_ranks(
     return seats
 
 
-def host_addresses() -> dict[str, str]:
-    """By id of each live node, the address to reach it by.
-
-    A single node stays on loopback; several use the addresses by which they know each other, not
-    whatever a node's name or default route would give.
-    """
-    nodes = ray.nodes()
-    if len(nodes) == 1:
-        return {nodes[0]["NodeID"]: "127.0.0.1"}
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
-
-
 @contextmanager
 def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
     started = time.monotonic()
@@ -425,31 +312,3 @@ def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         phases[name] = phases.get(name, 0.0) + time.monotonic() - started
-
-
-def _spin_s(own_cores: bool, pin: str) -> float:
-    if not own_cores:
-        return 0.0
-    return _SPIN_S if pin == "never" else _SPIN_PINNED_S
-
-
-def _results(calls: list[Any], timeout_s: float) -> list[Any]:
-    """What the calls return, raising the first error as soon as it comes, as it was raised."""
-    deadline = time.monotonic() + timeout_s
-    waiting = calls
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            raise GetTimeoutError(f"{len(waiting)} actors did not answer within {timeout_s:g} s")
-        _raise_first_error(done)
-    results: list[Any] = ray.get(calls)
-    return results
-
-
-def _raise_first_error(done: Iterable[Any]) -> None:
-    try:
-        ray.get(list(done))
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None
-        raise

@@ -243,8 +243,7 @@ class Engine:
     def _check_known(self, token_ids: Sequence[int]) -> None:
         if unknown := [id for id in token_ids if id not in range(self._vocab_size)]:
             raise RequestError(
-                f"prompt token ids {unknown[:5]} lie outside the vocabulary (0 to "
-                f"{self._vocab_size - 1})"
+                f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"
             )
 
     def _run(self) -> None:

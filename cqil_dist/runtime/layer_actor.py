@@ -128,45 +128,48 @@ class LayerActor:
             CheckpointError: naming what is wrong with the weights.
         """
         self._wanted.set()  # one that prepares makes way
-        self._read(spec, rank)
-
-    def _read(self, spec: EngineSpec, rank: int, preparing: bool = False) -> None:
         with self._loading:
-            if rank in self._programs or (preparing and self._wanted.is_set()):
-                return
-            path = model_directory(spec.model, spec.model_path)
-            torch.set_num_threads(spec.threads)
-            release_import_time_code()
-            with freed_memory_returned():
-                program = RankProgram(
-                    rank,
-                    spec.assignment,
-                    spec.config,
-                    Checkpoint(path),
-                    spec.cache_shape,
-                    parse_dtype(spec.dtype),
-                    self._device,
-                    on_stage_loaded=self._count_stage,
-                )
-            if not (preparing and self._wanted.is_set()):
-                self._programs[rank] = program
+            self._read(spec, rank)
 
     def prepare(self, spec: EngineSpec) -> None:
         """As a spare, read all ranks' weights beforehand, as far as memory allows."""
         self._wanted.clear()
         for rank in range(spec.assignment.world):
-            share = footprint(spec.assignment, rank, spec.config, spec.dtype)
-            needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
-            free = available_bytes(self._device)
-            if free < needed:
-                logger.warning(
-                    "spare does not read rank %d beforehand: %d MB are free, %d MB wanted",
-                    rank,
-                    free >> 20,
-                    needed >> 20,
-                )
-                return
-            self._read(spec, rank, preparing=True)
+            with self._loading:
+                if self._wanted.is_set():
+                    return
+                if rank in self._programs:
+                    continue
+                share = footprint(spec.assignment, rank, spec.config, spec.dtype)
+                needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
+                free = available_bytes(self._device)
+                if free < needed:
+                    logger.warning(
+                        "spare does not read rank %d beforehand: %d MB are free, %d MB wanted",
+                        rank,
+                        free >> 20,
+                        needed >> 20,
+                    )
+                    return
+                self._read(spec, rank)
+
+    def _read(self, spec: EngineSpec, rank: int) -> None:
+        if rank in self._programs:
+            return
+        path = model_directory(spec.model, spec.model_path)
+        torch.set_num_threads(spec.threads)
+        release_import_time_code()
+        with freed_memory_returned():
+            self._programs[rank] = RankProgram(
+                rank,
+                spec.assignment,
+                spec.config,
+                Checkpoint(path),
+                spec.cache_shape,
+                parse_dtype(spec.dtype),
+                self._device,
+                on_stage_loaded=self._count_stage,
+            )
 
     @ray.method(concurrency_group=QUESTIONS)
     def stages_loaded(self) -> int:

@@ -18,9 +18,9 @@ from cqil_dist.runtime.resident_memory import available_bytes
 
 VERSIONS = ("cqil-dist", "torch", "ray", "transformers")
 
-_FRAME_BYTES = 2304  # a hidden state of 576 float32 values
+_FRAME = torch.zeros(576)  # 2.3 kB: a hidden state of a small model
 _ROUND_TRIPS = 200
-_BULK_BYTES = 4 << 20
+_BULK = torch.zeros(1 << 20)
 _BULKS = 8
 _DEADLINE_S = 5.0
 
@@ -32,7 +32,8 @@ class NodeFacts:
     Attributes:
         versions: of Python and of what decides whether nodes understand each other.
         has_model: the model's directory is there.
-        free_bytes: memory that a rank could take: the node's, or of its emptiest GPU.
+        free_bytes: memory of the node that can still be taken.
+        gpu_free_bytes: of its emptiest GPU; None without one.
         gpus: names of the GPUs torch sees.
         nccl: version, or None where torch has none.
         niceness: of Ray's workers; above 0, they step back behind other processes.
@@ -41,6 +42,7 @@ class NodeFacts:
     versions: dict[str, str]
     has_model: bool
     free_bytes: int
+    gpu_free_bytes: int | None
     gpus: tuple[str, ...]
     nccl: str | None
     niceness: int
@@ -70,7 +72,7 @@ class NodeProbe:
     def facts(self, model_path: Path | None) -> NodeFacts:
         """Versions, model, memory and GPUs."""
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+        gpu_free = [available_bytes(torch.device("cuda", index)) for index in range(count)]
         nccl: tuple[int, ...] | None = torch.cuda.nccl.version() if count else None  # type: ignore[no-untyped-call]
         return NodeFacts(
             versions={
@@ -78,7 +80,8 @@ class NodeProbe:
                 **{name: version(name) for name in VERSIONS},
             },
             has_model=model_path is None or model_path.is_dir(),
-            free_bytes=max(available_bytes(device) for device in devices),
+            free_bytes=available_bytes(torch.device("cpu")),
+            gpu_free_bytes=max(gpu_free, default=None),
             gpus=tuple(torch.cuda.get_device_name(index) for index in range(count)),
             nccl=".".join(map(str, nccl)) if nccl else None,
             niceness=os.nice(0),
@@ -94,13 +97,13 @@ class NodeProbe:
         assert self._listener is not None, "listens first"
         with self._listener as listener:
             sock = listener.accept_peers({peer}, _DEADLINE_S)[peer]
-        link = Link(sock, peer, "the prober", _BULK_BYTES)
+        link = Link(sock, peer, "the prober", _BULK.nbytes)
         try:
             while True:
-                header, payload = link.recv(_DEADLINE_S)
-                if header["last"]:
-                    link.send({}, payload[:_FRAME_BYTES] if payload is not None else None)
-                if header["ends"]:
+                header, _ = link.recv(_DEADLINE_S)
+                if header["reply"]:
+                    link.send({}, _FRAME)
+                if header["end"]:
                     return
         finally:
             link.close()
@@ -108,22 +111,20 @@ class NodeProbe:
     def measure(self, own: int, peer: int, address: str) -> LinkSpeed:
         """Time the link to a peer that echoes. Raises ExchangeError."""
         sock = connect(address, own, peer, self._secret, 0, _DEADLINE_S)
-        link = Link(sock, peer, address, _BULK_BYTES)
-        frame = torch.zeros(_FRAME_BYTES, dtype=torch.float16)[: _FRAME_BYTES // 2]
+        link = Link(sock, peer, address, _BULK.nbytes)
         try:
             times: list[float] = []
             for _ in range(_ROUND_TRIPS):
                 started = time.perf_counter()
-                link.send({"last": True, "ends": False}, frame)
+                link.send({"reply": True, "end": False}, _FRAME)
                 link.recv(_DEADLINE_S)
                 times.append(time.perf_counter() - started)
-            bulk = torch.zeros(_BULK_BYTES // 2, dtype=torch.float16)
             started = time.perf_counter()
             for index in range(_BULKS):
                 last = index == _BULKS - 1
-                link.send({"last": last, "ends": last}, bulk)
+                link.send({"reply": last, "end": last}, _BULK)
             link.recv(_DEADLINE_S)
             seconds = time.perf_counter() - started
         finally:
             link.close()
-        return LinkSpeed(1e6 * statistics.median(times), _BULKS * _BULK_BYTES / seconds / 1e6)
+        return LinkSpeed(1e6 * statistics.median(times), _BULKS * _BULK.nbytes / seconds / 1e6)

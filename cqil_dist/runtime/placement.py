@@ -15,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cqil_dist.errors import InsufficientResources, LaunchError
+from cqil_dist.launch_config import LaunchConfig
 
 # An error about missing resources comes within 30 s of the launch; starting Ray has its share.
 _PLACEMENT_TIMEOUT_S = 20.0
@@ -30,6 +31,26 @@ class RankResources:
 
     def bundle(self) -> dict[str, float]:
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+def rank_resources(config: LaunchConfig, actors: int) -> RankResources:
+    """What one of `actors` ranks and spares asks for, on the cluster that Ray is connected to."""
+    enough_gpus = ray.cluster_resources().get("GPU", 0) >= actors * config.gpus_per_rank
+    if config.device == "cuda" or (config.device == "auto" and enough_gpus):
+        return RankResources(cpus=1, gpus=config.gpus_per_rank)
+    return RankResources(cpus=config.threads_per_rank, gpus=0)
+
+
+def host_addresses() -> dict[str, str]:
+    """By id of each live node, the address to reach it by.
+
+    A single node stays on loopback; several use the addresses by which they know each other, not
+    whatever a node's name or default route would give.
+    """
+    nodes = ray.nodes()
+    if len(nodes) == 1:
+        return {nodes[0]["NodeID"]: "127.0.0.1"}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
 
 
 @contextmanager

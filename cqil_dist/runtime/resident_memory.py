@@ -1,6 +1,7 @@
 """A process's memory: what is free, and keeping what it holds near what it needs.
 
-Knows nothing of models. What is asked of glibc and Linux is left undone on other systems.
+Knows nothing of models. Needs Linux to tell what is free; what else is asked of Linux and glibc is
+left undone on other systems.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class EngineSpec:
 
     Attributes:
         model: the name it was launched by.
-        model_path: directory of the checkpoint on each node.
+        model_path: directory of the checkpoint on the node that launches.
         dtype: "float32", "float16" or "bfloat16".
         slots: requests that run at the same time.
         max_len: most tokens of a prompt and its completion.

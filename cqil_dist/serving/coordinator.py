@@ -20,9 +20,11 @@ from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.head import Embedding
 from cqil_dist.outputs import Recovery, Status
-from cqil_dist.runtime.assembly import AssembledRanks, RankPool, host_addresses
+from cqil_dist.runtime.assembly import RankPool
 from cqil_dist.runtime.engine import Engine
+from cqil_dist.runtime.meeting import ConnectedRanks
 from cqil_dist.runtime.model_files import model_directory
+from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.rank_group import RankGroup
 from cqil_dist.runtime.spec import EngineSpec
 from cqil_dist.serving.grpc_server import GenerationServicer, start_server
@@ -55,7 +57,7 @@ class Coordinator:
         self._engine: Engine | None = None
         self._server: grpc.Server | None = None
         self._group: RankGroup | None = None
-        self._assembled: AssembledRanks | None = None
+        self._ranks: ConnectedRanks | None = None
         self._recoveries = Counter("cqil_recoveries", "Losses of a rank that were made good.")
         self._recovery_seconds = Histogram(
             "cqil_recovery_seconds",
@@ -78,32 +80,32 @@ class Coordinator:
                 torch.set_num_threads(1)  # the ranks want the cores
                 with ThreadPoolExecutor(1) as own:
                     loading = own.submit(self._load)
-                    assembled = self._pool.assemble()
+                    ranks, _ = self._pool.assemble()
                     tokenizer, self._embedding = loading.result()
-                self._address = self._serve(tokenizer, self._connected(assembled))
+                self._address = self._serve(tokenizer, self._group_of(ranks))
             return self._address
 
     def status(self) -> Status:
         """What is served, and how busy the engine is."""
         assert self._engine is not None, "started"
-        assert self._assembled is not None, "started"
+        assert self._ranks is not None, "started"
         counts: dict[str, Any] = self._engine.status()
         if counts["state"] == "recovering" and self._pool.waiting_for:
             counts["state_detail"] += f"; waiting for {self._pool.waiting_for}"
         return Status(
             model=self._spec.model,
             plan=self._spec.assignment.plan.to_json(),
-            ranks=self._assembled.descriptions,
+            ranks=self._ranks.descriptions,
             max_len=self._spec.max_len,
-            epoch=self._assembled.epoch,
+            epoch=self._ranks.epoch,
             **counts,
         )
 
     def exchange_stats(self) -> list[dict[str, Any]]:
         """Counters and latest waits of each rank's exchange in this epoch."""
-        assert self._assembled is not None, "started"
+        assert self._ranks is not None, "started"
         stats: list[dict[str, Any]] = ray.get(
-            [actor.exchange_stats.remote() for actor in self._assembled.actors], timeout=30
+            [actor.exchange_stats.remote() for actor in self._ranks.actors], timeout=30
         )
         return stats
 
@@ -131,12 +133,10 @@ class Coordinator:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
         return tokenizer, Embedding(spec.config, Checkpoint(path), parse_dtype(spec.dtype))
 
-    def _connected(self, assembled: AssembledRanks) -> RankGroup:
+    def _group_of(self, ranks: ConnectedRanks) -> RankGroup:
         spec = self._spec
-        self._assembled = assembled
-        self._group = RankGroup(
-            spec.assignment, self._embedding, assembled.links, spec.step_deadline_s
-        )
+        self._ranks = ranks
+        self._group = RankGroup(spec.assignment, self._embedding, ranks.links, spec.step_deadline_s)
         self._pool.prepare_spares()
         return self._group
 
@@ -166,8 +166,8 @@ class Coordinator:
         assert self._group is not None, "it has failed"
         ended = self._group.closed_ranks()
         self._group.close()
-        assembled = self._pool.assemble(frozenset(ended))
-        return self._connected(assembled), assembled.phases
+        ranks, phases = self._pool.assemble(frozenset(ended))
+        return self._group_of(ranks), phases
 
     def _count(self, recovery: Recovery) -> None:
         self._recoveries.inc()

@@ -19,7 +19,9 @@ from tiny_models import TinyModel, TinyModelFactory
 import cqil_dist as cqil
 
 SCRIPT = """
-import sys
+import signal, sys
+# A test runner in the background passes on that it ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import cqil_dist as cqil
 with cqil.launch(sys.argv[1], "P2 S0 E6 D1", ranks=2, max_len=64) as engine:
     print("pids", *[rank.pid for rank in engine.status().ranks], flush=True)

@@ -34,8 +34,5 @@ def cabled() -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def network(cabled: Network) -> Network:
     """A head, which has no room for ranks, and three nodes that have room for one each."""
-    head = cabled.hosts[0]
-    for host in cabled.hosts:
-        if not host.processes("raylet/raylet"):
-            host.start_ray(None if host is head else head, cpus=0 if host is head else 1)
+    cabled.start_ray()
     return cabled

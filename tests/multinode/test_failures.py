@@ -58,22 +58,17 @@ def test_nothing_of_ours_listens_on_every_interface(network: Network, engine: Re
     """Ranks listen only while they meet; the coordinator on its own address."""
     head = network.hosts[0]
     (coordinator,) = head.processes("ray::Coordinator")
-    ours = ports_of(head, coordinator)
-    assert {address for address in ours if not is_ray_s_own(address)} == {head.address}
+    assert {address for address, _ in listening(head, coordinator)} == {head.address}
     for rank in engine.status()["ranks"]:
-        listening = ports_of(host_of(network, rank), rank["pid"])
-        assert not {address for address in listening if not is_ray_s_own(address)}
+        assert not listening(host_of(network, rank), rank["pid"])
 
 
-def ports_of(host: Host, pid: int) -> list[str]:
-    """Addresses on which a process listens."""
+def listening(host: Host, pid: int) -> list[tuple[str, str]]:
+    """Addresses and ports on which a process listens, without those on every interface: Ray's."""
     lines = host.run("ss", "-Htlnp").splitlines()
     owned = [line.split()[3] for line in lines if re.search(rf"\bpid={pid}\b", line)]
-    return [address.rpartition(":")[0].replace("[::ffff:", "").strip("[]") for address in owned]
-
-
-def is_ray_s_own(address: str) -> bool:
-    return address in ("*", "0.0.0.0", "::")
+    split = [address.replace("[::ffff:", "").replace("]", "").rpartition(":") for address in owned]
+    return [(host, port) for host, _, port in split if host not in ("*", "0.0.0.0", "[::")]
 
 
 def test_a_rank_moves_to_a_spare_node_when_its_own_dies(
@@ -144,11 +139,7 @@ def test_a_flood_of_strangers_disturbs_nobody(
     epoch = engine.status()["epoch"]
     head, stranger = network.hosts[0], network.hosts[-1]
     (coordinator,) = head.processes("ray::Coordinator")
-    ports = [
-        line.split()[3].rpartition(":")[2]
-        for line in head.run("ss", "-Htlnp").splitlines()
-        if f"pid={coordinator}," in line and head.address in line
-    ]
+    ports = [port for _, port in listening(head, coordinator)]
     assert len(ports) == 1
     flood = stranger.popen("python", "-c", _FLOOD, head.address, *ports)
     try:
