@@ -83,17 +83,22 @@ def bring_up(
     )
     secret = secrets.token_bytes(SECRET_BYTES)
     with progress.task("Starting actors"):
+        # A coordinator that is started again finds them by name; handles among its arguments would
+        # lie in Ray's object store, where a restart may miss them.
+        launch = secrets.token_hex(4)
+        names = [f"cqil-{launch}-{index}" for index in range(resolved.actors)]
         actors = [
             _start(
                 LayerActor,
                 stack,
                 "cuda:0" if on_gpu else "cpu",  # Ray shows an actor its own GPUs only
+                name=name,
                 where=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 concurrency_groups={QUESTIONS: 2},
             )
-            for bundle in range(resolved.actors)
+            for bundle, name in enumerate(names)
         ]
         # Beside the driver: when this node is lost, so is the launch. (Soft affinity would pass
         # over a node without CPUs to give, as heads often are.)
@@ -103,8 +108,7 @@ def bring_up(
             stack,
             spec,
             secret,
-            # Not as a list: Ray would keep that in its object store, where a restart may miss it.
-            *actors,
+            names,
             where=NodeAffinitySchedulingStrategy(here, soft=False),
             num_cpus=0,
         )
@@ -132,11 +136,13 @@ def _start(
     where: Any,
     num_cpus: int,
     num_gpus: float = 0,
+    name: str | None = None,
     concurrency_groups: dict[str, int] | None = None,
 ) -> Any:
     """Start an actor that Ray restarts when it dies, until the stack unwinds."""
     remote: Any = ray.remote  # its types know no actor's options
     actor = remote(
+        name=name,
         max_restarts=-1,
         max_concurrency=8,
         concurrency_groups=concurrency_groups,

@@ -19,6 +19,7 @@ import torch
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.reference import ReferenceModel
+from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.outputs import Completion
 from cqil_dist.plan import Plan
 
@@ -52,13 +53,11 @@ def verify_exactness(engine: RunningEngine, path: Path) -> Iterator[Check]:
     Args:
         path: directory of the same model.
     """
-    from transformers import AutoTokenizer
-
     config = ModelConfig.from_directory(path)
     checkpoint = Checkpoint(path)
     reference = ReferenceModel(config, checkpoint, engine.plan)
     original = ReferenceModel(config, checkpoint, Plan.sequential(config.num_layers))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     room = engine.status().max_len - MAX_TOKENS
     prompts: list[list[int]] = [tokenizer(prompt)["input_ids"][:room] for prompt in PROMPTS]
     yield _against_transformers(original, prompts, path)

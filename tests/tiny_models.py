@@ -23,6 +23,7 @@ from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment
+from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.runtime.rank import CacheShape, RankProgram
 from cqil_dist.runtime.rank_group import best_of_shard, most_likely
@@ -96,9 +97,7 @@ class TinyModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path)
+        return load_tokenizer(self.path)
 
     @cached_property
     def original(self) -> Any:

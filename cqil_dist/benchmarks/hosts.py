@@ -39,7 +39,8 @@ RAY_SETTINGS = {
 }
 
 # Runs as process 1 of a host. Ray's sessions and shared memory are private to it, and so is the
-# home directory of root, which sshd and Ray look up in the password file.
+# home directory of root, which sshd and Ray look up in the password file. Names are asked of
+# nobody: starting Ray looks up clouds' metadata servers, and would wait 10 s for an answer.
 _INIT = """
 set -e
 home=$1
@@ -48,6 +49,8 @@ mkdir -p /tmp/ray "$home/.ray_sessions"
 mount --bind "$home/.ray_sessions" /tmp/ray
 sed "s|^\\(root:[^:]*:[^:]*:[^:]*:[^:]*\\):[^:]*:|\\1:$home:|" /etc/passwd > "$home/.passwd"
 mount --bind "$home/.passwd" /etc/passwd
+echo "nameserver 127.0.0.1" > "$home/.resolv"
+mount --bind "$home/.resolv" /etc/resolv.conf
 hostname "$2"
 echo ready
 while :; do sleep 3600 & wait; done

@@ -102,17 +102,16 @@ def measure(
         serial paths are predicted from, where they were measured (here, on the CPU); and the
         addresses of the nodes that had a rank.
     """
-    from transformers import AutoTokenizer
-
     from cqil_dist.api import launch
     from cqil_dist.benchmarks.workers import Worker, prepare_layers, prepare_transformers
     from cqil_dist.model.store import resolve
+    from cqil_dist.model.tokenizer import load_tokenizer
     from cqil_dist.runtime.placement import connected
 
     progress = ConsoleProgress()
     path = resolve(case.model, progress)
     prompt_tokens, output_tokens = case.prompt_tokens, case.output_tokens
-    text_ids = AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]
+    text_ids = load_tokenizer(path)(PROMPT)["input_ids"]
     prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:

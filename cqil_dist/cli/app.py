@@ -11,10 +11,15 @@ import typer
 from cqil_dist.cli import bench, demo, doctor, generate, model, plan, verify
 from cqil_dist.errors import CqilError
 
-# Ray turns token authentication on for the clusters it starts, but its drivers have to ask for it.
-# Ray reads this when it is imported; set later, it would contradict what Ray has read.
+# Ray reads these when it is imported; set later, they would contradict what Ray has read.
 if "ray" not in sys.modules:
+    # Ray turns token authentication on for the clusters it starts; its drivers have to ask for it.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Losses are made good and logged as recoveries. Ray would print them on standard output, in
+    # the midst of the completion.
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed|The node with node id"
+    )
 
 
 class _Group(typer.core.TyperGroup):

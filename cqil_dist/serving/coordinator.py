@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ray.util.metrics import Counter, Histogram
 from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.head import Embedding
+from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.outputs import Recovery, Status
 from cqil_dist.runtime.assembly import RankPool
 from cqil_dist.runtime.engine import Engine
@@ -45,13 +47,13 @@ class Coordinator:
 
     Args:
         secret: of the launch.
-        actors: handles of the layer actors, spare ones included.
+        actors: names of the layer actors, spare ones included.
     """
 
-    def __init__(self, spec: EngineSpec, secret: bytes, *actors: Any) -> None:
+    def __init__(self, spec: EngineSpec, secret: bytes, actors: Sequence[str]) -> None:
         self._spec = spec
         self._secret = secret
-        self._pool = RankPool(actors, spec, secret)
+        self._pool = RankPool([ray.get_actor(name) for name in actors], spec, secret)
         self._starting = threading.Lock()
         self._address: str | None = None
         self._engine: Engine | None = None
@@ -126,12 +128,10 @@ class Coordinator:
             logger.exception("started again by Ray, but the ranks did not come together")
 
     def _load(self) -> tuple[PreTrainedTokenizerBase, Embedding]:
-        from transformers import AutoTokenizer
-
         spec = self._spec
         path = model_directory(spec.model, spec.model_path)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        return tokenizer, Embedding(spec.config, Checkpoint(path), parse_dtype(spec.dtype))
+        embedding = Embedding(spec.config, Checkpoint(path), parse_dtype(spec.dtype))
+        return load_tokenizer(path), embedding
 
     def _group_of(self, ranks: ConnectedRanks) -> RankGroup:
         spec = self._spec
