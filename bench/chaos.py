@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cqil_dist.benchmarks.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
+from cqil_dist.benchmarks.hosts import Network
 from cqil_dist.benchmarks.latency import hardware, versions
 from cqil_dist.model.store import resolve
 from cqil_dist.progress import ConsoleProgress
@@ -32,6 +33,7 @@ def main(
     plan: Annotated[str, typer.Option("--plan", "-p")] = "P2 S12 E28 D1",
     spares: Annotated[int, typer.Option(help="Standby actors.")] = 0,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+    step_deadline_s: Annotated[float, typer.Option(help="Until a stuck rank is lost.")] = 1.0,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("chaos.json"),
 ) -> None:
     """Break things for some minutes and compare every token."""
@@ -44,16 +46,20 @@ def main(
     def show(injected: Injected) -> None:
         console.print(f"{injected.fault:12} recovered in {injected.seconds:6.2f} s")
 
-    report = run_chaos(
-        str(path),
-        plan,
-        minutes=minutes,
-        faults=chosen,
-        seed=seed,
-        spares=spares,
-        streams=streams,
-        on_fault=show,
-    )
+    with Network(4) as network:
+        network.start_ray()
+        report = run_chaos(
+            network,
+            str(path),
+            plan,
+            minutes=minutes,
+            faults=chosen,
+            seed=seed,
+            spares=spares,
+            streams=streams,
+            step_deadline_s=step_deadline_s,
+            on_fault=show,
+        )
     _print(report, console)
     setting = {
         "model": model,
@@ -61,6 +67,7 @@ def main(
         "ranks": RANKS,
         "spares": spares,
         "streams": streams,
+        "step_deadline_s": step_deadline_s,
         "minutes": minutes,
         "seed": seed,
         "hardware": hardware("cpu"),

@@ -22,7 +22,13 @@ from cqil_dist.model.store import BUILTIN_MODELS
 from cqil_dist.progress import Progress
 from cqil_dist.resolved_launch import ResolvedLaunch
 from cqil_dist.runtime.node_probe import LinkSpeed, NodeFacts, NodeProbe
-from cqil_dist.runtime.placement import RankResources, host_addresses, rank_resources
+from cqil_dist.runtime.placement import (
+    RankResources,
+    fits,
+    host_addresses,
+    rank_resources,
+    room_for,
+)
 
 Verdict = Literal["ok", "warning", "failure"]
 
@@ -106,22 +112,13 @@ def _own_host(nodes: Mapping[str, str]) -> str:
 def _resources(wanted: ResolvedLaunch, resources: RankResources) -> Finding:
     strategy, actors = wanted.config.strategy, wanted.actors
     bundle = resources.bundle()
-    room = [
-        int(min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items()))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    if strategy == "STRICT_SPREAD":
-        fits, rule = sum(1 for count in room if count) >= actors, "a node each"
-    elif strategy == "STRICT_PACK":
-        fits, rule = max(room, default=0) >= actors, "all on one node"
-    else:
-        fits, rule = sum(room) >= actors, "anywhere"
+    room = room_for(bundle)
     each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    detail = f"{actors} actors of {each}, {rule} ({strategy}); the nodes have room for {room}"
-    if not fits:
-        detail += "; add nodes, ask for fewer ranks, or choose another strategy"
-    return Finding("cluster", "resources", "ok" if fits else "failure", detail)
+    detail = f"{actors} actors of {each} ({strategy}); the nodes have room for {room}"
+    if fits(actors, strategy, room):
+        return Finding("cluster", "resources", "ok", detail)
+    detail += "; add nodes, ask for fewer ranks, or choose another strategy"
+    return Finding("cluster", "resources", "failure", detail)
 
 
 def _node_findings(host: str, facts: NodeFacts, here: NodeFacts, on_gpu: bool) -> Iterator[Finding]:

@@ -233,6 +233,7 @@ class Status:
             engine has given up.
         state_detail: what is waited for, or why it gave up.
         epoch: number of the ranks' latest meeting, from 0; attempts that failed count.
+        ready_spares: standby actors that hold the weights of every rank.
         recoveries: how often since the coordinator started; `last_recovery` is the latest.
     """
 
@@ -248,6 +249,7 @@ class Status:
     state: EngineState
     state_detail: str
     epoch: int
+    ready_spares: int
     recoveries: int
     last_recovery: Recovery | None
 

@@ -53,38 +53,21 @@ def verify_exactness(engine: RunningEngine, path: Path) -> Iterator[Check]:
     Args:
         path: directory of the same model.
     """
-    config = ModelConfig.from_directory(path)
-    checkpoint = Checkpoint(path)
-    reference = ReferenceModel(config, checkpoint, engine.plan)
-    original = ReferenceModel(config, checkpoint, Plan.sequential(config.num_layers))
-    tokenizer = load_tokenizer(path)
-    room = engine.status().max_len - MAX_TOKENS
-    prompts: list[list[int]] = [tokenizer(prompt)["input_ids"][:room] for prompt in PROMPTS]
-    yield _against_transformers(original, prompts, path)
-    alone = [_complete(engine, prompt_ids) for prompt_ids in prompts]
-    yield _against_reference("one request at a time", engine, reference, alone)
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(partial(_complete, engine), prompts))
-    yield _against_reference("requests sharing steps", engine, reference, together)
+    yield verify_reference(path)
+    yield from verify_ranks(engine, path)
 
 
-def _complete(engine: RunningEngine, prompt_ids: list[int]) -> tuple[list[int], Completion]:
-    completion = engine.complete(
-        prompt_ids, max_tokens=MAX_TOKENS, temperature=0, logprobs=0, ignore_eos=True
-    )
-    return prompt_ids, completion
-
-
-def _against_transformers(
-    original: ReferenceModel, prompts: Sequence[list[int]], path: Path
-) -> Check:
+def verify_reference(path: Path) -> Check:
+    """Compare the reference's logits under the sequential plan with transformers'."""
     from transformers import AutoModelForCausalLM
 
+    config = ModelConfig.from_directory(path)
+    original = ReferenceModel(config, Checkpoint(path), Plan.sequential(config.num_layers))
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.eval()
     difference = 0.0
     same_choice = True
-    for token_ids in prompts:
+    for token_ids in _prompts(path, config.max_positions):
         with torch.inference_mode():
             expected = model(torch.tensor([token_ids])).logits[0]
         logits = original.logits(token_ids)
@@ -96,6 +79,29 @@ def _against_transformers(
         f"logits differ by {difference:.1e} at most (allowed {LOGIT_TOLERANCE:g}), "
         f"{'same' if same_choice else 'OTHER'} greedy choices",
     )
+
+
+def verify_ranks(engine: RunningEngine, path: Path) -> Iterator[Check]:
+    """Compare a running float32 engine with the reference under its plan."""
+    reference = ReferenceModel(ModelConfig.from_directory(path), Checkpoint(path), engine.plan)
+    prompts = _prompts(path, engine.status().max_len)
+    alone = [_complete(engine, prompt_ids) for prompt_ids in prompts]
+    yield _against_reference("one request at a time", engine, reference, alone)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(partial(_complete, engine), prompts))
+    yield _against_reference("requests sharing steps", engine, reference, together)
+
+
+def _prompts(path: Path, max_len: int) -> list[list[int]]:
+    tokenizer = load_tokenizer(path)
+    return [tokenizer(prompt)["input_ids"][: max_len - MAX_TOKENS] for prompt in PROMPTS]
+
+
+def _complete(engine: RunningEngine, prompt_ids: list[int]) -> tuple[list[int], Completion]:
+    completion = engine.complete(
+        prompt_ids, max_tokens=MAX_TOKENS, temperature=0, logprobs=0, ignore_eos=True
+    )
+    return prompt_ids, completion
 
 
 def _against_reference(

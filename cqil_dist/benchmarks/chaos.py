@@ -1,8 +1,9 @@
 """Breaks things at random moments while requests stream, and compares every token.
 
 A head and three nodes on one machine (`hosts.py`), two ranks on nodes of their own, and room for
-one more. Some streams run all the time; a fault strikes, they come back, the next one strikes.
-Each stream must be, token for token, what it was before anything was broken.
+one more. Some streams run all the time; a fault strikes, they come back, a spare gets ready again
+where there is one, and the next fault strikes. Each stream must be, token for token, what it was
+before anything was broken.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ _PROMPTS = (
     "The three laws of motion are",
     "In the year 1969",
 )
-_STEP_DEADLINE_S = 2.0
 _RECOVERY_TIMEOUT_S = 120.0
 
 
@@ -83,6 +83,7 @@ class ChaosReport:
 
 
 def run_chaos(
+    network: Network,
     model: str,
     plan: str,
     *,
@@ -92,43 +93,42 @@ def run_chaos(
     spares: int = 0,
     streams: int = 4,
     max_tokens: int = 64,
+    step_deadline_s: float = 1.0,
     on_fault: Callable[[Injected], None] = lambda injected: None,
 ) -> ChaosReport:
     """Run for some minutes.
 
     Args:
+        network: four hosts whose Ray nodes run.
         model: a directory that all hosts see.
         streams: how many run at a time.
         on_fault: told of each as it is made good.
 
     Raises:
-        LaunchError: hosts cannot be made here.
         CqilError: the engine did not come back.
     """
-    with Network(4) as network:
-        network.start_ray()
-        with RemoteEngine(
-            network.hosts[0],
-            model=model,
-            plan=plan,
-            ranks=RANKS,
-            strategy="STRICT_SPREAD",
-            address="auto",
-            max_len=256,
-            slots=streams,
-            spares=spares,
-            step_deadline_s=_STEP_DEADLINE_S,
-            recovery_timeout_s=_RECOVERY_TIMEOUT_S,
-        ) as engine:
-            load = _Load(engine, streams, max_tokens)
-            injector = _Injector(network, engine, load, random.Random(seed), faults)
-            with load:
-                end = time.monotonic() + 60 * minutes
-                while time.monotonic() < end and not load.report.failed:
-                    injected = injector.inject()
-                    load.report.faults.append(injected)
-                    on_fault(injected)
-            return load.report
+    with RemoteEngine(
+        network.hosts[0],
+        model=model,
+        plan=plan,
+        ranks=RANKS,
+        strategy="STRICT_SPREAD",
+        address="auto",
+        max_len=256,
+        slots=streams,
+        spares=spares,
+        step_deadline_s=step_deadline_s,
+        recovery_timeout_s=_RECOVERY_TIMEOUT_S,
+    ) as engine:
+        load = _Load(engine, streams, max_tokens)
+        injector = _Injector(network, engine, load, random.Random(seed), faults, spares)
+        with load:
+            end = time.monotonic() + 60 * minutes
+            while time.monotonic() < end and not load.report.failed:
+                injected = injector.inject()
+                load.report.faults.append(injected)
+                on_fault(injected)
+        return load.report
 
 
 class _Load:
@@ -214,17 +214,20 @@ class _Injector:
         load: _Load,
         random_: random.Random,
         faults: Sequence[str],
+        spares: int,
     ) -> None:
         self._network = network
         self._engine = engine
         self._load = load
         self._random = random_
         self._faults = faults
+        self._spares = spares
 
     def inject(self) -> Injected:
         """One fault, at a random moment of the streams. Raises CqilError if they do not go on."""
-        time.sleep(self._random.uniform(0.3, 2.0))
         fault = self._random.choice(self._faults)
+        self._wait_for_spares()
+        time.sleep(self._random.uniform(0.3, 2.0))
         status = self._engine.status()
         rank = self._random.choice(status["ranks"])
         host = self._network.host_at(rank["address"])
@@ -260,6 +263,13 @@ class _Injector:
             if now > deadline or status["state"] == "failed":
                 raise CqilError(f"the engine did not come back: {status['state_detail']}")
             time.sleep(0.05)
+
+    def _wait_for_spares(self) -> None:
+        deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
+        while self._engine.status()["ready_spares"] < self._spares:
+            if time.monotonic() > deadline:
+                raise CqilError(f"no spare got ready within {_RECOVERY_TIMEOUT_S:g} s")
+            time.sleep(0.2)
 
     def _pause_end(self, started: float, resumed: float) -> float:
         """The end of the longest pause between the fault and when tokens were seen to flow."""

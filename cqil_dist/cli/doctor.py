@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,21 +20,14 @@ if TYPE_CHECKING:
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
 
 
+@options.launch_options()
 def doctor(
+    launching: dict[str, Any],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model to be launched; default: none.")
     ] = None,
     plan: options.PlanText = "sequential",
     ranks: options.Ranks = None,
-    address: options.Address = None,
-    strategy: options.Strategy = "PACK",
-    threads_per_rank: options.Threads = 1,
-    device: options.Device = "auto",
-    gpus_per_rank: options.GpusPerRank = 1.0,
-    dtype: options.Dtype = "auto",
-    slots: options.Slots = 8,
-    max_len: options.MaxLen = None,
-    spares: options.Spares = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check every node and every link of a cluster before launching.
@@ -47,21 +40,9 @@ def doctor(
     from cqil_dist.runtime.placement import connected
 
     progress = options.terminal_progress()
-    config = LaunchConfig(
-        model or "",
-        plan,
-        ranks,
-        strategy=strategy,
-        threads_per_rank=threads_per_rank,
-        device=device,
-        gpus_per_rank=gpus_per_rank,
-        dtype=dtype,
-        slots=slots,
-        max_len=max_len,
-        spares=spares,
-    )
+    config = LaunchConfig(model or "", plan, ranks, **launching)
     wanted = ResolvedLaunch.of(config, progress) if model else None
-    with connected(address, local_cpus=1, verbose=False):
+    with connected(config.address, local_cpus=1, verbose=config.verbose):
         findings = list(diagnose(wanted, progress))
     failures = sum(finding.verdict == "failure" for finding in findings)
     if as_json:

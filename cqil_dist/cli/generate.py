@@ -14,7 +14,9 @@ from cqil_dist.outputs import Completion
 from cqil_dist.sampling_params import SamplingParams
 
 
+@options.launch_options()
 def generate(
+    launching: dict[str, Any],
     model: options.Model,
     prompt: Annotated[str, typer.Option(help="Text to continue, or the message with --chat.")],
     plan: options.PlanText = "sequential",
@@ -36,16 +38,6 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end token.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    address: options.Address = None,
-    strategy: options.Strategy = "PACK",
-    threads_per_rank: options.Threads = 1,
-    device: options.Device = "auto",
-    gpus_per_rank: options.GpusPerRank = 1.0,
-    dtype: options.Dtype = "auto",
-    slots: options.Slots = 8,
-    max_len: options.MaxLen = None,
-    spares: options.Spares = 0,
-    verbose: options.Verbose = False,
 ) -> None:
     """Stream a completion of a prompt to standard output."""
     sampling = SamplingParams(  # checked before anything is started
@@ -65,22 +57,7 @@ def generate(
         raise RequestError("the prompt is empty; give at least one token to continue")
     from cqil_dist.api import launch
 
-    with launch(
-        model,
-        plan,
-        ranks,
-        address=address,
-        strategy=strategy,
-        threads_per_rank=threads_per_rank,
-        device=device,
-        gpus_per_rank=gpus_per_rank,
-        dtype=dtype,
-        slots=slots,
-        max_len=max_len,
-        spares=spares,
-        verbose=verbose,
-        progress=options.terminal_progress(),
-    ) as engine:
+    with launch(model, plan, ranks, progress=options.terminal_progress(), **launching) as engine:
         request = [{"role": "user", "content": prompt}] if chat else prompt
         completion: Completion | None = None
         for chunk in engine.generate(request, **sampling.to_dict()):

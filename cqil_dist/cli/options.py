@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
+from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress, Progress
 
 Model = Annotated[
@@ -35,21 +40,80 @@ Address = Annotated[
 Strategy = Annotated[
     str, typer.Option("--strategy", help="PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.")
 ]
-Threads = Annotated[
-    int, typer.Option("--threads-per-rank", help="Compute threads of a rank on a CPU.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-GpusPerRank = Annotated[
-    float, typer.Option("--gpus-per-rank", help="Below 1 lets ranks share a GPU.")
-]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
-Slots = Annotated[int, typer.Option("--slots", help="Requests that run at the same time.")]
-MaxLen = Annotated[
-    int | None,
-    typer.Option("--max-len", help="Most tokens of a prompt and its completion together."),
-]
-Spares = Annotated[int, typer.Option("--spares", help="Standby actors that take over a lost rank.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs.")]
+
+# By field of LaunchConfig.
+_LAUNCHING: dict[str, Any] = {
+    "address": Address,
+    "strategy": Strategy,
+    "threads_per_rank": Annotated[
+        int, typer.Option("--threads-per-rank", help="Compute threads of a rank on a CPU.")
+    ],
+    "device": Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")],
+    "gpus_per_rank": Annotated[
+        float, typer.Option("--gpus-per-rank", help="Below 1 lets ranks share a GPU.")
+    ],
+    "dtype": Dtype,
+    "slots": Annotated[int, typer.Option("--slots", help="Requests that run at the same time.")],
+    "max_len": Annotated[
+        int | None,
+        typer.Option("--max-len", help="Most tokens of a prompt and its completion together."),
+    ],
+    "prefill_tokens": Annotated[
+        int | None,
+        typer.Option("--prefill-tokens", help="Most prompt tokens a step computes."),
+    ],
+    "pin": Annotated[
+        bool | None,
+        typer.Option("--pin/--no-pin", help="Bind ranks to cores; default: on a local cluster."),
+    ],
+    "spares": Annotated[
+        int, typer.Option("--spares", help="Standby actors that take over a lost rank.")
+    ],
+    "step_deadline_s": Annotated[
+        float,
+        typer.Option("--step-deadline-s", help="Seconds until a rank in a step counts as lost."),
+    ],
+    "recovery_timeout_s": Annotated[
+        float,
+        typer.Option("--recovery-timeout-s", help="Seconds to wait for a lost rank's successor."),
+    ],
+    "verbose": Verbose,
+}
+
+
+def launch_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of these fields of `LaunchConfig`, with its default.
+
+    The command's parameter `launching` gets them in one dict, by field.
+
+    Args:
+        left_out: fields that the command decides.
+    """
+    options = {name: kind for name, kind in _LAUNCHING.items() if name not in left_out}
+    defaults = {field.name: field.default for field in fields(LaunchConfig)}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(launching={name: given.pop(name) for name in options}, **given)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [
+            *(p for name, p in signature.parameters.items() if name != "launching"),
+            *(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
+                )
+                for name, kind in options.items()
+            ),
+        ]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
 
 
 def terminal_progress() -> Progress:

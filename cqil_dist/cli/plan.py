@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cqil_dist.assignment import Assignment, assign
+from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans.")
 
@@ -32,16 +31,13 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Groups, serial depth, ideal reduction, exchanges, and what each rank holds."""
-    from cqil_dist.model.config import ModelConfig
-    from cqil_dist.model.store import resolve
+    from cqil_dist.resolved_launch import ResolvedLaunch
 
-    LaunchConfig(model, plan, dtype=dtype)  # names a dtype that does not exist
-    config = ModelConfig.from_directory(resolve(model, options.terminal_progress()))
-    parsed = Plan.parse(plan, config.num_layers)
-    world = max(group.size for group in parsed.groups) if ranks is None else ranks
-    assignment = assign(parsed, world, config.vocab_size)
-    dtype = "float32" if dtype == "auto" else dtype
-    held = [_held(assignment, rank, config, dtype) for rank in range(world)]
+    config = LaunchConfig(model, plan, ranks, dtype=dtype)
+    resolved = ResolvedLaunch.of(config, options.terminal_progress())
+    assignment, parsed = resolved.assignment, resolved.assignment.plan
+    dtype = config.dtype_for(resolved.model, on_gpu=False)
+    held = [_held(assignment, rank, resolved.model, dtype) for rank in range(assignment.world)]
     if as_json:
         summary = {
             "plan": parsed.to_json(),
@@ -56,8 +52,9 @@ def show(
     console.print(_groups_table(assignment))
     console.print(_ranks_table(held))
     console.print(
-        f"serial depth {parsed.depth} of {config.num_layers} layers, ideal reduction "
-        f"{parsed.ideal_reduction:.1%}, {assignment.rounds} exchanges per token on {world} ranks"
+        f"serial depth {parsed.depth} of {parsed.num_layers} layers, ideal reduction "
+        f"{parsed.ideal_reduction:.1%}, {assignment.rounds} exchanges per token on "
+        f"{assignment.world} ranks"
     )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from cqil_dist.cli import options
 
 
+@options.launch_options("device", "gpus_per_rank", "dtype", "prefill_tokens")
 def verify(
+    launching: dict[str, Any],
     model: options.Model,
     plan: options.PlanText = "sequential",
     ranks: options.Ranks = None,
-    address: options.Address = None,
-    strategy: options.Strategy = "PACK",
-    threads_per_rank: options.Threads = 1,
-    verbose: options.Verbose = False,
 ) -> None:
     """Compare distributed generation with the in-process reference, and that with transformers.
 
@@ -31,14 +31,11 @@ def verify(
         str(path),
         plan,
         ranks,
-        address=address,
-        strategy=strategy,
-        threads_per_rank=threads_per_rank,
         device="cpu",
         dtype="float32",
         prefill_tokens=PREFILL_TOKENS,
-        verbose=verbose,
         progress=progress,
+        **launching,
     ) as engine:
         typer.echo(f"{model}, plan {engine.plan}, {engine.assignment.world} ranks, float32")
         for check in verify_exactness(engine, path):

@@ -12,7 +12,6 @@ import selectors
 import socket
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
@@ -95,12 +94,7 @@ class Listener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -9,6 +9,7 @@ This module knows rounds and ranks; it knows nothing of layers.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -65,6 +66,7 @@ class TorchDistributedExchange:
         self._step = 0
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._open = True
+        self._closing = threading.Lock()
         try:
             dist.init_process_group(
                 backend,
@@ -115,9 +117,10 @@ class TorchDistributedExchange:
 
     def close(self) -> None:
         """Leave the group. Idempotent. A gather in another thread ends no sooner than it would."""
-        if self._open:
-            self._open = False
-            dist.destroy_process_group()
+        with self._closing:
+            if self._open:
+                self._open = False
+                dist.destroy_process_group()
 
     def _is_all_to_all(self, round: Round, shapes: Mapping[int, tuple[int, ...]]) -> bool:
         """Whether every rank needs every rank's part, and all parts have one shape."""

@@ -139,6 +139,7 @@ def status_from_wire(wire: pb.GetStatusResponse) -> Status:
         state=_STATES[wire.state],
         state_detail=wire.state_detail,
         epoch=wire.epoch,
+        ready_spares=wire.ready_spares,
         recoveries=wire.recoveries,
         last_recovery=_recovery_from_wire(wire),
     )

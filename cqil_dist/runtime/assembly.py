@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, RankUnavailable
 from cqil_dist.runtime.layer_actor import ActorState
@@ -37,6 +37,7 @@ _FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3
 _LOADING_ANSWER_S = 10.0
+_PREPARE_S = 1.0
 
 
 @dataclass
@@ -49,7 +50,8 @@ class _Candidate:
         question: the call that has not been answered yet, and when it was asked.
         known: it has answered since its process was last known to have ended.
         gone: Ray does not start it again.
-        preparing: its latest call to read weights as a spare.
+        preparing: as a spare, its call to read all weights that has not been answered yet.
+        ready: as a spare, it has them.
     """
 
     actor: Any
@@ -60,6 +62,7 @@ class _Candidate:
     known: bool = False
     gone: bool = False
     preparing: Any = None
+    ready: bool = False
 
 
 class RankPool:
@@ -76,6 +79,8 @@ class RankPool:
         self._secret = secret
         self._seats: dict[int, int] = {}
         self._stopping = threading.Event()
+        self._assembling = threading.Lock()
+        self._preparing = threading.Thread(target=self._prepare_spares, daemon=True)
         self.waiting_for = ""
 
     def assemble(
@@ -96,6 +101,13 @@ class RankPool:
             ModelError: a rank's weights cannot be read.
             LaunchError: the pool has been stopped, or cores cannot be bound as asked.
         """
+        with self._assembling:
+            result = self._assemble(ended)
+        if not self._preparing.is_alive() and not self._stopping.is_set():
+            self._preparing.start()
+        return result
+
+    def _assemble(self, ended: frozenset[int]) -> tuple[ConnectedRanks, dict[str, float]]:
         deadline = time.monotonic() + self._spec.recovery_timeout_s
         for rank in ended:
             if (seat := self._seats.get(rank)) is not None:
@@ -134,16 +146,26 @@ class RankPool:
         """End an `assemble` under way, and let no other begin."""
         self._stopping.set()
 
-    def prepare_spares(self) -> None:
+    def ready_spares(self) -> int:
+        """How many actors without a rank hold the weights of all of them."""
+        return sum(candidate.ready for candidate in self._candidates)
+
+    def _prepare_spares(self) -> None:
         """Have actors without a rank read the weights that they may be asked for.
 
-        Those that are being restarted will do so when they are back.
+        Asked again and again, those do so as well that start anew, or find more memory free.
         """
-        for index, candidate in enumerate(self._candidates):
-            if index in self._seats.values() or candidate.gone:
-                continue
-            if candidate.preparing is None or ray.wait([candidate.preparing], timeout=0)[0]:
-                candidate.preparing = candidate.actor.prepare.remote(self._spec)
+        while not self._stopping.wait(_PREPARE_S):
+            with self._assembling:
+                for index, candidate in enumerate(self._candidates):
+                    if index in self._seats.values() or candidate.gone:
+                        candidate.preparing, candidate.ready = None, False
+                        continue
+                    if candidate.preparing is not None:
+                        if not ray.wait([candidate.preparing], timeout=0)[0]:
+                            continue
+                        candidate.ready = _returns_true(candidate.preparing)
+                    candidate.preparing = candidate.actor.prepare.remote(self._spec)
 
     # Seating: an actor that answers for every rank.
 
@@ -161,12 +183,17 @@ class RankPool:
                 for index, candidate in enumerate(self._candidates)
                 if candidate.state is not None
             }
-            # Those that may still answer are waited for: they hold weights.
             missing = [c for c in self._candidates if c.state is None and not c.gone]
             grace = time.monotonic() < started + _GRACE_S
-            if not missing or not (grace or any(c.known for c in missing)):
-                seats = seat_ranks(self._spec.assignment.world, answered, self._seats)
-                if seats is not None:
+            seats = seat_ranks(self._spec.assignment.world, answered, self._seats)
+            if seats is not None and (not missing or not grace):
+                # Those that may still answer are waited for if weights would have to be read that
+                # they may hold. Else others take their ranks, and they start anew.
+                loaded = all(rank in answered[seat].ranks for rank, seat in seats.items())
+                if loaded or not any(candidate.known for candidate in missing):
+                    for candidate in self._seated():
+                        if candidate.known and candidate.state is None:
+                            self._restart(candidate, time.monotonic() - started)
                     self._seats = seats
                     self.waiting_for = ""
                     return {rank: answered[seat] for rank, seat in seats.items()}
@@ -213,13 +240,16 @@ class RankPool:
         now = time.monotonic()
         for candidate in self._candidates:
             patience = _ANSWER_S if candidate.known else _FIRST_ANSWER_S
-            if candidate.state is not None or candidate.gone or now - candidate.asked < patience:
-                continue
-            if not ray.wait([candidate.question], timeout=0)[0]:  # else it has answered just now
-                logger.warning("no answer from %s within %g s", candidate.address, patience)
-                candidate.known = False
-                ray.kill(candidate.actor, no_restart=False)
-                self._ask(candidate)
+            if candidate.state is None and not candidate.gone and now - candidate.asked > patience:
+                self._restart(candidate, patience)
+
+    def _restart(self, candidate: _Candidate, waited_s: float) -> None:
+        if ray.wait([candidate.question], timeout=0)[0]:
+            return  # it has answered just now
+        logger.warning("no answer from %s within %.1f s", candidate.address, waited_s)
+        candidate.known = False
+        ray.kill(candidate.actor, no_restart=False)
+        self._ask(candidate)
 
     def _wait(self, deadline: float, answered: Mapping[int, ActorState]) -> None:
         held = frozenset[int]().union(*(state.ranks for state in answered.values()))
@@ -303,6 +333,14 @@ def seat_ranks(
     for rank in range(world):
         seat(rank, list(states))
     return seats
+
+
+def _returns_true(call: Any) -> bool:
+    """Whether a finished call of an actor's did, rather than fail."""
+    try:
+        return bool(ray.get(call))
+    except RayError:
+        return False
 
 
 @contextmanager

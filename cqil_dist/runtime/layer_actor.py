@@ -101,6 +101,7 @@ class LayerActor:
         self._loading = threading.Lock()
         self._stages_loaded = 0
         self._wanted = threading.Event()
+        self._told_of_memory = False
         self._programs: dict[int, RankProgram] = {}
         self._meeting = threading.Lock()
         self._epoch = -1
@@ -131,27 +132,34 @@ class LayerActor:
         with self._loading:
             self._read(spec, rank)
 
-    def prepare(self, spec: EngineSpec) -> None:
-        """As a spare, read all ranks' weights beforehand, as far as memory allows."""
+    def prepare(self, spec: EngineSpec) -> bool:
+        """As a spare, read all ranks' weights beforehand, as far as memory allows. Idempotent.
+
+        Returns:
+            Whether they are all here.
+        """
         self._wanted.clear()
         for rank in range(spec.assignment.world):
             with self._loading:
                 if self._wanted.is_set():
-                    return
+                    return False
                 if rank in self._programs:
                     continue
                 share = footprint(spec.assignment, rank, spec.config, spec.dtype)
                 needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
                 free = available_bytes(self._device)
                 if free < needed:
-                    logger.warning(
-                        "spare does not read rank %d beforehand: %d MB are free, %d MB wanted",
-                        rank,
-                        free >> 20,
-                        needed >> 20,
-                    )
-                    return
+                    if not self._told_of_memory:
+                        logger.warning(
+                            "spare does not read rank %d beforehand: %d MB are free, %d MB wanted",
+                            rank,
+                            free >> 20,
+                            needed >> 20,
+                        )
+                    self._told_of_memory = True
+                    return False
                 self._read(spec, rank)
+        return True
 
     def _read(self, spec: EngineSpec, rank: int) -> None:
         if rank in self._programs:
@@ -293,15 +301,22 @@ class _Mesh:
         """Close the connections and wait for the thread.
 
         A thread that does not end, hung in a device or a library, would use the cache beside the
-        next one: the process ends instead, and Ray starts another.
+        next one: the process ends instead, and Ray starts another. Closing NCCL can hang as well.
         """
-        self._link.close()
-        self.exchange.close()
-        if self._thread.is_alive():
-            self._thread.join(self._end_s)
+        guard = threading.Timer(self._end_s, self._end_process)
+        guard.daemon = True
+        guard.start()
+        try:
+            self._link.close()
+            self.exchange.close()
             if self._thread.is_alive():
-                logger.error("a step did not end within %g s; ending the process", self._end_s)
-                os._exit(1)
+                self._thread.join()
+        finally:
+            guard.cancel()
+
+    def _end_process(self) -> None:
+        logger.error("a step did not end within %g s; ending the process", self._end_s)
+        os._exit(1)
 
     def _serve(self) -> None:
         if self._cores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +123,24 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
+def room_for(bundle: Mapping[str, float]) -> list[int]:
+    """How many actors of this kind each live node could hold if it did nothing else."""
+    return [
+        int(min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def fits(actors: int, strategy: str, room: Sequence[int]) -> bool:
+    """Whether nodes with this room can ever hold the actors, placed by this strategy."""
+    if strategy == "STRICT_SPREAD":
+        return sum(count > 0 for count in room) >= actors
+    if strategy == "STRICT_PACK":
+        return max(room, default=0) >= actors
+    return sum(room) >= actors
+
+
 @contextmanager
 def placed(
     resources: RankResources, ranks: int, spares: int, strategy: str
@@ -133,10 +151,9 @@ def placed(
         InsufficientResources: saying what was asked and what the cluster has.
     """
     bundle = resources.bundle()
-    total = ray.cluster_resources()
     actors = ranks + spares
     shortage = partial(_shortage, bundle, ranks, spares, strategy)
-    if any(total.get(name, 0) < actors * amount for name, amount in bundle.items()):
+    if not fits(actors, strategy, room_for(bundle)):
         raise InsufficientResources(shortage())
     group = placement_group([bundle] * actors, strategy=strategy)
     try:

@@ -100,6 +100,7 @@ class Coordinator:
             ranks=self._ranks.descriptions,
             max_len=self._spec.max_len,
             epoch=self._ranks.epoch,
+            ready_spares=self._pool.ready_spares(),
             **counts,
         )
 
@@ -137,7 +138,6 @@ class Coordinator:
         spec = self._spec
         self._ranks = ranks
         self._group = RankGroup(spec.assignment, self._embedding, ranks.links, spec.step_deadline_s)
-        self._pool.prepare_spares()
         return self._group
 
     def _serve(self, tokenizer: PreTrainedTokenizerBase, group: RankGroup) -> str:

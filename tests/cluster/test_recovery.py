@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import psutil
@@ -159,14 +160,23 @@ def test_a_killed_coordinator_takes_over_the_ranks_as_they_are(engine: cqil.Runn
     }
 
 
-def test_a_spare_takes_over_at_once(cluster: None, model: TinyModel) -> None:
+def test_a_spare_takes_over_without_reading_weights(cluster: None, model: TinyModel) -> None:
+    """Where a rank is killed, and where it is stuck. Whoever is replaced is the next spare."""
     with launch(model, spares=1) as engine:
-        ranks = ranks_of(engine)
-        disturb(engine, lambda: os.kill(ranks[1].pid, signal.SIGKILL))
-        recovery = engine.status().last_recovery
-        assert recovery is not None
-        replacement = ranks_of(engine)[1].pid
-        assert replacement not in {rank.pid for rank in ranks.values()}
-        # The one that was killed is the next spare.
-        disturb(engine, lambda: os.kill(replacement, signal.SIGKILL))
+        for fault in (signal.SIGKILL, signal.SIGSTOP):
+            wait_for_a_spare(engine)
+            ranks = ranks_of(engine)
+            disturb(engine, partial(os.kill, ranks[1].pid, fault))
+            assert ranks_of(engine)[0].pid == ranks[0].pid
+            assert ranks_of(engine)[1].pid not in {rank.pid for rank in ranks.values()}
+            recovery = engine.status().last_recovery
+            assert recovery is not None
+        wait_for_a_spare(engine)
         assert engine.status().recoveries == 2
+
+
+def wait_for_a_spare(engine: cqil.RunningEngine) -> None:
+    deadline = time.monotonic() + 60
+    while engine.status().ready_spares < 1:
+        assert time.monotonic() < deadline, "no spare got ready"
+        time.sleep(0.1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from tiny_models import TinyModel
 
 from cqil_dist.benchmarks.chaos import run_chaos
+from cqil_dist.benchmarks.hosts import Network
 
 
-def test_random_faults_change_no_token(model: TinyModel) -> None:
+def test_random_faults_change_no_token(network: Network, model: TinyModel) -> None:
     report = run_chaos(
+        network,
         str(model.path),
         "P2 S0 E6 D1",
         minutes=0.6,

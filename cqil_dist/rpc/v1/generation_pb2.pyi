@@ -139,7 +139,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "plan_json", "ranks", "running_requests", "waiting_requests", "free_slots", "slots", "max_len", "steps", "state", "state_detail", "epoch", "recoveries", "last_recovery")
+    __slots__ = ("model", "plan_json", "ranks", "running_requests", "waiting_requests", "free_slots", "slots", "max_len", "steps", "state", "state_detail", "epoch", "recoveries", "last_recovery", "ready_spares")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PLAN_JSON_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class GetStatusResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     LAST_RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    READY_SPARES_FIELD_NUMBER: _ClassVar[int]
     model: str
     plan_json: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
@@ -168,7 +169,8 @@ class GetStatusResponse(_message.Message):
     epoch: int
     recoveries: int
     last_recovery: Recovery
-    def __init__(self, model: _Optional[str] = ..., plan_json: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., free_slots: _Optional[int] = ..., slots: _Optional[int] = ..., max_len: _Optional[int] = ..., steps: _Optional[int] = ..., state: _Optional[_Union[EngineState, str]] = ..., state_detail: _Optional[str] = ..., epoch: _Optional[int] = ..., recoveries: _Optional[int] = ..., last_recovery: _Optional[_Union[Recovery, _Mapping]] = ...) -> None: ...
+    ready_spares: int
+    def __init__(self, model: _Optional[str] = ..., plan_json: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., free_slots: _Optional[int] = ..., slots: _Optional[int] = ..., max_len: _Optional[int] = ..., steps: _Optional[int] = ..., state: _Optional[_Union[EngineState, str]] = ..., state_detail: _Optional[str] = ..., epoch: _Optional[int] = ..., recoveries: _Optional[int] = ..., last_recovery: _Optional[_Union[Recovery, _Mapping]] = ..., ready_spares: _Optional[int] = ...) -> None: ...
 
 class Recovery(_message.Message):
     __slots__ = ("cause", "seconds", "phases")

@@ -43,8 +43,8 @@ def test_it_is_auto_tokenizer_s(
 
 def test_it_does_without_what_takes_long_to_import(tiny_model: TinyModelFactory) -> None:
     code = (
-        "import sys; from pathlib import Path; from cqil_dist.model.tokenizer import load_tokenizer;"
-        "load_tokenizer(Path(sys.argv[1])); print('torch._dynamo' in sys.modules)"
+        "import pathlib, sys; from cqil_dist.model.tokenizer import load_tokenizer;"
+        "load_tokenizer(pathlib.Path(sys.argv[1])); print('torch._dynamo' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tiny_model().path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
