@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -226,9 +227,11 @@ class Network:
         """A cluster of the hosts: the first is its head and has no room for ranks, the others have
         room for one each. Hosts whose Ray node runs are left alone."""
         head, *others = self.hosts
-        for host in (head, *others):
-            if not host.processes("raylet/raylet"):
-                host.start_ray(None if host is head else head, cpus=0 if host is head else 1)
+        idle = [host for host in self.hosts if not host.processes("raylet/raylet")]
+        if head in idle:
+            head.start_ray(cpus=0)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda host: host.start_ray(head, cpus=1), set(idle) & set(others)))
 
     def plug_in(self, port: str, pid: int, address: str) -> None:
         """Connect a host's namespace to the bridge."""
