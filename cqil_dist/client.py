@@ -148,9 +148,11 @@ class GenerationClient:
             raise _translated(error, broken.address) from None
         time.sleep(_RETRY_S)
         with self._reconnecting:
+            if self._connection is not broken and not self._closed:
+                return  # another thread has found it meanwhile
             if self._closed or time.monotonic() - since > self._patience_s:
                 raise _translated(error, broken.address) from None
-            if self._connection is broken and (address := self._locate()) != broken.address:
+            if (address := self._locate()) != broken.address:
                 # Closed at the end: other streams have yet to notice that it is broken.
                 self._former.append(broken)
                 self._connection = _Connection(address)
@@ -201,7 +203,7 @@ class _Received:
         return replace(
             result,
             logprobs=None if result.logprobs is None else tuple(self.logprobs),
-            timings=Timings(gaps[0], tuple(gaps[1:])) if gaps else result.timings,
+            timings=Timings(gaps[0], tuple(gaps[1:])),
         )
 
 

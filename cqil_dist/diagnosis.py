@@ -6,7 +6,7 @@ Starts one small actor a node, which takes no CPUs, and ends them again.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,10 +62,13 @@ def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Find
     """
     nodes = host_addresses()
     on_gpu = False
+    room: dict[str, int] = {}
     if wanted is not None:
         resources = rank_resources(wanted.config, wanted.actors)
         on_gpu = resources.gpus > 0
-        yield _resources(wanted, resources)
+        by_id = room_for(resources.bundle())
+        yield _resources(wanted, resources, by_id.values())
+        room = {host: by_id.get(node_id, 0) for node_id, host in nodes.items()}
     with progress.task("Starting probes", total=len(nodes), unit="nodes") as task:
         probes: dict[str, Any] = {}
         facts: dict[str, NodeFacts] = {}
@@ -93,12 +96,14 @@ def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Find
                         "same environment as on the others",
                     )
                 task.advance()
-            here = facts.get(_own_host(nodes))
+            own = _own_host(nodes)
             for host, found in facts.items():
-                yield from _node_findings(host, found, here or found, on_gpu)
-                if wanted is not None:
+                here, for_ranks = facts.get(own, found), room.get(host, 0)
+                yield from _node_findings(host, found, here, on_gpu and for_ranks > 0)
+                if wanted is not None and (for_ranks or host == own):
                     yield _model(host, found, wanted)
-                    yield _memory(host, found, wanted, on_gpu)
+                if wanted is not None and for_ranks:
+                    yield _memory(host, found, wanted, on_gpu, for_ranks)
             yield from _link_findings({host: probes[host] for host in facts}, progress)
         finally:
             for probe in probes.values():
@@ -109,12 +114,10 @@ def _own_host(nodes: Mapping[str, str]) -> str:
     return nodes[ray.get_runtime_context().get_node_id()]
 
 
-def _resources(wanted: ResolvedLaunch, resources: RankResources) -> Finding:
+def _resources(wanted: ResolvedLaunch, resources: RankResources, room: Collection[int]) -> Finding:
     strategy, actors = wanted.config.strategy, wanted.actors
-    bundle = resources.bundle()
-    room = room_for(bundle)
-    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    detail = f"{actors} actors of {each} ({strategy}); the nodes have room for {room}"
+    each = ", ".join(f"{amount:g} {name}" for name, amount in resources.bundle().items())
+    detail = f"{actors} actors of {each} ({strategy}); the nodes have room for {sorted(room)}"
     if fits(actors, strategy, room):
         return Finding("cluster", "resources", "ok", detail)
     detail += "; add nodes, ask for fewer ranks, or choose another strategy"
@@ -162,16 +165,20 @@ def _model(host: str, facts: NodeFacts, wanted: ResolvedLaunch) -> Finding:
     return Finding(host, "model", "failure", f"no directory {wanted.path}: copy the model there")
 
 
-def _memory(host: str, facts: NodeFacts, wanted: ResolvedLaunch, on_gpu: bool) -> Finding:
+def _memory(
+    host: str, facts: NodeFacts, wanted: ResolvedLaunch, on_gpu: bool, room: int
+) -> Finding:
     config, model, assignment = wanted.config, wanted.model, wanted.assignment
     tokens = config.slots * config.max_len_for(model)
     dtype = config.dtype_for(model, on_gpu)
     free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
-    needed = _PROCESS_BYTES + max(
+    sizes = sorted(
         footprint(assignment, rank, model, dtype).total(tokens) for rank in range(assignment.world)
     )
+    together = 1 if "SPREAD" in config.strategy else min(room, assignment.world)
+    needed = sum(_PROCESS_BYTES + size for size in sizes[-together:])
     detail = (
-        f"{free / 1e9:.1f} GB free; the largest rank takes {needed / 1e9:.1f} GB "
+        f"{free / 1e9:.1f} GB free; {together} ranks may come here and take {needed / 1e9:.1f} GB "
         f"({dtype}, {config.slots} slots of {config.max_len_for(model)} tokens)"
     )
     if free >= needed:

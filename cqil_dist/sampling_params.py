@@ -128,12 +128,12 @@ class SamplingParams:
         return cls(**values)
 
 
-def _integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
+def _integer(name: str, value: object, *, low: int, high: int) -> int:
     """`value` as an int in low .. high. A bool is not a number here, though Python says it is."""
-    allowed = f">= {low}" if high is None else f"from {low} to {high}"
+    allowed = f"from {low} to {high}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise RequestError(f"{name} is {value!r} but must be a whole number {allowed}")
-    if value < low or (high is not None and value > high):
+    if not low <= value <= high:
         raise RequestError(f"{name} is {value} but must be {allowed}")
     return value
 

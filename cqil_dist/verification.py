@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cqil_dist.errors import LaunchError
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.reference import ReferenceModel
@@ -93,8 +94,10 @@ def verify_ranks(engine: RunningEngine, path: Path) -> Iterator[Check]:
 
 
 def _prompts(path: Path, max_len: int) -> list[list[int]]:
+    if (room := max_len - MAX_TOKENS) < 1:
+        raise LaunchError(f"max_len is {max_len} but verifying takes more than {MAX_TOKENS} tokens")
     tokenizer = load_tokenizer(path)
-    return [tokenizer(prompt)["input_ids"][: max_len - MAX_TOKENS] for prompt in PROMPTS]
+    return [tokenizer(prompt)["input_ids"][:room] for prompt in PROMPTS]
 
 
 def _complete(engine: RunningEngine, prompt_ids: list[int]) -> tuple[list[int], Completion]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-
-from tiny_models import TinyModel
 
 from cqil_dist.benchmarks.hosts import Host, Network
 from cqil_dist.benchmarks.remote import RemoteEngine, RemoteStream
@@ -20,8 +19,9 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def launch(network: Network, model: TinyModel, **options: Any) -> RemoteEngine:
+def launch(network: Network, path: Path, **options: Any) -> RemoteEngine:
     defaults = {
+        "model": str(path),
         "plan": PLAN,
         "ranks": 2,
         "strategy": "STRICT_SPREAD",
@@ -29,7 +29,7 @@ def launch(network: Network, model: TinyModel, **options: Any) -> RemoteEngine:
         "max_len": MAX_LEN,
         "step_deadline_s": 3,
     }
-    return RemoteEngine(network.hosts[0], model=str(model.path), **{**defaults, **options})
+    return RemoteEngine(network.hosts[0], **{**defaults, **options})
 
 
 def stream(engine: RemoteEngine, sampling: dict[str, Any], tokens: int = 900) -> RemoteStream:

@@ -12,7 +12,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from signal import SIGKILL, SIGSTOP
@@ -220,12 +220,12 @@ class _Injector:
         self._engine = engine
         self._load = load
         self._random = random_
-        self._faults = faults
+        self._faults = self._rounds(faults)
         self._spares = spares
 
     def inject(self) -> Injected:
         """One fault, at a random moment of the streams. Raises CqilError if they do not go on."""
-        fault = self._random.choice(self._faults)
+        fault = next(self._faults)
         self._wait_for_spares()
         time.sleep(self._random.uniform(0.3, 2.0))
         status = self._engine.status()
@@ -250,6 +250,11 @@ class _Injector:
             host.restore()
             self._bring_back(host)
         return Injected(fault, self._pause_end(started, resumed) - started)
+
+    def _rounds(self, faults: Sequence[str]) -> Iterator[str]:
+        """Every kind once in each round, in an order of chance."""
+        while True:
+            yield from self._random.sample(faults, len(faults))
 
     def _wait(self, epoch: int) -> float:
         """Until the ranks have met anew and computed; returns when that was seen."""
@@ -282,4 +287,4 @@ class _Injector:
         starts anew."""
         if host.address not in {rank["address"] for rank in self._engine.status()["ranks"]}:
             host.kill_ray()
-            host.start_ray(self._network.hosts[0], cpus=1)
+            self._network.start_ray()

@@ -126,7 +126,7 @@ class Host:
         """Start a command there; it ends with the host."""
         return subprocess.Popen(self.command(*words), text=True, cwd=self.home, **options)
 
-    def start_ray(self, head: Host | None = None, cpus: int = 2) -> None:
+    def start_ray(self, head: Host | None = None, *, cpus: int) -> None:
         """Start its Ray node: the head of a cluster, or a member of `head`'s."""
         role = ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false"]
         if head is not None:

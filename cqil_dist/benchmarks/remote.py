@@ -1,7 +1,8 @@
 """An engine launched on another host, and used from here: JSON lines over a process's pipes.
 
 `python -m cqil_dist.benchmarks.remote` is the far end: it launches what it is told, streams what
-it is asked for, and reports. `RemoteEngine` is the near end.
+it is asked for, and reports. `RemoteEngine` is the near end. Messages are numbered, and answers
+carry the number of what they answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,27 @@ from typing import Any, Self
 from cqil_dist.benchmarks.hosts import Host
 from cqil_dist.errors import CqilError
 
-_Event = dict[str, Any]
+_Message = dict[str, Any]
+
+
+class _Answers:
+    """What comes in answer to one message."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+
+    def put(self, answer: _Message) -> None:
+        self._queue.put(answer)
+
+    def next(self, timeout_s: float) -> _Message:
+        """Raises CqilError if it is an error, or does not come in time."""
+        try:
+            answer = self._queue.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            raise CqilError("no answer in time") from None
+        if "error" in answer:
+            raise CqilError(answer["error"])
+        return answer
 
 
 class RemoteStream:
@@ -30,15 +51,12 @@ class RemoteStream:
         times: when each token came (`time.monotonic`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: _Answers) -> None:
         self.token_ids: list[int] = []
         self.text = ""
         self.times: list[float] = []
         self.result: dict[str, Any] | None = None
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-
-    def put(self, event: _Event) -> None:
-        self._events.put(event)
+        self._answers = answers
 
     def read(self, tokens: int | None = None, timeout_s: float = 180) -> Self:
         """Wait until this many tokens have come, or until its end.
@@ -48,18 +66,11 @@ class RemoteStream:
         """
         deadline = time.monotonic() + timeout_s
         while self.result is None and (tokens is None or len(self.token_ids) < tokens):
-            try:
-                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise CqilError(
-                    f"the stream gave {len(self.token_ids)} tokens and hung for {timeout_s:g} s"
-                ) from None
-            if "error" in event:
-                raise CqilError(event["error"])
-            self.token_ids += event["token_ids"]
-            self.times += [event["time"]] * len(event["token_ids"])
-            self.text += event["text"]
-            self.result = event["result"]
+            chunk = self._answers.next(deadline - time.monotonic())
+            self.token_ids += chunk["token_ids"]
+            self.times += [chunk["time"]] * len(chunk["token_ids"])
+            self.text += chunk["text"]
+            self.result = chunk["result"]
         return self
 
 
@@ -83,29 +94,22 @@ class RemoteEngine:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._streams: dict[int, RemoteStream] = {}
-        self._answers: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._sent: list[_Answers] = []
         self._sending = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self._ask({"launch": options}, timeout_s=300)
+            self._send("launch", **options).next(timeout_s=300)
         except BaseException:
             self.close()
             raise
 
     def stream(self, prompt: Any, **sampling: Any) -> RemoteStream:
         """Begin a completion."""
-        stream = RemoteStream()
-        with self._sending:
-            number = len(self._streams)
-            self._streams[number] = stream
-            self._send({"stream": number, "prompt": prompt, "sampling": sampling})
-        return stream
+        return RemoteStream(self._send("stream", prompt=prompt, **sampling))
 
     def status(self) -> dict[str, Any]:
         """The engine's `Status` as a dict."""
-        status: dict[str, Any] = self._ask({"status": True}, timeout_s=60)["status"]
-        return status
+        return self._send("status").next(timeout_s=60)
 
     def close(self) -> None:
         """End the launch and the driver. Idempotent."""
@@ -118,34 +122,28 @@ class RemoteEngine:
                 self._process.kill()
                 self._process.wait()
 
-    def _ask(self, question: _Event, timeout_s: float) -> _Event:
-        with self._sending:
-            self._send(question)
-            try:
-                answer = self._answers.get(timeout=timeout_s)
-            except queue.Empty:
-                raise CqilError(f"no answer to {question} within {timeout_s:g} s") from None
-        if "error" in answer:
-            raise CqilError(answer["error"])
-        return answer
-
-    def _send(self, message: _Event) -> None:
+    def _send(self, what: str, **arguments: Any) -> _Answers:
+        answers = _Answers()
+        message = {"do": what, "arguments": arguments}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        with self._sending:
+            line = json.dumps({"number": len(self._sent), **message})
+            self._sent.append(answers)
+            try:
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+            except OSError as error:
+                raise CqilError("the driver has ended") from error
+        return answers
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if not line.startswith("{"):
-                continue  # Ray prints what it likes
-            event = json.loads(line)
-            stream = self._streams.get(event.get("stream", -1))
-            (self._answers if stream is None else stream).put(event)
-        gone = {"error": "the driver ended"}
-        self._answers.put(gone)
-        for stream in self._streams.values():
-            stream.put(gone)
+            if line.startswith("{"):  # Ray prints what it likes
+                message = json.loads(line)
+                self._sent[message["number"]].put(message["answer"])
+        for answers in self._sent:
+            answers.put({"error": "the driver ended"})
 
     def __enter__(self) -> Self:
         return self
@@ -160,34 +158,37 @@ def _serve() -> None:
 
     printing = threading.Lock()
 
-    def tell(event: _Event) -> None:
-        with printing:
-            print(json.dumps(event), flush=True)
-
-    def stream(engine: cqil_dist.RunningEngine, message: _Event) -> None:
+    def answer(message: _Message, engine: cqil_dist.RunningEngine) -> None:
         try:
-            for chunk in engine.generate(message["prompt"], **message["sampling"]):
-                event = {"time": time.monotonic(), **chunk.to_dict()}
-                tell({"stream": message["stream"], **event})
+            for value in perform(engine, **message):
+                tell(message, value)
         except CqilError as error:
-            tell({"stream": message["stream"], "error": str(error)})
+            tell(message, {"error": str(error)})
 
-    messages: Iterator[_Event] = (json.loads(line) for line in sys.stdin)
+    def perform(
+        engine: cqil_dist.RunningEngine, do: str, arguments: _Message, **_: Any
+    ) -> Iterator[_Message]:
+        if do == "status":
+            yield asdict(engine.status())
+        else:
+            for chunk in engine.generate(**arguments):
+                yield {"time": time.monotonic(), **chunk.to_dict()}
+
+    def tell(message: _Message, value: _Message) -> None:
+        with printing:
+            print(json.dumps({"number": message["number"], "answer": value}), flush=True)
+
+    messages: Iterator[_Message] = (json.loads(line) for line in sys.stdin)
+    first = next(messages)
     try:
-        engine = cqil_dist.launch(**next(messages)["launch"])
+        engine = cqil_dist.launch(**first["arguments"])
     except CqilError as error:
-        tell({"error": f"{type(error).__name__}: {error}"})
+        tell(first, {"error": f"{type(error).__name__}: {error}"})
         return
     with engine:
-        tell({"launched": True})
+        tell(first, {})
         for message in messages:
-            if "stream" in message:
-                threading.Thread(target=stream, args=(engine, message), daemon=True).start()
-            else:
-                try:
-                    tell({"status": asdict(engine.status())})
-                except CqilError as error:
-                    tell({"error": str(error)})
+            threading.Thread(target=answer, args=(message, engine), daemon=True).start()
 
 
 if __name__ == "__main__":

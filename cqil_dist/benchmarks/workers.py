@@ -100,7 +100,7 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     model.to(device).eval()
 
-    class Clock(BaseStreamer):
+    class Clock(BaseStreamer):  # type: ignore[misc]
         """Notes when each token is ready; the first call brings the prompt."""
 
         def __init__(self) -> None:

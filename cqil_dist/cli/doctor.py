@@ -42,7 +42,8 @@ def doctor(
     progress = options.terminal_progress()
     config = LaunchConfig(model or "", plan, ranks, **launching)
     wanted = ResolvedLaunch.of(config, progress) if model else None
-    with connected(config.address, local_cpus=1, verbose=config.verbose):
+    local_cpus = wanted.actors * config.threads_per_rank if wanted else 1
+    with connected(config.address, local_cpus, config.verbose):
         findings = list(diagnose(wanted, progress))
     failures = sum(finding.verdict == "failure" for finding in findings)
     if as_json:

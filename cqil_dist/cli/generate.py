@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from cqil_dist.cli import options
-from cqil_dist.errors import RequestError
+from cqil_dist.errors import CqilError, RequestError
 from cqil_dist.outputs import Completion
 from cqil_dist.sampling_params import SamplingParams
 
@@ -72,8 +73,11 @@ def generate(
 
 
 def _report(engine: Any, completion: Completion) -> dict[str, Any]:
+    exchanges = None
+    with suppress(CqilError):  # a rank lost since must not cost the completion
+        exchanges = engine.exchanges_per_token()
     return completion.to_dict() | {
         "plan": engine.plan.to_json(),
-        "exchanges_per_token": engine.exchanges_per_token(),
+        "exchanges_per_token": exchanges,
         "ranks": [asdict(rank) for rank in engine.status().ranks],
     }

@@ -28,7 +28,7 @@ def verify(
     path = resolve(model, progress)
     failed = 0
     with launch(
-        str(path),
+        model,
         plan,
         ranks,
         device="cpu",

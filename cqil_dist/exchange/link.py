@@ -39,8 +39,7 @@ class Link:
         peer: int,
         address: str,
         max_bytes: int,
-        *,
-        send_deadline_s: float = 30.0,
+        send_deadline_s: float,
     ) -> None:
         """Take over an authenticated connection.
 

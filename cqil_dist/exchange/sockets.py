@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 # Probes after 2 s of silence, one a second, three of them.
-_SILENCE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+_KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 
 
 def prepare(sock: socket.socket) -> None:
@@ -25,7 +25,7 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _SILENCE.items():
+    for option, value in _KEEPALIVE.items():
         if (number := getattr(socket, option, None)) is not None:  # not on every system
             sock.setsockopt(socket.IPPROTO_TCP, number, value)
 

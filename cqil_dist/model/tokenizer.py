@@ -8,6 +8,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+# What AutoTokenizer reads of a model's config where tokenizer_config.json names a class.
+_READ = ("model_type", "model_name", "tokenizer_class")
+
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a Hugging Face directory.
@@ -18,8 +21,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     config of no class in particular will do.
     """
     options: dict[str, Any] = {}
-    if "tokenizer_class" in get_tokenizer_config(path):
+    if get_tokenizer_config(path).get("tokenizer_class"):
         fields, _ = PreTrainedConfig.get_config_dict(path)
-        options["config"] = PreTrainedConfig.from_dict(fields)
+        read: dict[str, Any] = {name: fields[name] for name in _READ if name in fields}
+        read["name_or_path"] = str(path)
+        options["config"] = PreTrainedConfig(**read)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
     return tokenizer

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from cqil_dist.errors import CqilError, ExchangeError, LaunchError, RankUnavailable
+from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
 from cqil_dist.runtime.layer_actor import ActorState
-from cqil_dist.runtime.meeting import ConnectedRanks, connect_ranks, raise_first_error
+from cqil_dist.runtime.meeting import ConnectedRanks, as_raised, connect_ranks, raise_first_error
 from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.spec import EngineSpec
 
@@ -37,7 +37,7 @@ _FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3
 _LOADING_ANSWER_S = 10.0
-_PREPARE_S = 1.0
+_SPARES_S = 1.0
 
 
 @dataclass
@@ -50,7 +50,8 @@ class _Candidate:
         question: the call that has not been answered yet, and when it was asked.
         known: it has answered since its process was last known to have ended.
         gone: Ray does not start it again.
-        preparing: as a spare, its call to read all weights that has not been answered yet.
+        unfit: why it cannot read the model.
+        preparing: as a spare, its latest call to read all weights.
         ready: as a spare, it has them.
     """
 
@@ -61,8 +62,14 @@ class _Candidate:
     asked: float = 0.0
     known: bool = False
     gone: bool = False
+    unfit: RayTaskError | None = None
     preparing: Any = None
     ready: bool = False
+
+    @property
+    def able(self) -> bool:
+        """It may get a rank, now or when it has started again."""
+        return not self.gone and self.unfit is None
 
 
 class RankPool:
@@ -80,8 +87,9 @@ class RankPool:
         self._seats: dict[int, int] = {}
         self._stopping = threading.Event()
         self._assembling = threading.Lock()
-        self._preparing = threading.Thread(target=self._prepare_spares, daemon=True)
         self.waiting_for = ""
+        if len(actors) > spec.assignment.world:
+            threading.Thread(target=self._prepare_spares, name="spares", daemon=True).start()
 
     def assemble(
         self, ended: frozenset[int] = frozenset()
@@ -102,10 +110,7 @@ class RankPool:
             LaunchError: the pool has been stopped, or cores cannot be bound as asked.
         """
         with self._assembling:
-            result = self._assemble(ended)
-        if not self._preparing.is_alive() and not self._stopping.is_set():
-            self._preparing.start()
-        return result
+            return self._assemble(ended)
 
     def _assemble(self, ended: frozenset[int]) -> tuple[ConnectedRanks, dict[str, float]]:
         deadline = time.monotonic() + self._spec.recovery_timeout_s
@@ -115,16 +120,23 @@ class RankPool:
         phases: dict[str, float] = {}
         surprises = 0
         while True:
+            self._check_stopping()
             try:
                 with _timed(phases, "seat"):
                     states = self._seat(deadline)
-                loaded = phases.get("load", 0.0)
-                with _timed(phases, "load"):
-                    self._load()
-                deadline += phases["load"] - loaded
+                before = time.monotonic()
+                try:
+                    with _timed(phases, "load"):
+                        self._load()
+                finally:
+                    deadline += time.monotonic() - before
                 with _timed(phases, "connect"):
                     actors = [candidate.actor for candidate in self._seated()]
                     met = connect_ranks(self._spec, self._secret, actors, states)
+                if self._stopping.is_set():
+                    for link in met.links:
+                        link.close()
+                    self._check_stopping()
                 return met, phases
             except (ExchangeError, RayActorError, GetTimeoutError) as error:
                 reason: Exception = error
@@ -139,7 +151,6 @@ class RankPool:
                     f"the ranks could not meet: {type(reason).__name__}: {reason}"
                 ) from reason
             logger.warning("the ranks meet once more, because: %s", reason)
-            self._check_stopping()
             time.sleep(_RETRY_S)
 
     def stop(self) -> None:
@@ -151,21 +162,48 @@ class RankPool:
         return sum(candidate.ready for candidate in self._candidates)
 
     def _prepare_spares(self) -> None:
-        """Have actors without a rank read the weights that they may be asked for.
+        """Look after actors without a rank: they read the weights that they may be asked for.
 
-        Asked again and again, those do so as well that start anew, or find more memory free.
+        So do those that start anew, and those that find memory free later. One that is stuck
+        starts anew.
         """
-        while not self._stopping.wait(_PREPARE_S):
+        everything = frozenset(range(self._spec.assignment.world))
+        while not self._stopping.wait(_SPARES_S):
             with self._assembling:
-                for index, candidate in enumerate(self._candidates):
-                    if index in self._seats.values() or candidate.gone:
-                        candidate.preparing, candidate.ready = None, False
-                        continue
-                    if candidate.preparing is not None:
-                        if not ray.wait([candidate.preparing], timeout=0)[0]:
-                            continue
-                        candidate.ready = _returns_true(candidate.preparing)
-                    candidate.preparing = candidate.actor.prepare.remote(self._spec)
+                spares = [
+                    candidate
+                    for index, candidate in enumerate(self._candidates)
+                    if self._seats and index not in self._seats.values() and candidate.able
+                ]
+                for spare in spares:
+                    if spare.question is None:
+                        self._ask(spare)
+                self._read_answers()
+                self._end_stuck(spares, _LOADING_ANSWER_S)
+                for spare in spares:
+                    if spare.state is not None:
+                        spare.ready = spare.state.ranks >= everything
+                    elif not spare.known:
+                        spare.ready = False
+                    if not spare.ready:
+                        self._prepare(spare)
+
+    def _prepare(self, spare: _Candidate) -> None:
+        if spare.preparing is not None:
+            if not ray.wait([spare.preparing], timeout=0)[0]:
+                return
+            try:
+                ray.get(spare.preparing)
+            except RayTaskError as error:
+                self._note_unfit(spare, error)
+                return
+            except RayError:
+                logger.info("a spare's process has ended; the next one will read the weights")
+        spare.preparing = spare.actor.prepare.remote(self._spec)
+
+    def _note_unfit(self, candidate: _Candidate, error: RayTaskError) -> None:
+        candidate.unfit = error
+        logger.error("%s cannot read the model and gets no rank: %s", candidate.address, error)
 
     # Seating: an actor that answers for every rank.
 
@@ -173,7 +211,7 @@ class RankPool:
         """Choose an actor for every rank; returns their states."""
         started = time.monotonic()
         for candidate in self._candidates:
-            candidate.state = None
+            candidate.ready = False
             if not candidate.gone:
                 self._ask(candidate)
         while True:
@@ -181,9 +219,9 @@ class RankPool:
             answered = {
                 index: candidate.state
                 for index, candidate in enumerate(self._candidates)
-                if candidate.state is not None
+                if candidate.state is not None and candidate.able
             }
-            missing = [c for c in self._candidates if c.state is None and not c.gone]
+            missing = [c for c in self._candidates if c.state is None and c.able]
             grace = time.monotonic() < started + _GRACE_S
             seats = seat_ranks(self._spec.assignment.world, answered, self._seats)
             if seats is not None and (not missing or not grace):
@@ -197,10 +235,11 @@ class RankPool:
                     self._seats = seats
                     self.waiting_for = ""
                     return {rank: answered[seat] for rank, seat in seats.items()}
-            self._end_stuck()
+            self._end_stuck(self._candidates, _ANSWER_S)
             self._wait(deadline, answered)
 
     def _ask(self, candidate: _Candidate) -> None:
+        candidate.state = None
         candidate.question = candidate.actor.state.remote()
         candidate.asked = time.monotonic()
 
@@ -229,17 +268,21 @@ class RankPool:
                     self._ask(candidate)
             except RayActorError:  # its process ended: the next question waits for the next one
                 candidate.known = False
+                candidate.unfit = None  # on another node it may be
                 self._ask(candidate)
+            except RayError as error:
+                candidate.gone = True
+                logger.error("an actor cannot be started: %s", error)
             else:
                 candidate.state = state
                 candidate.known = True
                 candidate.address = hosts.get(state.node_id, candidate.address)
 
-    def _end_stuck(self) -> None:
+    def _end_stuck(self, candidates: Sequence[_Candidate], answer_s: float) -> None:
         """Have Ray end and restart actors that should have answered by now."""
         now = time.monotonic()
-        for candidate in self._candidates:
-            patience = _ANSWER_S if candidate.known else _FIRST_ANSWER_S
+        for candidate in candidates:
+            patience = answer_s if candidate.known else _FIRST_ANSWER_S
             if candidate.state is None and not candidate.gone and now - candidate.asked > patience:
                 self._restart(candidate, patience)
 
@@ -260,6 +303,7 @@ class RankPool:
         ] or [f"rank {rank}" for rank in range(self._spec.assignment.world) if rank not in held]
         self.waiting_for = ", ".join(lost)
         self._check_stopping()
+        self._check_fit()
         living = sum(not candidate.gone for candidate in self._candidates)
         if time.monotonic() > deadline or living < self._spec.assignment.world:
             raise RankUnavailable(
@@ -269,6 +313,12 @@ class RankPool:
                 "ranks"
             )
         time.sleep(_POLL_S)
+
+    def _check_fit(self) -> None:
+        """Raise why actors cannot read the model, if those that can are too few."""
+        unfit = [c.unfit for c in self._candidates if c.unfit is not None and not c.gone]
+        if unfit and sum(c.able for c in self._candidates) < self._spec.assignment.world:
+            raise as_raised(unfit[0])
 
     def _check_stopping(self) -> None:
         if self._stopping.is_set():
@@ -280,16 +330,24 @@ class RankPool:
         return [self._candidates[self._seats[rank]] for rank in range(len(self._seats))]
 
     def _load(self) -> None:
-        """Every seated actor reads its rank's weights, unless it has them."""
+        """Every seated actor reads its rank's weights, unless it has them.
+
+        Raises:
+            ExchangeError: one of them cannot, or is lost; it takes another.
+        """
         seated = self._seated()
-        loading = [
-            candidate.actor.load.remote(self._spec, rank) for rank, candidate in enumerate(seated)
-        ]
+        loading = {
+            candidate.actor.load.remote(self._spec, rank): candidate
+            for rank, candidate in enumerate(seated)
+        }
         questions = [candidate.actor.state.remote() for candidate in seated]
         asked = time.monotonic()
-        while waiting := ray.wait(loading, num_returns=len(loading), timeout=_POLL_S)[1]:
+        waiting = list(loading)
+        while waiting:
             self._check_stopping()
-            raise_first_error(ref for ref in loading if ref not in waiting)
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
+            for call in done:
+                self._check_loaded(call, loading[call])
             # Reading takes as long as it takes, as long as those who read are there.
             answers, silent = ray.wait(questions, num_returns=len(questions), timeout=0)
             raise_first_error(answers)
@@ -300,7 +358,15 @@ class RankPool:
                 raise ExchangeError(
                     f"{len(silent)} of {len(seated)} actors do not answer while they load"
                 )
-        raise_first_error(loading)
+
+    def _check_loaded(self, call: Any, candidate: _Candidate) -> None:
+        try:
+            ray.get(call)
+        except RayTaskError as error:
+            if not isinstance(error.cause, ModelError):
+                raise
+            self._note_unfit(candidate, error)
+            raise ExchangeError(f"{candidate.address} cannot read its rank's weights") from error
 
 
 def seat_ranks(
@@ -333,14 +399,6 @@ def seat_ranks(
     for rank in range(world):
         seat(rank, list(states))
     return seats
-
-
-def _returns_true(call: Any) -> bool:
-    """Whether a finished call of an actor's did, rather than fail."""
-    try:
-        return bool(ray.get(call))
-    except RayError:
-        return False
 
 
 @contextmanager

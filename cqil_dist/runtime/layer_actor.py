@@ -132,17 +132,13 @@ class LayerActor:
         with self._loading:
             self._read(spec, rank)
 
-    def prepare(self, spec: EngineSpec) -> bool:
-        """As a spare, read all ranks' weights beforehand, as far as memory allows. Idempotent.
-
-        Returns:
-            Whether they are all here.
-        """
+    def prepare(self, spec: EngineSpec) -> None:
+        """As a spare, read all ranks' weights beforehand, as far as memory allows. Idempotent."""
         self._wanted.clear()
         for rank in range(spec.assignment.world):
             with self._loading:
                 if self._wanted.is_set():
-                    return False
+                    return
                 if rank in self._programs:
                     continue
                 share = footprint(spec.assignment, rank, spec.config, spec.dtype)
@@ -157,9 +153,8 @@ class LayerActor:
                             needed >> 20,
                         )
                     self._told_of_memory = True
-                    return False
+                    return
                 self._read(spec, rank)
-        return True
 
     def _read(self, spec: EngineSpec, rank: int) -> None:
         if rank in self._programs:
@@ -289,7 +284,9 @@ class _Mesh:
                 on_failure.enter_context(sock)
             coordinator = sockets.pop(COORDINATOR)
             address = format_address(coordinator.getpeername())
-            self._link = Link(coordinator, COORDINATOR, address, spec.max_message_bytes)
+            self._link = Link(
+                coordinator, COORDINATOR, address, spec.max_message_bytes, spec.step_deadline_s
+            )
             self.exchange = _exchange(spec, mesh, sockets, device)
             on_failure.pop_all()
         self._thread = threading.Thread(target=self._serve, name="steps", daemon=True)

@@ -98,7 +98,7 @@ def connect_ranks(
     try:
         for rank, address in addresses.items():
             sock = connect(address, COORDINATOR, rank, secret, epoch, _JOIN_DEADLINE_S)
-            links.append(Link(sock, rank, address, spec.max_message_bytes))
+            links.append(Link(sock, rank, address, spec.max_message_bytes, spec.step_deadline_s))
         sizes = _results(joining)
     except BaseException:
         for link in links:
@@ -157,6 +157,9 @@ def raise_first_error(done: Iterable[Any]) -> None:
     try:
         ray.get(list(done))
     except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None
-        raise
+        raise as_raised(error) from None
+
+
+def as_raised(error: RayTaskError) -> Exception:
+    """What an actor's call raised, in its own class."""
+    return error.cause if isinstance(error.cause, Exception) else error

@@ -97,7 +97,7 @@ class NodeProbe:
         assert self._listener is not None, "listens first"
         with self._listener as listener:
             sock = listener.accept_peers({peer}, _DEADLINE_S)[peer]
-        link = Link(sock, peer, "the prober", _BULK.nbytes)
+        link = Link(sock, peer, "the prober", _BULK.nbytes, _DEADLINE_S)
         try:
             while True:
                 header, _ = link.recv(_DEADLINE_S)
@@ -111,7 +111,7 @@ class NodeProbe:
     def measure(self, own: int, peer: int, address: str) -> LinkSpeed:
         """Time the link to a peer that echoes. Raises ExchangeError."""
         sock = connect(address, own, peer, self._secret, 0, _DEADLINE_S)
-        link = Link(sock, peer, address, _BULK.nbytes)
+        link = Link(sock, peer, address, _BULK.nbytes, _DEADLINE_S)
         try:
             times: list[float] = []
             for _ in range(_ROUND_TRIPS):

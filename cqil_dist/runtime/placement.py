@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -123,16 +123,18 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-def room_for(bundle: Mapping[str, float]) -> list[int]:
-    """How many actors of this kind each live node could hold if it did nothing else."""
-    return [
-        int(min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items()))
+def room_for(bundle: Mapping[str, float]) -> dict[str, int]:
+    """By id of each live node, how many actors of this kind it holds if it does nothing else."""
+    return {
+        node["NodeID"]: int(
+            min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items())
+        )
         for node in ray.nodes()
         if node["Alive"]
-    ]
+    }
 
 
-def fits(actors: int, strategy: str, room: Sequence[int]) -> bool:
+def fits(actors: int, strategy: str, room: Collection[int]) -> bool:
     """Whether nodes with this room can ever hold the actors, placed by this strategy."""
     if strategy == "STRICT_SPREAD":
         return sum(count > 0 for count in room) >= actors
@@ -153,7 +155,7 @@ def placed(
     bundle = resources.bundle()
     actors = ranks + spares
     shortage = partial(_shortage, bundle, ranks, spares, strategy)
-    if not fits(actors, strategy, room_for(bundle)):
+    if not fits(actors, strategy, room_for(bundle).values()):
         raise InsufficientResources(shortage())
     group = placement_group([bundle] * actors, strategy=strategy)
     try:

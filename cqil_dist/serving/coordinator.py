@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Coordinator:
     def __init__(self, spec: EngineSpec, secret: bytes, actors: Sequence[str]) -> None:
         self._spec = spec
         self._secret = secret
-        self._pool = RankPool([ray.get_actor(name) for name in actors], spec, secret)
+        self._pool = RankPool([*_handles(actors)], spec, secret)
         self._starting = threading.Lock()
         self._address: str | None = None
         self._engine: Engine | None = None
@@ -173,3 +173,12 @@ class Coordinator:
         self._recoveries.inc()
         for phase, seconds in {**recovery.phases, "total": recovery.seconds}.items():
             self._recovery_seconds.observe(seconds, tags={"phase": phase})
+
+
+def _handles(names: Sequence[str]) -> Iterator[Any]:
+    """Those of the actors that Ray has not given up for good."""
+    for name in names:
+        try:
+            yield ray.get_actor(name)
+        except ValueError as error:
+            logger.error("%s", error)

@@ -1,4 +1,4 @@
-"""A local Ray cluster, started once per module."""
+"""A local Ray cluster, started once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from cqil_dist.runtime.placement import connected
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Claims 8 CPUs, so that several launches fit at the same time on 2 cores."""
     with connected(None, local_cpus=8, verbose=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from nodes import SAMPLINGS, host_of, launch, stream
@@ -15,7 +16,8 @@ from cqil_dist.benchmarks.remote import RemoteEngine
 
 def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyModel) -> None:
     """Three ranks fill the nodes: there is no other to move to."""
-    with launch(network, model, ranks=3, recovery_timeout_s=4) as engine:
+    network.start_ray()
+    with launch(network, model.path, ranks=3, recovery_timeout_s=4) as engine:
         running = [stream(engine, sampling).read(tokens=20) for sampling in SAMPLINGS]
         lost = engine.status()["ranks"][1]
         host = host_of(network, lost)
@@ -28,7 +30,7 @@ def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyMode
         with pytest.raises(cqil.CqilError, match="rank 1"):
             stream(engine, SAMPLINGS[0]).read()
         assert engine.status()["state"] == "failed"
-    host.start_ray(network.hosts[0], cpus=1)
+    network.start_ray()
 
 
 def test_a_node_without_the_model_is_named(network: Network, model: TinyModel) -> None:
@@ -41,6 +43,18 @@ def test_a_node_without_the_model_is_named(network: Network, model: TinyModel) -
         RemoteEngine(head, model=private, ranks=1, address="auto")
 
 
+def test_a_spare_stands_in_for_a_node_without_the_model(network: Network, model: TinyModel) -> None:
+    """Whichever node the ranks are placed on first, they end on those that can read the model."""
+    head, first, _, third = network.hosts
+    private = f"/dev/shm/{model.path.name}_on_two"
+    for host in (head, first, third):
+        host.run("cp", "-r", str(model.path), private)
+    with launch(network, Path(private), spares=1) as engine:
+        ranks = engine.status()["ranks"]
+        assert {rank["address"] for rank in ranks} == {first.address, third.address}
+        assert len(stream(engine, SAMPLINGS[0], tokens=5).read().token_ids) == 5
+
+
 def test_more_spread_ranks_than_nodes_are_refused(network: Network, model: TinyModel) -> None:
     with pytest.raises(cqil.CqilError, match=r"InsufficientResources: asked for 4 ranks.*3 CPU"):
-        launch(network, model, ranks=4)
+        launch(network, model.path, ranks=4)

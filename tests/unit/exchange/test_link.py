@@ -13,6 +13,7 @@ from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import Link, framing, recv_each
 
 MAX_BYTES = 1 << 25
+SEND_S = 30.0
 
 Pair = tuple[Link, Link]
 
@@ -21,8 +22,8 @@ Pair = tuple[Link, Link]
 def pair() -> Iterator[Pair]:
     with socket_pair() as (near, far):
         links = (
-            Link(near, 1, "near:1", MAX_BYTES),
-            Link(far, -1, "far:2", MAX_BYTES),
+            Link(near, 1, "near:1", MAX_BYTES, SEND_S),
+            Link(far, -1, "far:2", MAX_BYTES, SEND_S),
         )
         yield links
         for link in links:
@@ -135,7 +136,7 @@ def test_close_wakes_a_receive_that_waits_for_ever(pair: Pair) -> None:
 
 def test_close_wakes_a_blocked_send() -> None:
     with socket_pair() as (near, _):
-        link = Link(near, 1, "near:1", MAX_BYTES)
+        link = Link(near, 1, "near:1", MAX_BYTES, SEND_S)
         closer = threading.Timer(0.1, link.close)
         closer.start()
         started = time.monotonic()
@@ -195,9 +196,10 @@ class Star:
                 near = socket.create_connection(server.getsockname())
                 sockets.append((near, server.accept()[0]))
         self.coordinator = [
-            Link(near, rank, f"rank:{rank}", MAX_BYTES) for rank, (near, _) in enumerate(sockets)
+            Link(near, rank, f"rank:{rank}", MAX_BYTES, SEND_S)
+            for rank, (near, _) in enumerate(sockets)
         ]
-        self.ranks = [Link(far, -1, "coordinator:0", MAX_BYTES) for _, far in sockets]
+        self.ranks = [Link(far, -1, "coordinator:0", MAX_BYTES, SEND_S) for _, far in sockets]
 
     def close(self) -> None:
         for link in (*self.coordinator, *self.ranks):

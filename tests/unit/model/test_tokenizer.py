@@ -33,6 +33,11 @@ def test_it_is_auto_tokenizer_s(
     if declared is not None:
         config["tokenizer_class"] = declared
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    # As Llama 3.1 is published: fields that the config's own class knows how to read.
+    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
+    fields["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    (path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     expected = AutoTokenizer.from_pretrained(path)
     given = load_tokenizer(path)
     assert type(given) is type(expected)

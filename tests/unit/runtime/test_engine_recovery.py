@@ -196,8 +196,8 @@ def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_request_that_breaks_every_model_fails_alone(number: int, model: TinyModel) -> None:
-    """In its first chunk, or in its second: getting that far each time is no progress."""
+def test_a_step_that_breaks_every_model_ends_its_requests(number: int, model: TinyModel) -> None:
+    """The first chunk or the second: getting that far each time is no progress. Not the engine."""
     attempts: list[ExchangeError] = []
 
     def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
