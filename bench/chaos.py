@@ -7,10 +7,6 @@ See cqil_dist/benchmarks/chaos.py for how it is set up.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +16,8 @@ from rich.table import Table
 
 from cqil_dist.benchmarks.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
 from cqil_dist.benchmarks.hosts import Network
-from cqil_dist.benchmarks.latency import hardware, versions
+from cqil_dist.benchmarks.machine import machine
+from cqil_dist.benchmarks.report import write_json
 from cqil_dist.model.store import resolve
 from cqil_dist.progress import ConsoleProgress
 
@@ -70,16 +67,9 @@ def main(
         "step_deadline_s": step_deadline_s,
         "minutes": minutes,
         "seed": seed,
-        "hardware": hardware("cpu"),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **machine("cpu"),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"setting": setting, **report.to_dict()}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json({"setting": setting, **report.to_dict()}, output)
     if report.failed or report.wrong or report.lost or report.doubled:
         raise typer.Exit(1)
 

@@ -1,9 +1,7 @@
-"""What tests on several nodes share: launching over them, streams, and waiting."""
+"""What tests on several nodes share: launching over them, and streams."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,3 @@ def stream(engine: RemoteEngine, sampling: dict[str, Any], tokens: int = 900) ->
 
 def host_of(network: Network, rank: dict[str, Any]) -> Host:
     return network.host_at(rank["address"])
-
-
-def wait_for(happened: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.1)

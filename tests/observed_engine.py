@@ -7,17 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tiny_models import LocalModel, TinyModel, random_tokens
+from tiny_models import VOCAB, LocalModel, TinyModel, random_tokens
 from torch import Tensor
 
-from cqil_dist.errors import CqilError
+from cqil_dist.errors import CqilError, ExchangeError, PeerLost
 from cqil_dist.model.step import Segment
 from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.plan import Plan
+from cqil_dist.runtime.engine import Engine, Rebuild, StepModel
 from cqil_dist.runtime.request import Request
 from cqil_dist.sampling_params import SamplingParams
 
 MAX_LEN = 64
+PLAN = "P2 S1 E5 D1"
+LOST = PeerLost(1, "10.0.0.2:4711", "it closed the connection")
 PROMPTS = tuple(random_tokens(length, seed=length) for length in (3, 11, 1, 26))
 
 
@@ -46,6 +49,62 @@ class ObservedModel(LocalModel):
         self.started.set()
         assert self._may_go_on.wait(timeout=30)
         return super().forward(segments, token_ids)
+
+
+class LostInStep(ObservedModel):
+    """Is lost when its step of this number is sent, or when the answer is due."""
+
+    def __init__(self, model: TinyModel, number: int, sent: bool = False) -> None:
+        super().__init__(model, model.plan(PLAN), 4)
+        self._number = number
+        self._sent = sent
+
+    def begin(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
+    ) -> None:
+        if self._sent and len(self.steps) == self._number:
+            raise LOST
+        super().begin(segments, token_ids, argmax_only)
+
+    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
+        logits = super().forward(segments, token_ids)
+        if len(self.steps) > self._number:
+            raise LOST
+        return logits
+
+
+def give_up(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+    """In place of rebuilding: there is no other model."""
+    raise error
+
+
+@contextmanager
+def serving(
+    model: TinyModel,
+    steps: StepModel,
+    rebuild: Rebuild = give_up,
+    *,
+    eos: Sequence[int] = (),
+    slots: int = 4,
+    max_len: int = MAX_LEN,
+    prefill_tokens: int = 16,
+    **options: Any,
+) -> Iterator[Engine]:
+    engine = Engine(
+        steps,
+        model.tokenizer,
+        eos,
+        VOCAB,
+        max_len=max_len,
+        slots=slots,
+        prefill_tokens=prefill_tokens,
+        rebuild=rebuild,
+        **options,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:

@@ -8,12 +8,10 @@ a shared machine mean less.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,22 +223,3 @@ def _exchange_times(snapshots: Sequence[dict[str, Any]]) -> dict[str, float] | N
         "transfer": 1e6 * statistics.median(times.transfer_s.tolist()),
         "skew": 1e6 * statistics.median(times.skew_s.tolist()),
     }
-
-
-def hardware(device: str) -> str:
-    """What computes here, as its maker calls it."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the speed."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("cqil-dist", "torch", "transformers", "ray")}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +42,8 @@ def latency(
     With --address over the nodes of a cluster, all configurations loaded side by side (transformers
     on this node); --strategy STRICT_SPREAD gives every rank a node of its own.
     """
-    from cqil_dist.benchmarks.latency import Case, hardware, measure, versions
+    from cqil_dist.benchmarks.latency import Case, measure
+    from cqil_dist.benchmarks.machine import machine
     from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
 
     results, layers, nodes = measure(
@@ -59,15 +58,12 @@ def latency(
         "model": model,
         "dtype": dtype,
         "device": device,
-        "hardware": hardware(device),
-        "cores": os.cpu_count(),
         "nodes": nodes,
         "threads_per_rank": 1,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "repeats": repeats,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **machine(device),
     }
     report = {
         "setting": setting,

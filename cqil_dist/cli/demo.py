@@ -13,7 +13,7 @@ from rich.table import Table
 from cqil_dist.cli import options
 from cqil_dist.outputs import Completion
 from cqil_dist.plan import Plan
-from cqil_dist.progress import Progress
+from cqil_dist.progress import ConsoleProgress, Progress
 
 MODEL = "smollm2-135m"
 RANKS = 2
@@ -52,7 +52,7 @@ def demo(
     """Stream a completion under two plans on 2 ranks, and compare them in a table."""
     from cqil_dist.runtime.placement import connected
 
-    progress = options.terminal_progress()
+    progress = ConsoleProgress()
     console = Console()
     with connected(None, local_cpus=RANKS, verbose=verbose) as local:
         pin = local and (os.cpu_count() or 1) >= RANKS

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from cqil_dist.diagnosis import Finding
@@ -39,7 +40,7 @@ def doctor(
     from cqil_dist.resolved_launch import ResolvedLaunch
     from cqil_dist.runtime.placement import connected
 
-    progress = options.terminal_progress()
+    progress = ConsoleProgress()
     config = LaunchConfig(model or "", plan, ranks, **launching)
     wanted = ResolvedLaunch.of(config, progress) if model else None
     local_cpus = wanted.actors * config.threads_per_rank if wanted else 1

@@ -12,6 +12,7 @@ import typer
 from cqil_dist.cli import options
 from cqil_dist.errors import CqilError, RequestError
 from cqil_dist.outputs import Completion
+from cqil_dist.progress import ConsoleProgress
 from cqil_dist.sampling_params import SamplingParams
 
 
@@ -58,7 +59,7 @@ def generate(
         raise RequestError("the prompt is empty; give at least one token to continue")
     from cqil_dist.api import launch
 
-    with launch(model, plan, ranks, progress=options.terminal_progress(), **launching) as engine:
+    with launch(model, plan, ranks, progress=ConsoleProgress(), **launching) as engine:
         request = [{"role": "user", "content": prompt}] if chat else prompt
         completion: Completion | None = None
         for chunk in engine.generate(request, **sampling.to_dict()):

@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cqil_dist.cli import options
 from cqil_dist.model.store import fetch as fetch_model
 from cqil_dist.model.store import list_models
+from cqil_dist.progress import ConsoleProgress
 
 app = typer.Typer(no_args_is_help=True, help="Fetch and list models.")
 
@@ -23,7 +23,7 @@ def fetch(
 
     A hub id without a revision stays at the commit it was first fetched at.
     """
-    stored = fetch_model(name, options.terminal_progress())
+    stored = fetch_model(name, ConsoleProgress())
     typer.echo(f"{stored.name}: {stored.path} ({stored.bytes / 1e6:.1f} MB)")
 
 

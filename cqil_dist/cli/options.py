@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.progress import ConsoleProgress, Progress
 
 Model = Annotated[
     str,
@@ -114,8 +113,3 @@ def launch_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[.
         return run
 
     return decorate
-
-
-def terminal_progress() -> Progress:
-    """Bars on a terminal, plain lines elsewhere; always on standard error."""
-    return ConsoleProgress()

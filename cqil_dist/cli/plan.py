@@ -13,6 +13,7 @@ from rich.table import Table
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.progress import ConsoleProgress
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans.")
 
@@ -34,7 +35,7 @@ def show(
     from cqil_dist.resolved_launch import ResolvedLaunch
 
     config = LaunchConfig(model, plan, ranks, dtype=dtype)
-    resolved = ResolvedLaunch.of(config, options.terminal_progress())
+    resolved = ResolvedLaunch.of(config, ConsoleProgress())
     assignment, parsed = resolved.assignment, resolved.assignment.plan
     dtype = config.dtype_for(resolved.model, on_gpu=False)
     held = [_held(assignment, rank, resolved.model, dtype) for rank in range(assignment.world)]

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from cqil_dist.cli import options
+from cqil_dist.progress import ConsoleProgress
 
 
 @options.launch_options("device", "gpus_per_rank", "dtype", "prefill_tokens")
@@ -24,7 +25,7 @@ def verify(
     from cqil_dist.model.store import resolve
     from cqil_dist.verification import PREFILL_TOKENS, verify_exactness
 
-    progress = options.terminal_progress()
+    progress = ConsoleProgress()
     path = resolve(model, progress)
     failed = 0
     with launch(

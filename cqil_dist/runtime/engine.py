@@ -92,7 +92,7 @@ class Engine:
         max_len: most tokens a prompt and its completion may have together.
         slots: requests that run at the same time; more wait.
         prefill_tokens: most prompt tokens a step computes beside the decoding requests' tokens.
-        rebuild: called where the model fails; None ends all requests then.
+        rebuild: called where the model fails.
         on_recovery: told of each recovery.
     """
 
@@ -106,7 +106,7 @@ class Engine:
         max_len: int,
         slots: int,
         prefill_tokens: int,
-        rebuild: Rebuild | None = None,
+        rebuild: Rebuild,
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
     ) -> None:
         self.max_len = max_len
@@ -306,8 +306,6 @@ class Engine:
             self._loss = loss = self._loss or _Loss(str(error), time.monotonic())
         loss.attempts += 1
         logger.warning("attempt %d to recover from: %s", loss.attempts, error)
-        if self._rebuild is None:
-            raise error
         for request in self._computing:
             request.setbacks += 1
             if request.setbacks > _MAX_SETBACKS:

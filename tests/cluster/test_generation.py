@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from tiny_models import TinyModel, TinyModelFactory, random_tokens
+from watching import wait_for
 
 import cqil_dist as cqil
 from cqil_dist.client import GenerationClient
@@ -41,10 +41,7 @@ def greedy(model: TinyModel) -> Callable[[list[int], int], list[int]]:
 
 
 def wait_for_free_slots(engine: cqil.RunningEngine, slots: int) -> None:
-    deadline = time.monotonic() + 10
-    while engine.status().free_slots != slots:
-        assert time.monotonic() < deadline, "slots were not freed"
-        time.sleep(0.05)
+    wait_for(lambda: engine.status().free_slots == slots, "slots are freed", timeout_s=10)
 
 
 def test_tokens_are_the_references(

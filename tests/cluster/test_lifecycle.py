@@ -17,6 +17,7 @@ import pytest
 import ray
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel, TinyModelFactory
+from watching import actors, wait_for
 
 import cqil_dist as cqil
 
@@ -40,24 +41,6 @@ with cqil.launch(sys.argv[1], "P2 S0 E6 D1", ranks=2, max_len=64) as engine:
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModelFactory) -> TinyModel:
     return tiny_model()
-
-
-def actors(name: str) -> list[int]:
-    """Processes of live actors of this class on this machine, by Ray's process titles."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if f"ray::{name}" in " ".join(process.info["cmdline"] or [])
-    ]
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in pids):
-        assert time.monotonic() < deadline, (
-            f"still running: {[p for p in pids if psutil.pid_exists(p)]}"
-        )
-        time.sleep(0.1)
 
 
 def test_a_local_launch_leaves_no_process(model: TinyModel) -> None:
@@ -91,7 +74,11 @@ def check_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> Non
         if ending == "kill":
             # Nobody is left to take Ray down; what Ray's own agents do then is Ray's affair.
             family = [pid for pid in family if pid in ours]
-        wait_until_gone([*ranks, *family])
+        wait_for(
+            lambda: not any(psutil.pid_exists(pid) for pid in (*ranks, *family)),
+            f"all processes end after: {ending}",
+            timeout_s=20,
+        )
     finally:
         if process.poll() is None:
             process.kill()
@@ -111,10 +98,10 @@ def test_a_failure_half_way_leaves_no_actor(
         cqil.CheckpointError, match=r"layers\.5\.mlp\.down_proj\.weight.*\[48, 40\]"
     ):
         cqil.launch(str(broken), "P2 S0 E6 D0", ranks=2)
-    deadline = time.monotonic() + 20
-    while actors("LayerActor") or actors("Coordinator") or ray.available_resources()["CPU"] < 8:
-        assert time.monotonic() < deadline, "actors or their CPUs outlived the failed launch"
-        time.sleep(0.1)
+    wait_for(
+        lambda: not (actors("LayerActor") or actors("Coordinator")), "actors end", timeout_s=20
+    )
+    wait_for(lambda: ray.available_resources()["CPU"] == 8, "their CPUs are free", timeout_s=20)
 
 
 @pytest.mark.parametrize(

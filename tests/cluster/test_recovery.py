@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import ray
 from tiny_models import TinyModel, TinyModelFactory, tiny_config
+from watching import actors, wait_for
 
 import cqil_dist as cqil
 from cqil_dist.outputs import Chunk, Completion, RankStatus
@@ -88,14 +88,6 @@ def disturb(engine: cqil.RunningEngine, fault: Callable[[], None]) -> None:
             check(future.result(timeout=90), completion)
 
 
-def pids_of(actor: str) -> set[int]:
-    return {
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if f"ray::{actor}" in " ".join(process.info["cmdline"] or [])
-    }
-
-
 def ranks_of(engine: cqil.RunningEngine) -> dict[int, RankStatus]:
     return {rank.rank: rank for rank in engine.status().ranks}
 
@@ -122,41 +114,35 @@ def test_recoveries_are_counted_in_ray_s_metrics(engine: cqil.RunningEngine) -> 
     assert engine.status().recoveries > 0
     (node,) = ray.nodes()
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 60
-    while True:
+
+    def told(pattern: str) -> bool:
         with contextlib.suppress(OSError):
             text = urllib.request.urlopen(url, timeout=5).read().decode()
-            if re.search(r"^ray_cqil_recoveries\S* [1-9]", text, re.MULTILINE):
-                break
-        assert time.monotonic() < deadline, "no such metric"
-        time.sleep(1)
+            return re.search(pattern, text, re.MULTILINE) is not None
+        return False
+
+    wait_for(lambda: told(r"^ray_cqil_recoveries\S* [1-9]"), "the counter")
     for phase in ("seat", "load", "connect", "prefill", "total"):
-        assert re.search(rf'^ray_cqil_recovery_seconds_count\{{.*"{phase}"', text, re.MULTILINE)
+        wait_for(partial(told, rf'^ray_cqil_recovery_seconds_count\{{.*"{phase}"'), phase)
 
 
 def test_a_stuck_rank_is_found_by_the_step_deadline(engine: cqil.RunningEngine) -> None:
     stuck = ranks_of(engine)[1].pid
     disturb(engine, lambda: os.kill(stuck, signal.SIGSTOP))
     assert ranks_of(engine)[1].pid != stuck
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(stuck):
-        assert time.monotonic() < deadline, "the stuck process is left behind"
-        time.sleep(0.1)
+    wait_for(lambda: not psutil.pid_exists(stuck), "the stuck process ends", timeout_s=20)
 
 
 def test_a_rank_lost_between_requests_is_back_for_the_next(engine: cqil.RunningEngine) -> None:
     before = engine.status()
     os.kill(ranks_of(engine)[0].pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while (status := engine.status()).recoveries == before.recoveries:
-        assert time.monotonic() < deadline, status
-        time.sleep(0.1)
+    wait_for(lambda: engine.status().recoveries > before.recoveries, "the recovery")
     assert len(engine.complete("x", max_tokens=3, ignore_eos=True).token_ids) == 3
 
 
 def test_a_killed_coordinator_takes_over_the_ranks_as_they_are(engine: cqil.RunningEngine) -> None:
     ranks, epoch = ranks_of(engine), engine.status().epoch
-    (coordinator,) = pids_of("Coordinator")
+    (coordinator,) = actors("Coordinator")
     disturb(engine, lambda: os.kill(coordinator, signal.SIGKILL))
     assert engine.status().epoch > epoch
     assert {rank: s.pid for rank, s in ranks_of(engine).items()} == {
@@ -170,7 +156,7 @@ def test_a_spare_takes_over_without_reading_weights(cluster: None, model: TinyMo
         for fault in (signal.SIGKILL, signal.SIGSTOP):
             wait_for_a_spare(engine)
             ranks = ranks_of(engine)
-            standby = pids_of("LayerActor") - {rank.pid for rank in ranks.values()}
+            standby = actors("LayerActor") - {rank.pid for rank in ranks.values()}
             disturb(engine, partial(os.kill, ranks[1].pid, fault))
             assert ranks_of(engine)[0].pid == ranks[0].pid
             assert ranks_of(engine)[1].pid in standby
@@ -179,7 +165,4 @@ def test_a_spare_takes_over_without_reading_weights(cluster: None, model: TinyMo
 
 
 def wait_for_a_spare(engine: cqil.RunningEngine) -> None:
-    deadline = time.monotonic() + 60
-    while engine.status().ready_spares < 1:
-        assert time.monotonic() < deadline, "no spare got ready"
-        time.sleep(0.1)
+    wait_for(lambda: engine.status().ready_spares == 1, "a spare is ready")

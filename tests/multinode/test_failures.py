@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from nodes import PLAN, PROMPT, SAMPLINGS, host_of, launch, stream, wait_for
+from nodes import PLAN, PROMPT, SAMPLINGS, host_of, launch, stream
 from tiny_models import TinyModel
+from watching import wait_for
 
 from cqil_dist.benchmarks.hosts import Host, Network
 from cqil_dist.benchmarks.remote import RemoteEngine, RemoteStream

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from nodes import host_of, wait_for
+from nodes import host_of
+from watching import wait_for
 
 from cqil_dist.benchmarks.hosts import Host, Network
 from cqil_dist.benchmarks.remote import RemoteEngine

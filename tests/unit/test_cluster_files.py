@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import fillout_defaults, validate_config
+from typer.main import get_command
 
 from cqil_dist.benchmarks.hosts import RAY_SETTINGS
+from cqil_dist.cli import app
 
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"
@@ -89,6 +92,11 @@ def test_kuberay_clusters_ask_for_tokens_and_put_a_rank_on_a_node(name: str) -> 
 
 def test_a_job_runs_a_command_of_ours() -> None:
     job = load("kuberay/rayjob.yaml")["spec"]
-    assert job["entrypoint"].startswith("cqil ")
-    assert "--address auto" in job["entrypoint"]
+    program, *words = shlex.split(job["entrypoint"])
+    assert program == "cqil"
+    command: Any = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    parsed = command.make_context(program, words)  # refuses options that there are not
+    assert parsed.params["address"] == "auto"
     assert job["shutdownAfterJobFinishes"] is True

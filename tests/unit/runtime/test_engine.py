@@ -9,21 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from observed_engine import MAX_LEN, PROMPTS, ObservedModel, finish, greedy, read
+from observed_engine import (
+    LOST,
+    MAX_LEN,
+    PLAN,
+    PROMPTS,
+    LostInStep,
+    ObservedModel,
+    finish,
+    greedy,
+    read,
+    serving,
+)
 from tiny_models import VOCAB, TinyModel, TinyModelFactory, random_tokens
 from torch import Tensor
 
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost, RequestError
 from cqil_dist.model.step import Segment
 from cqil_dist.outputs import Completion
-from cqil_dist.runtime.engine import Engine, StepModel
+from cqil_dist.runtime.engine import Engine
 from cqil_dist.sampling_params import SamplingParams
 
 
 class FailingModel(ObservedModel):
     """Breaks in its third step."""
 
-    error: Exception = PeerLost(1, "10.0.0.2:4711", "it closed the connection")
+    error: Exception = LOST
 
     def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
         logits = super().forward(segments, token_ids)
@@ -50,33 +61,8 @@ def model(tiny_model: TinyModelFactory) -> TinyModel:
 
 
 @contextmanager
-def serving(
-    model: TinyModel,
-    steps: StepModel,
-    *,
-    eos: Sequence[int] = (),
-    slots: int = 4,
-    max_len: int = MAX_LEN,
-    prefill_tokens: int = 16,
-) -> Iterator[Engine]:
-    engine = Engine(
-        steps,
-        model.tokenizer,
-        eos,
-        VOCAB,
-        max_len=max_len,
-        slots=slots,
-        prefill_tokens=prefill_tokens,
-    )
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
 def observed(
-    model: TinyModel, plan: str = "P2 S1 E5 D1", **options: Any
+    model: TinyModel, plan: str = PLAN, **options: Any
 ) -> Iterator[tuple[Engine, ObservedModel]]:
     steps = ObservedModel(model, model.plan(plan), options.get("slots", 4))
     with serving(model, steps, **options) as engine:
@@ -87,7 +73,7 @@ def alone(
     model: TinyModel,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    plan: str = "P2 S1 E5 D1",
+    plan: str = PLAN,
 ) -> list[Completion]:
     """What each prompt gives when nothing else runs."""
     with observed(model, plan) as (engine, _):
@@ -386,19 +372,8 @@ def test_a_model_that_fails_ends_every_request_with_its_reason(
     assert_threads_end(before)
 
 
-class LostAtTheStart(ObservedModel):
-    """Loses a rank when its second step is sent."""
-
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
-        if len(self.steps) == 1:
-            raise PeerLost(1, "10.0.0.2:4711", "it closed the connection")
-        super().begin(segments, token_ids, argmax_only)
-
-
 def test_a_finished_request_keeps_its_answer_when_the_next_step_fails(model: TinyModel) -> None:
-    steps = LostAtTheStart(model, model.plan("sequential"), 4)
+    steps = LostInStep(model, 1, sent=True)
     with serving(model, steps) as engine:
         with steps.held():
             done = engine.submit(random_tokens(5), greedy(1), final_only=True)

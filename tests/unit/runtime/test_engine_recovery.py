@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from observed_engine import MAX_LEN, PROMPTS, ObservedModel, finish, greedy, read
+from observed_engine import (
+    LOST,
+    PLAN,
+    PROMPTS,
+    LostInStep,
+    ObservedModel,
+    finish,
+    greedy,
+    read,
+    serving,
+)
 from tiny_models import VOCAB, TinyModel, TinyModelFactory, random_tokens
-from torch import Tensor
 
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost, RankUnavailable, RequestError
-from cqil_dist.model.step import Segment
 from cqil_dist.outputs import Completion, Recovery
-from cqil_dist.runtime.engine import Engine, Rebuild, StepModel
+from cqil_dist.runtime.engine import Engine, StepModel
 from cqil_dist.sampling_params import SamplingParams
 
-PLAN = "P2 S1 E5 D1"
-LOST = PeerLost(1, "10.0.0.2:4711", "it closed the connection")
 REQUESTS = (
     (PROMPTS[0], greedy(20)),
     (PROMPTS[1], SamplingParams(max_tokens=25, temperature=0.9, seed=3, logprobs=2)),
     (PROMPTS[2], greedy(25, repetition_penalty=1.3)),
     (PROMPTS[3], SamplingParams(max_tokens=15, temperature=1.2, top_p=0.8, seed=4)),
 )
-
-
-class LostInStep(ObservedModel):
-    """Is lost when its step of this number is sent, or when the answer is due."""
-
-    def __init__(self, model: TinyModel, number: int, sent: bool = False) -> None:
-        super().__init__(model, model.plan(PLAN), 4)
-        self._number = number
-        self._sent = sent
-
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
-        if self._sent and len(self.steps) == self._number:
-            raise LOST
-        super().begin(segments, token_ids, argmax_only)
-
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        logits = super().forward(segments, token_ids)
-        if len(self.steps) > self._number:
-            raise LOST
-        return logits
 
 
 class LostWhenIdle(ObservedModel):
@@ -58,27 +41,6 @@ class LostWhenIdle(ObservedModel):
 @pytest.fixture
 def model(tiny_model: TinyModelFactory) -> TinyModel:
     return tiny_model()
-
-
-@contextmanager
-def serving(
-    model: TinyModel, steps: StepModel, rebuild: Rebuild | None = None, **options: Any
-) -> Iterator[Engine]:
-    engine = Engine(
-        steps,
-        model.tokenizer,
-        (),
-        VOCAB,
-        max_len=MAX_LEN,
-        slots=4,
-        prefill_tokens=16,
-        rebuild=rebuild,
-        **options,
-    )
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def healthy(model: TinyModel) -> ObservedModel:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from observed_engine import MAX_LEN, ObservedModel
-from tiny_models import VOCAB, TinyModelFactory
+from observed_engine import ObservedModel, serving
+from tiny_models import TinyModelFactory
 
 from cqil_dist.rpc.convert import request_to_wire
-from cqil_dist.runtime.engine import Engine
 from cqil_dist.sampling_params import SamplingParams
 from cqil_dist.serving.grpc_server import GenerationServicer
 
@@ -25,8 +24,7 @@ def test_a_call_that_ended_while_it_was_submitted_frees_its_slot(
 ) -> None:
     model = tiny_model()
     steps = ObservedModel(model, model.plan("sequential"), 1)
-    engine = Engine(steps, model.tokenizer, (), VOCAB, max_len=MAX_LEN, slots=1, prefill_tokens=16)
-    try:
+    with serving(model, steps, slots=1) as engine:
         servicer = GenerationServicer(engine, status=lambda: None)  # type: ignore[arg-type,return-value]
         params = SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
         context: Any = EndedCall()
@@ -34,5 +32,3 @@ def test_a_call_that_ended_while_it_was_submitted_frees_its_slot(
         assert responses[-1].completion.finish_reason == "abort"
         assert len(responses[-1].completion.token_ids) < 50
         assert engine.status()["running_requests"] == 0
-    finally:
-        engine.close()
