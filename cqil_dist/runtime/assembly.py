@@ -89,7 +89,7 @@ class RankPool:
         self._assembling = threading.Lock()
         self.waiting_for = ""
         if len(actors) > spec.assignment.world:
-            threading.Thread(target=self._prepare_spares, name="spares", daemon=True).start()
+            threading.Thread(target=self._keep_spares, name="spares", daemon=True).start()
 
     def assemble(
         self, ended: frozenset[int] = frozenset()
@@ -161,32 +161,39 @@ class RankPool:
         """How many actors without a rank hold the weights of all of them."""
         return sum(candidate.ready for candidate in self._candidates)
 
-    def _prepare_spares(self) -> None:
-        """Look after actors without a rank: they read the weights that they may be asked for.
+    # Spares: actors without a rank.
 
-        So do those that start anew, and those that find memory free later. One that is stuck
-        starts anew.
-        """
-        everything = frozenset(range(self._spec.assignment.world))
+    def _keep_spares(self) -> None:
         while not self._stopping.wait(_SPARES_S):
             with self._assembling:
-                spares = [
-                    candidate
-                    for index, candidate in enumerate(self._candidates)
-                    if self._seats and index not in self._seats.values() and candidate.able
-                ]
-                for spare in spares:
-                    if spare.question is None:
-                        self._ask(spare)
-                self._read_answers()
-                self._end_stuck(spares, _LOADING_ANSWER_S)
-                for spare in spares:
-                    if spare.state is not None:
-                        spare.ready = spare.state.ranks >= everything
-                    elif not spare.known:
-                        spare.ready = False
-                    if not spare.ready:
-                        self._prepare(spare)
+                try:
+                    self._look_after_spares()
+                except Exception:  # of Ray's, while its head is away: there is a next time
+                    logger.exception("looking after the spares")
+
+    def _look_after_spares(self) -> None:
+        """Have spares read the weights that they may be asked for.
+
+        Those too that have started anew, or find memory free later. One that is stuck starts anew.
+        """
+        everything = frozenset(range(self._spec.assignment.world))
+        spares = [
+            candidate
+            for index, candidate in enumerate(self._candidates)
+            if self._seats and index not in self._seats.values() and candidate.able
+        ]
+        for spare in spares:
+            if spare.question is None:
+                self._ask(spare)
+        self._read_answers()
+        self._end_stuck(spares, _LOADING_ANSWER_S)
+        for spare in spares:
+            if spare.state is not None:
+                spare.ready = spare.state.ranks >= everything
+            elif not spare.known:
+                spare.ready = False
+            if not spare.ready:
+                self._prepare(spare)
 
     def _prepare(self, spare: _Candidate) -> None:
         if spare.preparing is not None:
