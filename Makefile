@@ -6,14 +6,18 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install demo test test-multinode lint proto bench clean
+.PHONY: install demo test pytest test-multinode lint proto bench clean
 
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/cqil demo
 
-test: $(READY) lint
+# Side by side: the types take half a minute.
+test: $(READY)
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: $(READY)
 	$(BIN)/python -m pytest
 
 # The part of the tests that runs over several hosts; needs root, sshd and rsync.

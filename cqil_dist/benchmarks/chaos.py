@@ -96,7 +96,7 @@ def run_chaos(
     step_deadline_s: float = 1.0,
     on_fault: Callable[[Injected], None] = lambda injected: None,
 ) -> ChaosReport:
-    """Run for some minutes.
+    """Run for some minutes, and for a fault of every kind.
 
     Args:
         network: four hosts whose Ray nodes run.
@@ -124,9 +124,10 @@ def run_chaos(
         injector = _Injector(network, engine, load, random.Random(seed), faults, spares)
         with load:
             end = time.monotonic() + 60 * minutes
-            while time.monotonic() < end and not load.report.failed:
+            done = load.report.faults
+            while (time.monotonic() < end or len(done) < len(faults)) and not load.report.failed:
                 injected = injector.inject()
-                load.report.faults.append(injected)
+                done.append(injected)
                 on_fault(injected)
         return load.report
 

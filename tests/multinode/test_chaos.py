@@ -13,7 +13,7 @@ def test_random_faults_change_no_token(network: Network, model: TinyModel) -> No
         network,
         str(model.path),
         "P2 S0 E6 D1",
-        minutes=0.4,
+        minutes=0,
         faults=("kill", "coordinator", "stop"),
         spares=1,
         max_tokens=200,
