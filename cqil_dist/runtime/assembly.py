@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
+from cqil_dist.runtime.candidate import Candidate, end_stuck, read_answers
 from cqil_dist.runtime.layer_actor import ActorState
 from cqil_dist.runtime.meeting import ConnectedRanks, as_raised, connect_ranks, raise_first_error
-from cqil_dist.runtime.placement import host_addresses
+from cqil_dist.runtime.seating import seat_ranks
 from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -30,46 +30,12 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 _RETRY_S = 0.2
 _MAX_SURPRISES = 2
-# An actor that has answered before and does not within this long is stuck, or its node is cut
-# off. One that has not been heard of may be importing torch on a busy machine.
+# An actor that has answered before and does not within this long is stuck, or its node is cut off.
 _ANSWER_S = 1.0
-_FIRST_ANSWER_S = 60.0
 # One whose connection is closed may have lost its peers only, and answers soon.
 _GRACE_S = 0.3
 _LOADING_ANSWER_S = 10.0
 _SPARES_S = 1.0
-
-
-@dataclass
-class _Candidate:
-    """An actor of the pool, and what is known of it.
-
-    Attributes:
-        state: its latest answer in the present round of asking.
-        address: of its node, when it last answered.
-        question: the call that has not been answered yet, and when it was asked.
-        known: it has answered since its process was last known to have ended.
-        gone: Ray does not start it again.
-        unfit: why it cannot read the model.
-        preparing: as a spare, its latest call to read all weights.
-        ready: as a spare, it has them.
-    """
-
-    actor: Any
-    state: ActorState | None = None
-    address: str = "a node not known yet"
-    question: Any = None
-    asked: float = 0.0
-    known: bool = False
-    gone: bool = False
-    unfit: RayTaskError | None = None
-    preparing: Any = None
-    ready: bool = False
-
-    @property
-    def able(self) -> bool:
-        """It may get a rank, now or when it has started again."""
-        return not self.gone and self.unfit is None
 
 
 class RankPool:
@@ -81,7 +47,7 @@ class RankPool:
     """
 
     def __init__(self, actors: Sequence[Any], spec: EngineSpec, secret: bytes) -> None:
-        self._candidates = [_Candidate(actor) for actor in actors]
+        self._candidates = [Candidate(actor) for actor in actors]
         self._spec = spec
         self._secret = secret
         self._seats: dict[int, int] = {}
@@ -184,9 +150,9 @@ class RankPool:
         ]
         for spare in spares:
             if spare.question is None:
-                self._ask(spare)
-        self._read_answers()
-        self._end_stuck(spares, _LOADING_ANSWER_S)
+                spare.ask()
+        read_answers(self._candidates)
+        end_stuck(spares, _LOADING_ANSWER_S)
         for spare in spares:
             if spare.state is not None:
                 spare.ready = spare.state.ranks >= everything
@@ -195,22 +161,18 @@ class RankPool:
             if not spare.ready:
                 self._prepare(spare)
 
-    def _prepare(self, spare: _Candidate) -> None:
+    def _prepare(self, spare: Candidate) -> None:
         if spare.preparing is not None:
             if not ray.wait([spare.preparing], timeout=0)[0]:
                 return
             try:
                 ray.get(spare.preparing)
             except RayTaskError as error:
-                self._note_unfit(spare, error)
+                spare.note_unfit(error)
                 return
             except RayError:
                 logger.info("a spare's process has ended; the next one will read the weights")
         spare.preparing = spare.actor.prepare.remote(self._spec)
-
-    def _note_unfit(self, candidate: _Candidate, error: RayTaskError) -> None:
-        candidate.unfit = error
-        logger.error("%s cannot read the model and gets no rank: %s", candidate.address, error)
 
     # Seating: an actor that answers for every rank.
 
@@ -220,9 +182,9 @@ class RankPool:
         for candidate in self._candidates:
             candidate.ready = False
             if not candidate.gone:
-                self._ask(candidate)
+                candidate.ask()
         while True:
-            self._read_answers()
+            read_answers(self._candidates)
             answered = {
                 index: candidate.state
                 for index, candidate in enumerate(self._candidates)
@@ -238,68 +200,12 @@ class RankPool:
                 if loaded or not any(candidate.known for candidate in missing):
                     for candidate in self._seated():
                         if candidate.known and candidate.state is None:
-                            self._restart(candidate, time.monotonic() - started)
+                            candidate.restart(time.monotonic() - started)
                     self._seats = seats
                     self.waiting_for = ""
                     return {rank: answered[seat] for rank, seat in seats.items()}
-            self._end_stuck(self._candidates, _ANSWER_S)
+            end_stuck(self._candidates, _ANSWER_S)
             self._wait(deadline, answered)
-
-    def _ask(self, candidate: _Candidate) -> None:
-        candidate.state = None
-        candidate.question = candidate.actor.state.remote()
-        candidate.asked = time.monotonic()
-
-    def _read_answers(self) -> None:
-        open_questions = {
-            candidate.question: candidate
-            for candidate in self._candidates
-            if candidate.question is not None
-        }
-        if not open_questions:
-            return
-        answers, _ = ray.wait(
-            list(open_questions), num_returns=len(open_questions), timeout=_POLL_S
-        )
-        hosts = host_addresses()
-        for answer in answers:
-            candidate = open_questions[answer]
-            candidate.question = None
-            try:
-                state: ActorState = ray.get(answer)
-            except ActorDiedError as error:
-                candidate.known = False
-                candidate.gone = not getattr(error, "preempted", False)
-                logger.error("an actor is gone for good: %s", error)
-                if not candidate.gone:
-                    self._ask(candidate)
-            except RayActorError:  # its process ended: the next question waits for the next one
-                candidate.known = False
-                candidate.unfit = None  # on another node it may be
-                self._ask(candidate)
-            except RayError as error:
-                candidate.gone = True
-                logger.error("an actor cannot be started: %s", error)
-            else:
-                candidate.state = state
-                candidate.known = True
-                candidate.address = hosts.get(state.node_id, candidate.address)
-
-    def _end_stuck(self, candidates: Sequence[_Candidate], answer_s: float) -> None:
-        """Have Ray end and restart actors that should have answered by now."""
-        now = time.monotonic()
-        for candidate in candidates:
-            patience = answer_s if candidate.known else _FIRST_ANSWER_S
-            if candidate.state is None and not candidate.gone and now - candidate.asked > patience:
-                self._restart(candidate, patience)
-
-    def _restart(self, candidate: _Candidate, waited_s: float) -> None:
-        if ray.wait([candidate.question], timeout=0)[0]:
-            return  # it has answered just now
-        logger.warning("no answer from %s within %.1f s", candidate.address, waited_s)
-        candidate.known = False
-        ray.kill(candidate.actor, no_restart=False)
-        self._ask(candidate)
 
     def _wait(self, deadline: float, answered: Mapping[int, ActorState]) -> None:
         held = frozenset[int]().union(*(state.ranks for state in answered.values()))
@@ -333,7 +239,7 @@ class RankPool:
 
     # Loading.
 
-    def _seated(self) -> list[_Candidate]:
+    def _seated(self) -> list[Candidate]:
         return [self._candidates[self._seats[rank]] for rank in range(len(self._seats))]
 
     def _load(self) -> None:
@@ -366,46 +272,14 @@ class RankPool:
                     f"{len(silent)} of {len(seated)} actors do not answer while they load"
                 )
 
-    def _check_loaded(self, call: Any, candidate: _Candidate) -> None:
+    def _check_loaded(self, call: Any, candidate: Candidate) -> None:
         try:
             ray.get(call)
         except RayTaskError as error:
             if not isinstance(error.cause, ModelError):
                 raise
-            self._note_unfit(candidate, error)
+            candidate.note_unfit(error)
             raise ExchangeError(f"{candidate.address} cannot read its rank's weights") from error
-
-
-def seat_ranks(
-    world: int, states: Mapping[int, ActorState], previous: Mapping[int, int]
-) -> dict[int, int] | None:
-    """Which actor is which rank; None where there are fewer actors than ranks.
-
-    A rank goes to an actor that holds its weights: the one that had it before, else the one that
-    holds the fewest others. What is left over goes first to the actors that had those ranks.
-
-    Args:
-        states: of the actors that answer, by index.
-        previous: index of the actor that was each rank, where there was one.
-    """
-    if len(states) < world:
-        return None
-    seats: dict[int, int] = {}
-
-    def seat(rank: int, candidates: list[int]) -> None:
-        free = [index for index in candidates if index not in seats.values()]
-        if rank not in seats and free:
-            seats[rank] = min(
-                free, key=lambda i: (i != previous.get(rank), len(states[i].ranks), i)
-            )
-
-    for rank in range(world):
-        seat(rank, [index for index, state in states.items() if rank in state.ranks])
-    for rank in range(world):
-        seat(rank, [previous[rank]] if previous.get(rank) in states else [])
-    for rank in range(world):
-        seat(rank, list(states))
-    return seats
 
 
 @contextmanager

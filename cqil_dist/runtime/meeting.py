@@ -1,6 +1,6 @@
 """Connects the actors of one epoch: each rank with each other, and the coordinator with all.
 
-Knows which actor is which rank; how that was decided is runtime/assembly.py's affair.
+Knows which actor is which rank; how that was decided is runtime/seating.py's affair.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqil_dist.runtime.assembly import seat_ranks
 from cqil_dist.runtime.layer_actor import ActorState
+from cqil_dist.runtime.seating import seat_ranks
 
 
 def actor(*ranks: int) -> ActorState:
