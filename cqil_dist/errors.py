@@ -3,10 +3,15 @@
 CqilError
 ├── PlanError          a plan that is malformed or does not fit the model
 ├── ModelError         anything about the model's files
-│   ├── ModelNotFound      no such name, directory, file or hub id
+│   ├── ModelNotFound      no such name, directory, file or hub id; or not served
 │   ├── UnsupportedModel   a structure this runtime does not compute
 │   └── CheckpointError    a tensor or file that is missing, misshapen or damaged
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
+├── ServiceError       a service that was asked does not answer the request
+│   ├── QueueFull           too many requests wait already
+│   ├── RequestTimeout      the request's deadline has passed
+│   ├── Unauthenticated     the key is missing or wrong
+│   └── ServiceUnavailable  nobody answers, or the service is ending
 ├── LaunchError        the cluster or its actors could not be brought up
 │   └── InsufficientResources   asked for more than the cluster has
 ├── RankUnavailable    ranks could not come together in time; the engine has given up
@@ -33,7 +38,7 @@ class ModelError(CqilError):
 
 
 class ModelNotFound(ModelError):
-    """No model under this name, path or hub id."""
+    """No model under this name, path or hub id; or none that a service has under it."""
 
 
 class UnsupportedModel(ModelError):
@@ -46,6 +51,26 @@ class CheckpointError(ModelError):
 
 class RequestError(CqilError, ValueError):
     """A request cannot be served as asked; no other request is touched."""
+
+
+class ServiceError(CqilError):
+    """A service that was asked does not answer the request, through no fault in its values."""
+
+
+class QueueFull(ServiceError):
+    """As many requests wait as may; later there is room."""
+
+
+class RequestTimeout(ServiceError):
+    """The request's deadline has passed."""
+
+
+class Unauthenticated(ServiceError):
+    """The service's key is missing, or another."""
+
+
+class ServiceUnavailable(ServiceError):
+    """Nobody answers, or the service is ending."""
 
 
 class LaunchError(CqilError):

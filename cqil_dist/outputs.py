@@ -1,19 +1,20 @@
 """What a request gives back: text, tokens, logprobs, why it ended and how long it took.
 
 Plain frozen values, with the field names of vLLM and of the OpenAI API. This module knows nothing
-of how they came to be, and imports neither torch nor transformers, so a client can use it alone.
+of how they came to be, and imports the standard library alone, so that a client stays light.
 Every `to_dict` gives only what JSON has: dicts, lists, str, int, float, bool and None.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
+from cqil_dist.timeline import StepTimeline
 
 FinishReason = Literal["stop", "length", "abort"]
-EngineState = Literal["serving", "recovering", "failed"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class TokenLogprob:
     Attributes:
         token_id: the token.
         token: its text on its own (a part of a character shows as U+FFFD).
-        logprob: natural logarithm of its probability, at most 0.
+        logprob: natural logarithm of its probability, at most 0; None for a prompt's first token,
+            which follows nothing.
         top: the most probable tokens at this position, best first, if asked for; theirs is empty.
     """
 
     token_id: int
     token: str
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Timings:
 
         Interpolates between neighbours as numpy does. None where there are fewer than two tokens.
         """
-        return float(np.percentile(self.itl_ms, percent)) if self.itl_ms else None
+        return percentile(self.itl_ms, percent) if self.itl_ms else None
 
     @property
     def itl_p50_ms(self) -> float | None:
@@ -125,6 +127,8 @@ class Completion:
         usage, timings: token counts and latencies.
         logprobs: one per token id, or None if they were not asked for.
         seed: what to pass as `SamplingParams.seed` to get the same tokens again.
+        prompt_logprobs: one per token of the prompt, or None if they were not asked for.
+        prompt_text: the prompt's text, if it was asked for with `echo`.
     """
 
     text: str
@@ -135,6 +139,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     seed: int | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -146,6 +152,8 @@ class Completion:
             "timings": self.timings.to_dict(),
             "logprobs": _logprob_dicts(self.logprobs),
             "seed": self.seed,
+            "prompt_logprobs": _logprob_dicts(self.prompt_logprobs),
+            "prompt_text": self.prompt_text,
         }
 
 
@@ -160,6 +168,8 @@ class Chunk:
         logprobs: one per token id, or None if they were not asked for.
         finish_reason, stop_reason: as in `Completion`, on the last chunk; None before.
         result: the whole answer, on the last chunk; None before.
+        timeline: of the step that the tokens come from, if it was asked for. A step that computes
+            a part of the prompt has a chunk without tokens.
     """
 
     text: str
@@ -168,6 +178,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     result: Completion | None = None
+    timeline: StepTimeline | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -177,81 +188,20 @@ class Chunk:
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
             "result": None if self.result is None else self.result.to_dict(),
+            "timeline": None if self.timeline is None else self.timeline.to_dict(),
         }
 
 
-@dataclass(frozen=True)
-class RankStatus:
-    """One rank of a running engine.
+def percentile(values: Sequence[float], percent: float) -> float:
+    """What `percent` (0 to 100) of one or more values do not exceed.
 
-    Attributes:
-        node_id: Ray's id of its node.
-        address: the node's address in the cluster.
-        device: "cpu" or "cuda".
-        weight_bytes, kv_bytes: memory of its weights and of its KV cache.
+    Interpolates between neighbours, as numpy does by default.
     """
-
-    rank: int
-    node_id: str
-    address: str
-    pid: int
-    device: str
-    weight_bytes: int
-    kv_bytes: int
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How the ranks came together again after one was lost.
-
-    Attributes:
-        cause: what was lost, and how that was noticed.
-        seconds: from noticing the loss to the first step computed since, or to being ready for one.
-        phases: seconds of each phase: "seat" (every rank has a live actor), "load" (it has its
-            weights), "connect" (the ranks have met), "prefill" (a step has been computed).
-    """
-
-    cause: str
-    seconds: float
-    phases: dict[str, float]
-
-    def __str__(self) -> str:
-        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
-        return f"recovered in {self.seconds:.2f} s ({phases}) from: {self.cause}"
-
-
-@dataclass(frozen=True)
-class Status:
-    """What an engine serves, and how busy it is.
-
-    Attributes:
-        plan: as `Plan.to_json` gives it.
-        running_requests, waiting_requests: those that hold a slot, and those that wait for one.
-        max_len: most tokens a prompt and its completion may have together.
-        steps: computed since the coordinator started.
-        state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
-            engine has given up.
-        state_detail: what is waited for, or why it gave up.
-        epoch: number of the ranks' latest meeting, from 0; attempts that failed count.
-        ready_spares: standby actors that hold the weights of every rank.
-        recoveries: how often since the coordinator started; `last_recovery` is the latest.
-    """
-
-    model: str
-    plan: dict[str, Any]
-    ranks: tuple[RankStatus, ...]
-    running_requests: int
-    waiting_requests: int
-    free_slots: int
-    slots: int
-    max_len: int
-    steps: int
-    state: EngineState
-    state_detail: str
-    epoch: int
-    ready_spares: int
-    recoveries: int
-    last_recovery: Recovery | None
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
 def _logprob_dicts(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:

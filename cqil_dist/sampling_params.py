@@ -27,8 +27,9 @@ class SamplingParams:
     """How one request's tokens are chosen, and when it ends.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1. The default 16 is vLLM's and the
-            completions API's: a forgotten limit costs a moment, not a full context.
+        max_tokens: most tokens to generate. The default 16 is vLLM's and the completions API's: a
+            forgotten limit costs a moment, not a full context. 0 computes the prompt alone, for its
+            log probabilities.
         temperature: 0 or more; logits are divided by it. Below 1e-5 is greedy: the most probable
             token each time, and top_p, top_k, min_p and seed have no effect.
         top_p: in (0, 1]; draw from the fewest tokens whose probabilities reach this sum.
@@ -44,6 +45,8 @@ class SamplingParams:
         logprobs: give the log-probability of each token and of this many alternatives, 0 to 20;
             None is off.
         ignore_eos: go on past the model's end-of-sequence token, for benchmarks.
+        prompt_logprobs: give the log-probability of each token of the prompt and of this many
+            alternatives, 0 to 20; None is off.
 
     Raises:
         RequestError: a value of the wrong type or outside its range.
@@ -60,6 +63,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
 
     def seeded(self) -> SamplingParams:
         """These values with a seed: the one given, or one drawn now.
@@ -74,7 +78,7 @@ class SamplingParams:
         def store(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        _integer("max_tokens", self.max_tokens, low=1, high=_INT32_MAX)
+        _integer("max_tokens", self.max_tokens, low=0, high=_INT32_MAX)
         temperature = _number("temperature", self.temperature)
         if temperature < 0:
             raise RequestError(f"temperature is {temperature} but must be 0 (greedy) or more")
@@ -98,8 +102,9 @@ class SamplingParams:
         store("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if self.seed is not None:
             _integer("seed", self.seed, low=-(2**63), high=2**63 - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _integer(name, count, low=0, high=MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r} but must be true or false")
 

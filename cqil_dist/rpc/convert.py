@@ -5,65 +5,91 @@ Imports neither torch nor transformers, so that a client stays light.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from cqil_dist.errors import RequestError
-from cqil_dist.outputs import (
-    Chunk,
-    Completion,
-    EngineState,
-    FinishReason,
-    RankStatus,
-    Recovery,
-    Status,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
+from cqil_dist.inputs import GenerationInput, Prompt
+from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
+from cqil_dist.rpc.convert_timeline import timeline_from_wire, timeline_to_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Text, token ids, or chat messages with "role" and "content"."""
-
 _LISTS = ("stop", "stop_token_ids")
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-_STATES: dict[int, EngineState] = {
-    pb.ENGINE_STATE_SERVING: "serving",
-    pb.ENGINE_STATE_RECOVERING: "recovering",
-    pb.ENGINE_STATE_FAILED: "failed",
-}
-_STATE_CODES = {state: code for code, state in _STATES.items()}
 
 
 def request_to_wire(
     prompt: Prompt,
-    params: SamplingParams,
+    *,
     final_only: bool = False,
-    resume_token_ids: Sequence[int] = (),
+    model: str = "",
+    request_id: str = "",
+    echo: bool = False,
+    timeline: bool = False,
+    **sampling: Any,
 ) -> pb.GenerateRequest:
-    """Raises RequestError if the prompt is neither text, token ids nor chat messages."""
+    """A request as `Client.generate` takes it.
+
+    Raises:
+        RequestError: the prompt is neither text, token ids nor chat messages, or a sampling value
+            is wrong.
+    """
     try:
         wire = pb.GenerateRequest(
-            sampling_params=params_to_wire(params),
+            sampling_params=sampling_to_wire(sampling),
             final_only=final_only,
-            resume_token_ids=resume_token_ids,
+            model=model,
+            request_id=request_id,
+            echo=echo,
+            timeline=timeline,
         )
         if isinstance(prompt, str):
             wire.text = prompt
             return wire
+        if isinstance(prompt, bytes):
+            raise RequestError("the prompt is bytes; decode it to text")
+        if all(isinstance(item, int) and 0 <= item < 2**31 for item in prompt):
+            wire.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
+            wire.token_ids.SetInParent()  # an empty list is still a list of token ids
+        else:
+            wire.chat.messages.extend(_message_to_wire(item) for item in prompt)
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt or a stop string is not valid Unicode: {error}") from error
-    if isinstance(prompt, bytes):
-        raise RequestError("the prompt is bytes; decode it to text")
-    if all(isinstance(item, int) and 0 <= item < 2**31 for item in prompt):
-        wire.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
-        wire.token_ids.SetInParent()  # an empty list is still a list of token ids
-    else:
-        wire.chat.messages.extend(_message_to_wire(item) for item in prompt)
     return wire
+
+
+def request_from_wire(
+    wire: pb.GenerateRequest, plan: int, defaults: Mapping[str, Any]
+) -> GenerationInput:
+    """A request as an engine takes it.
+
+    Args:
+        plan: index of the plan that `wire.model` stands for.
+        defaults: sampling values where the request says nothing.
+
+    Raises:
+        RequestError: a sampling value is wrong.
+    """
+    return GenerationInput(
+        prompt=_prompt_from_wire(wire),
+        params=SamplingParams.from_dict({**defaults, **sampling_from_wire(wire.sampling_params)}),
+        plan=plan,
+        final_only=wire.final_only,
+        resume_token_ids=tuple(wire.resume_token_ids),
+        echo=wire.echo,
+        timeline=wire.timeline,
+        request_id=wire.request_id,
+    )
+
+
+def _prompt_from_wire(wire: pb.GenerateRequest) -> Prompt:
+    kind = wire.WhichOneof("prompt")
+    if kind == "chat":
+        return [{"role": m.role, "content": m.content} for m in wire.chat.messages]
+    if kind == "token_ids":
+        return list(wire.token_ids.ids)
+    return wire.text
 
 
 def _message_to_wire(message: object) -> pb.ChatMessage:
@@ -76,17 +102,18 @@ def _message_to_wire(message: object) -> pb.ChatMessage:
     )
 
 
-def params_to_wire(params: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(**params.to_dict())
+def sampling_to_wire(given: Mapping[str, Any]) -> pb.SamplingParams:
+    """Only what was given: the service fills in the rest. Raises RequestError for bad values."""
+    checked = SamplingParams.from_dict(given).to_dict()
+    return pb.SamplingParams(**{name: checked[name] for name in given})
 
 
-def params_from_wire(wire: pb.SamplingParams) -> SamplingParams:
-    """Fields that were not sent keep their defaults. Raises RequestError for bad values."""
-    values = {
+def sampling_from_wire(wire: pb.SamplingParams) -> dict[str, Any]:
+    """What was given."""
+    return {
         field.name: list(value) if field.name in _LISTS else value
         for field, value in wire.ListFields()
     }
-    return SamplingParams.from_dict(values)
 
 
 def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
@@ -95,13 +122,17 @@ def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
         token_ids=chunk.token_ids,
         logprobs=_logprobs_to_wire(chunk.logprobs or ()),
         completion=None if chunk.result is None else _completion_to_wire(chunk.result),
+        timeline=None if chunk.timeline is None else timeline_to_wire(chunk.timeline),
     )
 
 
-def chunk_from_wire(wire: pb.GenerateResponse, wants_logprobs: bool) -> Chunk:
+def chunk_from_wire(
+    wire: pb.GenerateResponse, wants_logprobs: bool, wants_prompt_logprobs: bool
+) -> Chunk:
+    """A list that is empty on the wire is empty where it was asked for, and None elsewhere."""
     result = None
     if wire.HasField("completion"):
-        result = _completion_from_wire(wire.completion, wants_logprobs)
+        result = _completion_from_wire(wire.completion, wants_logprobs, wants_prompt_logprobs)
     return Chunk(
         text=wire.text,
         token_ids=tuple(wire.token_ids),
@@ -109,58 +140,8 @@ def chunk_from_wire(wire: pb.GenerateResponse, wants_logprobs: bool) -> Chunk:
         finish_reason=None if result is None else result.finish_reason,
         stop_reason=None if result is None else result.stop_reason,
         result=result,
+        timeline=timeline_from_wire(wire.timeline) if wire.HasField("timeline") else None,
     )
-
-
-def status_to_wire(status: Status) -> pb.GetStatusResponse:
-    values = asdict(status) | {
-        "ranks": [pb.RankStatus(**asdict(rank)) for rank in status.ranks],
-        "state": _STATE_CODES[status.state],
-        "last_recovery": _recovery_to_wire(status.last_recovery),
-    }
-    return pb.GetStatusResponse(plan_json=json.dumps(values.pop("plan")), **values)
-
-
-def status_from_wire(wire: pb.GetStatusResponse) -> Status:
-    ranks = [
-        RankStatus(**{field.name: getattr(rank, field.name) for field in fields(RankStatus)})
-        for rank in wire.ranks
-    ]
-    return Status(
-        model=wire.model,
-        plan=json.loads(wire.plan_json),
-        ranks=tuple(ranks),
-        running_requests=wire.running_requests,
-        waiting_requests=wire.waiting_requests,
-        free_slots=wire.free_slots,
-        slots=wire.slots,
-        max_len=wire.max_len,
-        steps=wire.steps,
-        state=_STATES[wire.state],
-        state_detail=wire.state_detail,
-        epoch=wire.epoch,
-        ready_spares=wire.ready_spares,
-        recoveries=wire.recoveries,
-        last_recovery=_recovery_from_wire(wire),
-    )
-
-
-def _recovery_to_wire(recovery: Recovery | None) -> pb.Recovery | None:
-    if recovery is None:
-        return None
-    return pb.Recovery(
-        cause=recovery.cause,
-        seconds=recovery.seconds,
-        phases=[pb.RecoveryPhase(name=n, seconds=s) for n, s in recovery.phases.items()],
-    )
-
-
-def _recovery_from_wire(wire: pb.GetStatusResponse) -> Recovery | None:
-    if not wire.HasField("last_recovery"):
-        return None
-    recovery = wire.last_recovery
-    phases = {phase.name: phase.seconds for phase in recovery.phases}
-    return Recovery(recovery.cause, recovery.seconds, phases)
 
 
 def _completion_to_wire(completion: Completion) -> pb.Completion:
@@ -175,10 +156,14 @@ def _completion_to_wire(completion: Completion) -> pb.Completion:
         prompt_tokens=completion.usage.prompt_tokens,
         timings=pb.Timings(ttft_ms=completion.timings.ttft_ms, itl_ms=completion.timings.itl_ms),
         seed=completion.seed,
+        prompt_logprobs=_logprobs_to_wire(completion.prompt_logprobs or ()),
+        prompt_text=completion.prompt_text,
     )
 
 
-def _completion_from_wire(wire: pb.Completion, wants_logprobs: bool) -> Completion:
+def _completion_from_wire(
+    wire: pb.Completion, wants_logprobs: bool, wants_prompt_logprobs: bool
+) -> Completion:
     stop_reason: str | int | None = None
     if wire.HasField("stop_string"):
         stop_reason = wire.stop_string
@@ -193,6 +178,10 @@ def _completion_from_wire(wire: pb.Completion, wants_logprobs: bool) -> Completi
         logprobs=_logprobs_from_wire(wire.logprobs) if wants_logprobs else None,
         seed=wire.seed,
         stop_reason=stop_reason,
+        prompt_logprobs=_logprobs_from_wire(wire.prompt_logprobs)
+        if wants_prompt_logprobs
+        else None,
+        prompt_text=wire.prompt_text if wire.HasField("prompt_text") else None,
     )
 
 
@@ -210,6 +199,11 @@ def _logprobs_to_wire(logprobs: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]
 
 def _logprobs_from_wire(wire: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     return tuple(
-        TokenLogprob(entry.token_id, entry.token, entry.logprob, _logprobs_from_wire(entry.top))
+        TokenLogprob(
+            entry.token_id,
+            entry.token,
+            entry.logprob if entry.HasField("logprob") else None,
+            _logprobs_from_wire(entry.top),
+        )
         for entry in wire
     )

@@ -26,9 +26,11 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generates text with one model under one plan.
+    """Generates text with one model, under one plan or several.
 
-    Calls carry the metadata "authorization: Bearer <secret>" of the launch they belong to.
+    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
+    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
+    and server reflection.
     """
 
     def __init__(self, channel):
@@ -42,6 +44,16 @@ class GenerationServiceStub:
                 request_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/cqil_dist.rpc.v1.GenerationService/Abort',
+                request_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortRequest.SerializeToString,
+                response_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.GetModelInfo = channel.unary_unary(
+                '/cqil_dist.rpc.v1.GenerationService/GetModelInfo',
+                request_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/cqil_dist.rpc.v1.GenerationService/GetStatus',
                 request_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
@@ -50,25 +62,45 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generates text with one model under one plan.
+    """Generates text with one model, under one plan or several.
 
-    Calls carry the metadata "authorization: Bearer <secret>" of the launch they belong to.
+    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
+    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
+    and server reflection.
     """
 
     def Generate(self, request, context):
-        """Streams a completion. Cancelling the call ends the request and frees its slot.
+        """Streams a completion. Cancelling the call ends the request and frees its slot within a step, and
+        so does its deadline.
 
         INVALID_ARGUMENT: the prompt or a sampling value is wrong; the message names the rule.
-        INTERNAL: the engine is closed, or lost a rank and gave up waiting for it.
-        UNAVAILABLE: the coordinator is gone; the same request with `resume_token_ids` goes on when it
-        is back.
+        NOT_FOUND: `model` is none that is served.
+        RESOURCE_EXHAUSTED: the queue is full; try again later.
+        UNAVAILABLE: the server is gone, or ends; the same request with `resume_token_ids` goes on where
+        the stream ended, here or on another server of the same model and plan.
+        DEADLINE_EXCEEDED: the call's deadline, or the server's own for a request, has passed.
+        INTERNAL: the engine failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends a request before its completion: its stream closes with the finish reason "abort".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelInfo(self, request, context):
+        """Says what models are served, and what they take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Says what is served, by which ranks, and how busy it is.
+        """Says by which ranks, and how busy they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +113,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortRequest.FromString,
+                    response_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortResponse.SerializeToString,
+            ),
+            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelInfo,
+                    request_deserializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -96,9 +138,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generates text with one model under one plan.
+    """Generates text with one model, under one plan or several.
 
-    Calls carry the metadata "authorization: Bearer <secret>" of the launch they belong to.
+    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
+    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
+    and server reflection.
     """
 
     @staticmethod
@@ -118,6 +162,60 @@ class GenerationService:
             '/cqil_dist.rpc.v1.GenerationService/Generate',
             cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cqil_dist.rpc.v1.GenerationService/Abort',
+            cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortRequest.SerializeToString,
+            cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cqil_dist.rpc.v1.GenerationService/GetModelInfo',
+            cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
+            cqil__dist_dot_rpc_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

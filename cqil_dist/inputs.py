@@ -1,0 +1,35 @@
+"""What a request brings: a prompt, how to continue it, and how to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cqil_dist.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Text, token ids, or chat messages with "role" and "content"."""
+
+
+@dataclass(frozen=True)
+class GenerationInput:
+    """One request, as an engine takes it.
+
+    Attributes:
+        plan: index of the plan to run it under.
+        final_only: one chunk at the end, with everything in it, in place of a stream.
+        resume_token_ids: output tokens that a broken stream of the same request has given already;
+            this one goes on after them.
+        echo: the completion brings the prompt's text.
+        timeline: chunks bring the timelines of their steps.
+        request_id: its name in logs.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    plan: int = 0
+    final_only: bool = False
+    resume_token_ids: tuple[int, ...] = ()
+    echo: bool = False
+    timeline: bool = False
+    request_id: str = ""

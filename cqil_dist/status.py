@@ -1,0 +1,116 @@
+"""What a service offers, and how it is doing.
+
+Plain frozen values, as in outputs.py, which has what a single request gives back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+EngineState = Literal["serving", "recovering", "failed"]
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """One rank of a running engine.
+
+    Attributes:
+        node_id: Ray's id of its node.
+        address: the node's address in the cluster.
+        device: "cpu" or "cuda".
+        weight_bytes, kv_bytes: memory of its weights and of its KV cache.
+    """
+
+    rank: int
+    node_id: str
+    address: str
+    pid: int
+    device: str
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How the ranks came together again after one was lost.
+
+    Attributes:
+        cause: what was lost, and how that was noticed.
+        seconds: from noticing the loss to the first step computed since, or to being ready for one.
+        phases: seconds of each phase: "seat" (every rank has a live actor), "load" (it has its
+            weights), "connect" (the ranks have met), "prefill" (a step has been computed).
+    """
+
+    cause: str
+    seconds: float
+    phases: dict[str, float]
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
+        return f"recovered in {self.seconds:.2f} s ({phases}) from: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an engine serves, and how busy it is.
+
+    Attributes:
+        plan: as `Plan.to_json` gives it.
+        running_requests, waiting_requests: those that hold a slot, and those that wait for one.
+        max_waiting: most requests that may wait for a slot.
+        max_len: most tokens a prompt and its completion may have together.
+        steps: computed since the coordinator started.
+        state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
+            engine has given up.
+        state_detail: what is waited for, or why it gave up.
+        epoch: number of the ranks' latest meeting, from 0; attempts that failed count.
+        ready_spares: standby actors that hold the weights of every rank.
+        recoveries: how often since the coordinator started; `last_recovery` is the latest.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    ranks: tuple[RankStatus, ...]
+    running_requests: int
+    waiting_requests: int
+    free_slots: int
+    slots: int
+    max_len: int
+    steps: int
+    state: EngineState
+    state_detail: str
+    epoch: int
+    ready_spares: int
+    recoveries: int
+    last_recovery: Recovery | None
+    max_waiting: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model under a plan, as a service offers it.
+
+    Attributes:
+        name: what requests call it.
+        plan: as `Plan.to_json` gives it.
+        exchanges_per_token: between ranks.
+        max_len: most tokens a prompt and its completion may have together.
+        dtype: "float32", "float16" or "bfloat16".
+        default_sampling: sampling values that requests get where they say nothing, from the
+            model's generation_config.json.
+        created: Unix time at which the coordinator started.
+    """
+
+    name: str
+    plan: dict[str, Any]
+    exchanges_per_token: int
+    max_len: int
+    vocab_size: int
+    dtype: str
+    default_sampling: dict[str, Any]
+    has_chat_template: bool
+    created: int
