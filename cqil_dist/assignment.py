@@ -160,6 +160,35 @@ def assign(plan: Plan, world: int, vocab_size: int) -> Assignment:
     return Assignment(plan, world, _stages(plan, pieces, world), _split(vocab_size, world))
 
 
+def follow(plan: Plan, base: Assignment) -> Assignment:
+    """Spread another plan of the same model over the ranks of `base`, each layer where it is there.
+
+    A rank that computes single layers of each group in both needs no more memory for the second.
+
+    Raises:
+        PlanError: the plans have different numbers of layers.
+    """
+    if plan.num_layers != base.plan.num_layers:
+        raise PlanError(
+            f"the plans have {base.plan.num_layers} and {plan.num_layers} layers, but plans over "
+            "the same ranks are of one model"
+        )
+    held = {
+        (rank, piece.layer): piece
+        for stage in base.stages
+        for rank, pieces in enumerate(stage.pieces)
+        for piece in pieces
+    }
+    pieces = [
+        tuple(
+            tuple(held[rank, layer] for layer in group.layers if (rank, layer) in held)
+            for rank in range(base.world)
+        )
+        for group in plan.groups
+    ]
+    return Assignment(plan, base.world, _stages(plan, pieces, base.world), base.head_rows)
+
+
 def _concurrent_share(group: Group, load: list[int]) -> tuple[tuple[Piece, ...], ...]:
     """Contiguous members to each rank; updates `load`, the layers each rank holds so far."""
     world = len(load)

@@ -168,14 +168,15 @@ def _model(host: str, facts: NodeFacts, wanted: ResolvedLaunch) -> Finding:
 def _memory(
     host: str, facts: NodeFacts, wanted: ResolvedLaunch, on_gpu: bool, room: int
 ) -> Finding:
-    config, model, assignment = wanted.config, wanted.model, wanted.assignment
+    config, model, assignments = wanted.config, wanted.model, wanted.assignments
+    world = assignments[0].world
     tokens = config.slots * config.max_len_for(model)
     dtype = config.dtype_for(model, on_gpu)
     free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
     sizes = sorted(
-        footprint(assignment, rank, model, dtype).total(tokens) for rank in range(assignment.world)
+        footprint(assignments, rank, model, dtype).total(tokens) for rank in range(world)
     )
-    together = 1 if "SPREAD" in config.strategy else min(room, assignment.world)
+    together = 1 if "SPREAD" in config.strategy else min(room, world)
     needed = sum(_PROCESS_BYTES + size for size in sizes[-together:])
     detail = (
         f"{free / 1e9:.1f} GB free; {together} ranks may come here and take {needed / 1e9:.1f} GB "

@@ -29,6 +29,8 @@ class LaunchConfig:
         model: built-in name, directory, GGUF file or hub id. On a cluster a directory or file must
             lie at the same path on every node; others are fetched where they are missing.
         plan: anything `Plan.parse` reads.
+        compare: a second plan to serve over the same ranks, as a model of its own; None for none.
+        served_model_name: what requests call the model; None for `model`.
         ranks: how many layer actors; None for as many as the plan's largest group has layers.
         address: of a Ray cluster that this machine is a node of; None takes RAY_ADDRESS, else
             starts a local one.
@@ -39,6 +41,7 @@ class LaunchConfig:
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, on a GPU the
             checkpoint's own 16-bit dtype or bfloat16.
         slots: requests that run at the same time.
+        max_waiting: most requests that wait for a slot; more are refused.
         max_len: most tokens of a prompt and its completion; None for the model's own limit, at
             most 4096.
         prefill_tokens: most prompt tokens a step computes, so that a long prompt does not stall
@@ -58,6 +61,8 @@ class LaunchConfig:
     model: str
     plan: PlanSource = "sequential"
     ranks: int | None = None
+    compare: PlanSource | None = None
+    served_model_name: str | None = None
     address: str | None = None
     strategy: str = "PACK"
     device: str = "auto"
@@ -65,6 +70,7 @@ class LaunchConfig:
     threads_per_rank: int = 1
     dtype: str = "auto"
     slots: int = 8
+    max_waiting: int = 256
     max_len: int | None = None
     prefill_tokens: int | None = None
     pin: bool | None = None
@@ -78,8 +84,9 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 1")
-        if not isinstance(self.spares, int) or self.spares < 0:
-            raise LaunchError(f"spares is {self.spares!r} but must be a whole number, at least 0")
+        for name in ("spares", "max_waiting"):
+            if not isinstance(value := getattr(self, name), int) or value < 0:
+                raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 0")
         for name in ("gpus_per_rank", "step_deadline_s", "recovery_timeout_s"):
             if not (value := getattr(self, name)) > 0:
                 raise LaunchError(f"{name} is {value!r} but must be above 0")

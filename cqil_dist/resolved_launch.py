@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cqil_dist.assignment import Assignment, assign
+from cqil_dist.assignment import Assignment, assign, follow
+from cqil_dist.errors import PlanError
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
@@ -20,12 +21,25 @@ class ResolvedLaunch:
 
     Attributes:
         path: the model's directory on this machine.
+        assignments: of the plan and, where there is one, of that to compare it with.
     """
 
     config: LaunchConfig
     model: ModelConfig
     path: Path
-    assignment: Assignment
+    assignments: tuple[Assignment, ...]
+
+    @property
+    def assignment(self) -> Assignment:
+        """Of the plan that requests run under where they name none."""
+        return self.assignments[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests call the model under each plan."""
+        name = self.config.served_model_name or self.config.model
+        others = ["sequential" if a.plan.is_sequential else "compare" for a in self.assignments[1:]]
+        return (name, *(f"{name}:{other}" for other in others))
 
     @property
     def actors(self) -> int:
@@ -43,4 +57,10 @@ class ResolvedLaunch:
         model = ModelConfig.from_directory(path)
         plan = Plan.parse(config.plan, model.num_layers)
         world = config.ranks or max(group.size for group in plan.groups)
-        return cls(config, model, path, assign(plan, world, model.vocab_size))
+        assignments = [assign(plan, world, model.vocab_size)]
+        if config.compare is not None:
+            other = Plan.parse(config.compare, model.num_layers)
+            if other == plan:
+                raise PlanError(f"the plan to compare {plan} with is the same plan")
+            assignments.append(follow(other, assignments[0]))
+        return cls(config, model, path, tuple(assignments))

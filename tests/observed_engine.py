@@ -11,7 +11,8 @@ from tiny_models import VOCAB, LocalModel, TinyModel, random_tokens
 from torch import Tensor
 
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost
-from cqil_dist.model.step import Segment
+from cqil_dist.inputs import GenerationInput, Prompt
+from cqil_dist.model.step import Step
 from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.plan import Plan
 from cqil_dist.runtime.engine import Engine, Rebuild, StepModel
@@ -25,11 +26,13 @@ PROMPTS = tuple(random_tokens(length, seed=length) for length in (3, 11, 1, 26))
 
 
 class ObservedModel(LocalModel):
-    """Keeps the segments of every step, and can be held up between two steps."""
+    """Keeps every step, and can be held up between two steps."""
 
-    def __init__(self, model: TinyModel, plan: Plan, slots: int) -> None:
-        super().__init__(model, plan, slots, MAX_LEN)
-        self.steps: list[tuple[Segment, ...]] = []
+    def __init__(
+        self, model: TinyModel, plan: Plan, slots: int, compare: Plan | None = None
+    ) -> None:
+        super().__init__(model, plan, slots, MAX_LEN, compare=compare)
+        self.steps: list[Step] = []
         self.started = threading.Event()
         self._may_go_on = threading.Event()
         self._may_go_on.set()
@@ -44,11 +47,11 @@ class ObservedModel(LocalModel):
         finally:
             self._may_go_on.set()
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        self.steps.append(tuple(segments))
+    def compute(self, step: Step) -> Tensor:
+        self.steps.append(step)
         self.started.set()
         assert self._may_go_on.wait(timeout=30)
-        return super().forward(segments, token_ids)
+        return super().compute(step)
 
 
 class LostInStep(ObservedModel):
@@ -59,15 +62,13 @@ class LostInStep(ObservedModel):
         self._number = number
         self._sent = sent
 
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
+    def begin(self, step: Step) -> None:
         if self._sent and len(self.steps) == self._number:
             raise LOST
-        super().begin(segments, token_ids, argmax_only)
+        super().begin(step)
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        logits = super().forward(segments, token_ids)
+    def compute(self, step: Step) -> Tensor:
+        logits = super().compute(step)
         if len(self.steps) > self._number:
             raise LOST
         return logits
@@ -88,6 +89,7 @@ def serving(
     slots: int = 4,
     max_len: int = MAX_LEN,
     prefill_tokens: int = 16,
+    max_waiting: int = 16,
     **options: Any,
 ) -> Iterator[Engine]:
     engine = Engine(
@@ -98,6 +100,7 @@ def serving(
         max_len=max_len,
         slots=slots,
         prefill_tokens=prefill_tokens,
+        max_waiting=max_waiting,
         rebuild=rebuild,
         **options,
     )
@@ -109,6 +112,11 @@ def serving(
 
 def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, **settings)
+
+
+def ask(prompt: Prompt, params: SamplingParams, **rest: Any) -> GenerationInput:
+    """A request, as `Engine.submit` takes it."""
+    return GenerationInput(prompt, params, **rest)
 
 
 def read(request: Request, timeout_s: float = 30) -> list[Chunk]:

@@ -16,17 +16,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cqil_dist.assignment import assign
+from cqil_dist.assignment import assign, follow
 from cqil_dist.exchange import TcpExchange
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.reference import ReferenceModel
-from cqil_dist.model.step import Segment
+from cqil_dist.model.step import Segment, Step
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.runtime.rank import CacheShape, RankProgram
 from cqil_dist.runtime.rank_group import best_of_shard, most_likely
+from cqil_dist.timeline import RankTimeline
 
 CPU = torch.device("cpu")
 VOCAB = 307  # prime: never a multiple of the number of ranks
@@ -202,7 +203,11 @@ def assert_near(given: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -
 
 
 class LocalModel:
-    """A whole model on one rank, in this process: token ids in, logits out."""
+    """A whole model on one rank, in this process: token ids in, logits out.
+
+    Args:
+        compare: a second plan that steps may walk, as plan 1.
+    """
 
     def __init__(
         self,
@@ -211,31 +216,40 @@ class LocalModel:
         slots: int = 4,
         max_len: int = 64,
         dtype: torch.dtype = torch.float32,
+        *,
+        compare: Plan | None = None,
     ) -> None:
         config, checkpoint = model.config, model.checkpoint
-        assignment = assign(plan, 1, config.vocab_size)
+        assignments = [assign(plan, 1, config.vocab_size)]
+        if compare is not None:
+            assignments.append(follow(compare, assignments[0]))
         shape = CacheShape(slots, max_len)
-        self.program = RankProgram(0, assignment, config, checkpoint, shape, dtype, CPU)
+        self.program = RankProgram(0, assignments, config, checkpoint, shape, dtype, CPU)
         self._embedding = Embedding(config, checkpoint, dtype)
         self._exchange = TcpExchange(0, {}, {}, dtype, CPU, max_bytes=1 << 20)
 
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
-        self._begun = (segments, token_ids, argmax_only)
+    def begin(self, step: Step) -> None:
+        self._begun = step
 
     def finish(self) -> Tensor:
-        segments, token_ids, argmax_only = self._begun
-        logits = self.forward(segments, token_ids)
-        if not argmax_only:
+        logits = self.compute(self._begun)
+        if not self._begun.argmax_only:
             return logits
         return most_likely([best_of_shard(logits, range(logits.shape[-1]))])
+
+    def timeline(self) -> tuple[RankTimeline, ...]:
+        return ()
 
     def check(self) -> None:
         """Never lost."""
 
+    def compute(self, step: Step) -> Tensor:
+        """Logits after each token of the step that wants them."""
+        hidden = self._embedding(step.token_ids)
+        return self.program.step(step.segments, hidden, self._exchange, step.plan)
+
     def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        return self.program.step(segments, self._embedding(token_ids), self._exchange)
+        return self.compute(Step(tuple(segments), tuple(token_ids)))
 
     def logits(self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0) -> Tensor:
         """Logits after the last token of each chunk, when computed in chunks of `cuts` tokens."""
@@ -244,7 +258,7 @@ class LocalModel:
         start = 0
         for count in cuts:
             chunk = token_ids[start : start + count]
-            rows.append(self.forward([Segment(slot, start, count, True)], chunk))
+            rows.append(self.forward([Segment(slot, start, count, 1)], chunk))
             start += count
         return torch.cat(rows)
 

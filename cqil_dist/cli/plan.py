@@ -67,7 +67,7 @@ def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[st
         "rank": rank,
         "layers": list(assignment.layers_of(rank)),
         "vocabulary_rows": [rows.start, rows.stop],
-        **asdict(footprint(assignment, rank, config, dtype)),
+        **asdict(footprint([assignment], rank, config, dtype)),
     }
 
 

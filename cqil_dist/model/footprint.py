@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cqil_dist.assignment import Assignment
@@ -20,10 +21,21 @@ class Footprint:
         return self.weight_bytes + tokens * self.kv_bytes_per_token
 
 
-def footprint(assignment: Assignment, rank: int, config: ModelConfig, dtype: str) -> Footprint:
-    """What `rank` holds in `dtype`: "float32", "float16" or "bfloat16"."""
+def footprint(
+    assignments: Sequence[Assignment], rank: int, config: ModelConfig, dtype: str
+) -> Footprint:
+    """What `rank` holds in `dtype`: "float32", "float16" or "bfloat16".
+
+    Plans that have it compute the same pieces together share them.
+    """
     bytes_per_value = 4 if dtype == "float32" else 2
-    layers, rows = len(assignment.layers_of(rank)), len(assignment.head_rows[rank])
+    held = {
+        (stage.attention_bundles(rank), stage.feed_forward_bundles(rank))
+        for assignment in assignments
+        for stage in assignment.stages
+    }
+    layers = sum(len(bundle) for bundles, _ in held for bundle in bundles)
+    rows = len(assignments[0].head_rows[rank])
     weights = layers * config.layer_parameters + rows * config.hidden_size
     return Footprint(
         bytes_per_value * weights, bytes_per_value * layers * config.kv_values_per_token

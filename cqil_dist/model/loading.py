@@ -38,7 +38,10 @@ class StageParts:
 
 
 class PartLoader:
-    """Reads, slices, folds and lays out the weights of pieces."""
+    """Reads, slices, folds and lays out the weights of pieces.
+
+    Stages that compute the same pieces together, of one plan or of several, share their weights.
+    """
 
     def __init__(
         self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
@@ -47,6 +50,14 @@ class PartLoader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._attentions: dict[tuple[tuple[Piece, ...], ...], AttentionPart] = {}
+        self._feed_forwards: dict[tuple[Piece, ...], FeedForwardPart] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that has been loaded."""
+        attentions = sum(part.nbytes for part in self._attentions.values())
+        return attentions + sum(part.nbytes for part in self._feed_forwards.values())
 
     def load(self, stage: Stage, rank: int) -> StageParts:
         """The parts of `rank`, which holds at least one piece of `stage`.
@@ -55,14 +66,19 @@ class PartLoader:
             CheckpointError: a tensor is missing, misshapen or unreadable.
         """
         pieces = stage.pieces[rank]
+        bundles = stage.attention_bundles(rank)  # together they are the pieces, in order
         with self._checkpoint.open() as reader:
-            attention = self._attention(reader, pieces, stage.attention_bundles(rank))
-            feed_forwards = tuple(
-                (self._feed_forward(reader, bundle), stage.attention_inputs(bundle[0]))
-                for bundle in stage.feed_forward_bundles(rank)
-            )
+            if bundles not in self._attentions:
+                self._attentions[bundles] = self._attention(reader, pieces, bundles)
+            for bundle in stage.feed_forward_bundles(rank):
+                if bundle not in self._feed_forwards:
+                    self._feed_forwards[bundle] = self._feed_forward(reader, bundle)
+        feed_forwards = tuple(
+            (self._feed_forwards[bundle], stage.attention_inputs(bundle[0]))
+            for bundle in stage.feed_forward_bundles(rank)
+        )
         kv_heads = sum(len(self._kv_heads(piece)) for piece in pieces)
-        return StageParts(attention, feed_forwards, kv_heads)
+        return StageParts(self._attentions[bundles], feed_forwards, kv_heads)
 
     def _attention(
         self,

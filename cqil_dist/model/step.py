@@ -21,17 +21,35 @@ from cqil_dist.model.rope import RotaryTable
 class Segment:
     """Positions start .. start+count-1 of the sequence in `slot`.
 
-    `wants_logits` asks for next-token logits after the segment's last token.
+    `logits` asks for next-token logits after each of the segment's last so many tokens.
     """
 
     slot: int
     start: int
     count: int
-    wants_logits: bool
+    logits: int
 
     @property
     def end(self) -> int:
         return self.start + self.count
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass through the layers computes.
+
+    Attributes:
+        token_ids: the tokens of all segments, in order.
+        plan: index of the plan whose groups it walks.
+        argmax_only: the most likely tokens are wanted in place of the logits.
+        timeline: the ranks report where their time went.
+    """
+
+    segments: tuple[Segment, ...]
+    token_ids: tuple[int, ...]
+    plan: int = 0
+    argmax_only: bool = False
+    timeline: bool = False
 
 
 @dataclass
@@ -108,7 +126,10 @@ class AttentionRun:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every layer needs to know of a step of N tokens."""
+    """What every layer needs to know of a step of N tokens.
+
+    `logit_rows` are those of its rows after which logits are wanted.
+    """
 
     positions_N: Tensor
     cos_N1E: Tensor
@@ -127,8 +148,7 @@ class StepContext:
         row = 0
         for segment in segments:
             row += segment.count
-            if segment.wants_logits:
-                rows.append(row - 1)
+            rows.extend(range(row - segment.logits, row))
         logit_rows = torch.tensor(rows, dtype=torch.long, device=device)
         return cls(positions_N, cos, sin, _attention_runs(segments, device), logit_rows)
 

@@ -54,7 +54,7 @@ class RankPool:
         self._stopping = threading.Event()
         self._assembling = threading.Lock()
         self.waiting_for = ""
-        if len(actors) > spec.assignment.world:
+        if len(actors) > spec.world:
             threading.Thread(target=self._keep_spares, name="spares", daemon=True).start()
 
     def assemble(
@@ -142,7 +142,7 @@ class RankPool:
 
         Those too that have started anew, or find memory free later. One that is stuck starts anew.
         """
-        everything = frozenset(range(self._spec.assignment.world))
+        everything = frozenset(range(self._spec.world))
         spares = [
             candidate
             for index, candidate in enumerate(self._candidates)
@@ -192,7 +192,7 @@ class RankPool:
             }
             missing = [c for c in self._candidates if c.state is None and c.able]
             grace = time.monotonic() < started + _GRACE_S
-            seats = seat_ranks(self._spec.assignment.world, answered, self._seats)
+            seats = seat_ranks(self._spec.world, answered, self._seats)
             if seats is not None and (not missing or not grace):
                 # Those that may still answer are waited for if weights would have to be read that
                 # they may hold. Else others take their ranks, and they start anew.
@@ -213,16 +213,16 @@ class RankPool:
             f"rank {rank} (was on {self._candidates[seat].address})"
             for rank, seat in sorted(self._seats.items())
             if seat not in answered
-        ] or [f"rank {rank}" for rank in range(self._spec.assignment.world) if rank not in held]
+        ] or [f"rank {rank}" for rank in range(self._spec.world) if rank not in held]
         self.waiting_for = ", ".join(lost)
         self._check_stopping()
         self._check_fit()
         living = sum(not candidate.gone for candidate in self._candidates)
-        if time.monotonic() > deadline or living < self._spec.assignment.world:
+        if time.monotonic() > deadline or living < self._spec.world:
             raise RankUnavailable(
                 f"no actor for {self.waiting_for} within {self._spec.recovery_timeout_s:g} s: "
                 f"{len(answered)} of {len(self._candidates)} actors answer and "
-                f"{self._spec.assignment.world} are needed; add a node, or launch again with fewer "
+                f"{self._spec.world} are needed; add a node, or launch again with fewer "
                 "ranks"
             )
         time.sleep(_POLL_S)
@@ -230,7 +230,7 @@ class RankPool:
     def _check_fit(self) -> None:
         """Raise why actors cannot read the model, if those that can are too few."""
         unfit = [c.unfit for c in self._candidates if c.unfit is not None and not c.gone]
-        if unfit and sum(c.able for c in self._candidates) < self._spec.assignment.world:
+        if unfit and sum(c.able for c in self._candidates) < self._spec.world:
             raise as_raised(unfit[0])
 
     def _check_stopping(self) -> None:

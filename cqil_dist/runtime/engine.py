@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from cqil_dist.errors import CqilError, ExchangeError, RequestError
-from cqil_dist.model.step import Segment
-from cqil_dist.outputs import EngineState, Recovery
+from cqil_dist.errors import CqilError, ExchangeError, QueueFull
+from cqil_dist.inputs import GenerationInput
+from cqil_dist.model.step import Step
 from cqil_dist.runtime.detokenizer import Detokenizer
-from cqil_dist.runtime.request import Request
-from cqil_dist.runtime.sampler import SampledToken, Sampler
+from cqil_dist.runtime.prompts import PromptEncoder
+from cqil_dist.runtime.request import Request, StepTimes
+from cqil_dist.runtime.sampler import Sampler
 from cqil_dist.runtime.scheduler import ScheduledStep, Scheduler
-from cqil_dist.sampling_params import SamplingParams
+from cqil_dist.status import EngineState, Recovery
+from cqil_dist.timeline import RankTimeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,27 +42,24 @@ _MAX_SETBACKS = 5
 class StepModel(Protocol):
     """What computes steps, one after another: a `RankGroup`, over however many ranks."""
 
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
-        """Start a step.
-
-        Args:
-            token_ids: the tokens of all segments, in order.
-            argmax_only: the most likely tokens are wanted in place of the logits.
-        """
+    def begin(self, step: Step) -> None:
+        """Start a step."""
         ...
 
     def finish(self) -> Tensor:
         """Wait for the step begun last.
 
         Returns:
-            A row for each segment that wants logits, in order: float32 logits [R, V], or with
-            `argmax_only` token ids, int64 [R], -1 where a logit is not a finite number.
+            A row for each token after which logits are wanted, in order: float32 logits [R, V],
+            or with `argmax_only` token ids, int64 [R], -1 where a logit is not a finite number.
 
         Raises:
             ExchangeError: the step has no result, and there will be no other.
         """
+        ...
+
+    def timeline(self) -> tuple[RankTimeline, ...]:
+        """Where each rank's time went in the step finished last, if it was to report it."""
         ...
 
     def check(self) -> None:
@@ -92,6 +91,7 @@ class Engine:
         max_len: most tokens a prompt and its completion may have together.
         slots: requests that run at the same time; more wait.
         prefill_tokens: most prompt tokens a step computes beside the decoding requests' tokens.
+        max_waiting: most requests that wait for a slot; more are refused.
         rebuild: called where the model fails.
         on_recovery: told of each recovery.
     """
@@ -106,16 +106,18 @@ class Engine:
         max_len: int,
         slots: int,
         prefill_tokens: int,
+        max_waiting: int,
         rebuild: Rebuild,
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
     ) -> None:
         self.max_len = max_len
+        self.max_waiting = max_waiting
         self._rebuild = rebuild
         self._on_recovery = on_recovery
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._vocab_size = vocab_size
+        self._prompts = PromptEncoder(tokenizer, vocab_size, max_len)
         self._steps = 0
         self._scheduler = Scheduler(slots, prefill_tokens)
         self._unreleased: list[Request] = []  # used by the engine's thread alone, as is:
@@ -129,65 +131,34 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        final_only: bool = False,
-        resume_token_ids: Sequence[int] = (),
-    ) -> Request:
-        """Queue a request; its `stream` gives the chunks, or one at the end with `final_only`.
-
-        Args:
-            resume_token_ids: output tokens that a broken stream of the same request has given
-                already; this one goes on after them.
+    def submit(self, given: GenerationInput) -> Request:
+        """Queue a request; its `stream` gives the chunks.
 
         Raises:
-            RequestError: the prompt is empty, too long, or holds unknown token ids.
+            RequestError: the prompt is empty, too long, holds unknown token ids, or is a
+                conversation that the model's chat template does not take.
+            QueueFull: as many requests wait as may. One that resumes was let in before.
             CqilError: the engine is closed, or lost its model.
         """
-        prompt_ids = self._encode(prompt)
-        self._check_known(resume_token_ids)
+        prompt_ids = self._prompts.encode(given.prompt)
+        self._prompts.check_known(given.resume_token_ids)
         request = Request(
+            given,
             prompt_ids,
-            params,
-            Sampler(params, prompt_ids),
-            Detokenizer(self._tokenizer, prompt_ids, params.stop),
+            Sampler(given.params, prompt_ids),
+            Detokenizer(self._tokenizer, prompt_ids, given.params.stop),
             self._eos_token_ids,
-            final_only,
+            self._prompts.decode(given.prompt, prompt_ids) if given.echo else None,
         )
-        request.replay(resume_token_ids, self.max_len)
+        request.replay(given.resume_token_ids, self.max_len)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             if not request.finished:
+                self._check_room(given)
                 self._scheduler.add(request)
                 self._changed.notify()
         return request
-
-    def submit_chat(
-        self,
-        messages: list[dict[str, str]],
-        params: SamplingParams,
-        final_only: bool = False,
-        resume_token_ids: Sequence[int] = (),
-    ) -> Request:
-        """Queue a conversation, laid out by the model's chat template; otherwise as `submit`.
-
-        Raises:
-            RequestError: no messages, or the model has no chat template that takes them.
-        """
-        if not messages:
-            raise RequestError("the chat has no messages")
-        try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except Exception as error:  # templates are programs: they raise what they like
-            raise RequestError(
-                f"the model's chat template refused the messages: {error}"
-            ) from error
-        return self.submit(list(encoded["input_ids"]), params, final_only, resume_token_ids)
 
     def cancel(self, request: Request) -> None:
         """End a request early: its stream closes as "abort" and its slot is freed."""
@@ -208,6 +179,7 @@ class Engine:
                 "waiting_requests": self._scheduler.waiting,
                 "free_slots": self._scheduler.free_slots,
                 "slots": self._scheduler.slots,
+                "max_waiting": self.max_waiting,
                 "steps": self._steps,
             }
 
@@ -218,33 +190,21 @@ class Engine:
         """
         self._fail(CqilError("the engine was closed before the request finished"))
 
+    def _check_room(self, given: GenerationInput) -> None:
+        # Those that the next step gives a slot do not wait.
+        waiting = self._scheduler.waiting - self._scheduler.free_slots
+        if waiting >= self.max_waiting and not given.resume_token_ids:
+            raise QueueFull(
+                f"all {self._scheduler.slots} slots are taken, and {self.max_waiting} requests "
+                "wait, which is as many as may; try again later"
+            )
+
     def _state(self) -> tuple[EngineState, str]:
         if self._failure is not None:
             return "failed", str(self._failure)
         if self._loss is not None:
             return "recovering", self._loss.cause
         return "serving", ""
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            prompt_ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        else:
-            prompt_ids = list(prompt)
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; give at least one token to continue")
-        self._check_known(prompt_ids)
-        if len(prompt_ids) >= self.max_len:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but prompt and completion together may "
-                f"have {self.max_len}; shorten the prompt, or launch with a larger max_len"
-            )
-        return prompt_ids
-
-    def _check_known(self, token_ids: Sequence[int]) -> None:
-        if unknown := [id for id in token_ids if id not in range(self._vocab_size)]:
-            raise RequestError(
-                f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"
-            )
 
     def _run(self) -> None:
         try:
@@ -264,19 +224,19 @@ class Engine:
 
     def _work(self) -> None:
         """Compute a step, or find nothing to compute for a while."""
-        step = self._next_step()
-        self._computing = () if step is None else step.requests
-        if step is None:
+        scheduled = self._next_step()
+        self._computing = () if scheduled is None else scheduled.requests
+        if scheduled is None:
             self._model.check()
             self._note_progress()
             return
-        argmax_only = all(request.wants_argmax for request in step.requests)
-        self._model.begin(step.segments, step.token_ids, argmax_only)
+        began = time.perf_counter()
+        self._model.begin(scheduled.step)
         self._steps += 1
         self._release()  # while the ranks compute
         rows = self._model.finish()
         self._note_progress()
-        self._deliver(step, rows, argmax_only)
+        self._deliver(scheduled, rows, StepTimes(self._steps - 1, began, time.perf_counter()))
 
     def _next_step(self) -> ScheduledStep | None:
         """Wait a while for something to compute; None if there is nothing, or on closing."""
@@ -337,16 +297,19 @@ class Engine:
             self._scheduler.remove(request)
             request.abort()
 
-    def _deliver(self, step: ScheduledStep, rows: Tensor, argmax_only: bool) -> None:
-        row = iter(rows)
-        for segment, request in zip(step.segments, step.requests, strict=True):
+    def _deliver(self, scheduled: ScheduledStep, rows: Tensor, times: StepTimes) -> None:
+        step = scheduled.step
+        first = 0
+        for segment, request in zip(step.segments, scheduled.requests, strict=True):
             request.computed = segment.end
-            if not segment.wants_logits:
+            own = rows[first : first + segment.logits]
+            first += segment.logits
+            if request.wants_timeline:
+                request.note_step(times, len(step.token_ids), segment.count, self._model.timeline())
+            elif not segment.logits:
                 continue
-            result = next(row)
             try:
-                sampled = _argmax_of(result) if argmax_only else request.choose(result)
-                request.advance(sampled, self.max_len)
+                request.take(own, step.argmax_only, self.max_len)
             except CqilError as error:
                 request.fail(error)
             except Exception as error:  # one request's, whatever it is: the others go on
@@ -368,12 +331,3 @@ class Engine:
             for request in self._scheduler.drain():
                 request.fail(error)
             self._changed.notify()
-
-
-def _argmax_of(token_id: Tensor) -> SampledToken:
-    if (chosen := int(token_id)) < 0:
-        raise CqilError(
-            "some logits are NaN or infinite, so no token can be chosen: the model overflowed in "
-            "its dtype or its weights are damaged; try dtype float32"
-        )
-    return SampledToken(chosen)

@@ -33,6 +33,7 @@ from cqil_dist.model.footprint import footprint
 from cqil_dist.runtime.model_files import model_directory
 from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
+from cqil_dist.runtime.rank_metrics import RankMetrics
 from cqil_dist.runtime.resident_memory import (
     available_bytes,
     freed_memory_returned,
@@ -135,13 +136,13 @@ class LayerActor:
     def prepare(self, spec: EngineSpec) -> None:
         """As a spare, read all ranks' weights beforehand, as far as memory allows. Idempotent."""
         self._wanted.clear()
-        for rank in range(spec.assignment.world):
+        for rank in range(spec.world):
             with self._loading:
                 if self._wanted.is_set():
                     return
                 if rank in self._programs:
                     continue
-                share = footprint(spec.assignment, rank, spec.config, spec.dtype)
+                share = footprint(spec.assignments, rank, spec.config, spec.dtype)
                 needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
                 free = available_bytes(self._device)
                 if free < needed:
@@ -165,7 +166,7 @@ class LayerActor:
         with freed_memory_returned():
             self._programs[rank] = RankProgram(
                 rank,
-                spec.assignment,
+                spec.assignments,
                 spec.config,
                 Checkpoint(path),
                 spec.cache_shape,
@@ -270,6 +271,7 @@ class _Mesh:
         self._threads = spec.threads
         self._end_s = spec.step_deadline_s + _THREAD_END_S
         self._cores = mesh.cores
+        self._metrics = RankMetrics(program.clock, mesh.rank, spec.names)
         with listener, ExitStack() as on_failure:
             sockets = connect_mesh(
                 listener,
@@ -292,6 +294,7 @@ class _Mesh:
         self._thread = threading.Thread(target=self._serve, name="steps", daemon=True)
 
     def start(self) -> None:
+        self._metrics.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -304,6 +307,7 @@ class _Mesh:
         guard.daemon = True
         guard.start()
         try:
+            self._metrics.stop()
             self._link.close()
             self.exchange.close()
             if self._thread.is_alive():
@@ -351,7 +355,7 @@ def _exchange(
         sock.close()
     return TorchDistributedExchange(
         mesh.rank,
-        spec.assignment.world,
+        spec.world,
         "nccl",
         mesh.nccl_address,
         parse_dtype(spec.dtype),

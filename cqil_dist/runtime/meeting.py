@@ -18,10 +18,10 @@ from cqil_dist.errors import ExchangeError, LaunchError
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
-from cqil_dist.outputs import RankStatus
 from cqil_dist.runtime.layer_actor import ActorState, MeshSpec
 from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.spec import EngineSpec
+from cqil_dist.status import RankStatus
 
 _CALL_TIMEOUT_S = 60.0
 _JOIN_DEADLINE_S = 20.0

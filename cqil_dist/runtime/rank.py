@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqil_dist.assignment import Assignment, Round, Stage
+from cqil_dist.assignment import Assignment, Piece, Round, Stage
 from cqil_dist.exchange.base import Exchange, sum_in_rank_order
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
@@ -22,6 +22,8 @@ from cqil_dist.model.layers import rms_normalize
 from cqil_dist.model.loading import PartLoader, StageParts
 from cqil_dist.model.rope import RotaryTable
 from cqil_dist.model.step import Segment, StepContext
+from cqil_dist.runtime.step_clock import StepClock
+from cqil_dist.timeline import SpanKind
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class LocalStage:
     """A stage as one rank sees it.
 
     Attributes:
+        group: its index in the plan.
         parts, cache: None where the rank computes nothing.
         carries: whether its summand of the output includes the residual.
         bundles: attention bundles of every worker, by rank.
     """
 
+    group: int
     stage: Stage
     parts: StageParts | None
     cache: KVCache | None
@@ -52,6 +56,14 @@ class LocalStage:
 class RankProgram:
     """The weights and KV cache of one rank, and the loop over stages that uses them.
 
+    Args:
+        assignments: one for each plan it can walk, over the same ranks. Where two have the rank
+            compute the same pieces together, they share weights and cache: a slot belongs to one
+            sequence, and a sequence to one plan.
+
+    Attributes:
+        clock: where its time goes.
+
     Raises:
         CheckpointError: a tensor this rank needs is missing, misshapen or unreadable.
     """
@@ -59,7 +71,7 @@ class RankProgram:
     def __init__(
         self,
         rank: int,
-        assignment: Assignment,
+        assignments: Sequence[Assignment],
         config: ModelConfig,
         checkpoint: Checkpoint,
         cache_shape: CacheShape,
@@ -68,36 +80,51 @@ class RankProgram:
         on_stage_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank = rank
-        self.assignment = assignment
+        self.clock = StepClock(device)
         self._config = config
         self._dtype = dtype
         self._device = device
         self._rotary = RotaryTable(config, cache_shape.max_len, dtype, device)
-        loader = PartLoader(config, checkpoint, dtype, device)
-        self._stages: list[LocalStage] = []
-        for stage in assignment.stages:
-            parts = cache = None
-            if stage.pieces[rank]:
-                parts = loader.load(stage, rank)
-                slots, max_len = cache_shape.slots, cache_shape.max_len
-                cache = KVCache(slots, parts.kv_heads, max_len, config.head_dim, dtype, device)
-            bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}
-            self._stages.append(LocalStage(stage, parts, cache, stage.carrier == rank, bundles))
-            on_stage_loaded()
-        self.head_rows = assignment.head_rows[rank]
+        self._cache_shape = cache_shape
+        self._caches: dict[tuple[Piece, ...], KVCache] = {}
+        self._loader = PartLoader(config, checkpoint, dtype, device)
+        self._plans: list[list[LocalStage]] = []
+        for assignment in assignments:
+            self._plans.append([])
+            for group, stage in enumerate(assignment.stages):
+                self._plans[-1].append(self._local(group, stage))
+                on_stage_loaded()
+        self.head_rows = assignments[0].head_rows[rank]
         self._head = HeadShard.load(config, checkpoint, self.head_rows, dtype, device)
 
     @property
     def weight_bytes(self) -> int:
-        parts = sum(local.parts.nbytes for local in self._stages if local.parts)
-        return parts + self._head.nbytes
+        return self._loader.nbytes + self._head.nbytes
 
     @property
     def kv_bytes(self) -> int:
-        return sum(local.cache.nbytes for local in self._stages if local.cache)
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def _local(self, group: int, stage: Stage) -> LocalStage:
+        parts = cache = None
+        if pieces := stage.pieces[self.rank]:
+            parts = self._loader.load(stage, self.rank)
+            if (cache := self._caches.get(pieces)) is None:
+                cache = self._caches[pieces] = self._cache(parts.kv_heads)
+        bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}
+        return LocalStage(group, stage, parts, cache, stage.carrier == self.rank, bundles)
+
+    def _cache(self, kv_heads: int) -> KVCache:
+        slots, max_len = self._cache_shape.slots, self._cache_shape.max_len
+        return KVCache(slots, kv_heads, max_len, self._config.head_dim, self._dtype, self._device)
 
     def step(
-        self, segments: Sequence[Segment], hidden_ND: Tensor | None, exchange: Exchange
+        self,
+        segments: Sequence[Segment],
+        hidden_ND: Tensor | None,
+        exchange: Exchange,
+        plan: int = 0,
+        exact_times: bool = False,
     ) -> Tensor:
         """Compute one step of N tokens together with the other ranks of the exchange.
 
@@ -105,24 +132,34 @@ class RankProgram:
             segments: the step's tokens, the same on every rank.
             hidden_ND: the embedded tokens; None on a rank that computes nothing of the first
                 stage.
+            plan: index of the plan to walk.
+            exact_times: on a GPU, have the clock wait for every part.
 
         Returns:
             Float32 logits [R, rows] on the rank's device: this rank's rows of the vocabulary,
-            for each of the R segments that want logits.
+            for each of the R tokens after which logits are wanted.
 
         Raises:
             ExchangeError: a peer was lost, or does not follow the plan.
         """
-        return self.head(self.layers(segments, hidden_ND, exchange))
+        self.clock.begin(plan, exact_times)
+        logits_RV = self.head(self.layers(segments, hidden_ND, exchange, plan))
+        self.clock.mark(SpanKind.HEAD, len(self._plans[plan]))
+        self.clock.end()
+        return logits_RV
 
     @torch.inference_mode()
     def layers(
-        self, segments: Sequence[Segment], hidden_ND: Tensor | None, exchange: Exchange
+        self,
+        segments: Sequence[Segment],
+        hidden_ND: Tensor | None,
+        exchange: Exchange,
+        plan: int = 0,
     ) -> Tensor:
         """The step without the head: hidden states [R, D] of the tokens that want logits."""
         context = StepContext.of(segments, self._rotary, self._device)
         x_ND = None if hidden_ND is None else hidden_ND.to(self._device, self._dtype)
-        for local in self._stages:
+        for local in self._plans[plan]:
             x_ND = self._walk(local, x_ND, context, exchange)
         assert x_ND is not None, "the last stage's output reaches every rank"
         return x_ND[context.logit_rows]
@@ -145,7 +182,9 @@ class RankProgram:
         shape = (len(context.positions_N), self._config.hidden_size)
         shapes = dict.fromkeys(local.bundles, shape)
         parts = self._meet(local.stage.output_round, partial_ND, shapes, exchange)
-        return sum_in_rank_order(parts) if parts else None
+        total_ND = sum_in_rank_order(parts) if parts else None
+        self.clock.mark(SpanKind.OUTPUT_EXCHANGE, local.group)
+        return total_ND
 
     def _partial(
         self,
@@ -159,11 +198,13 @@ class RankProgram:
         """This rank's summand of y = x + sum over members of ( a + F(u) )."""
         eps = self._config.rms_norm_eps
         attended = parts.attention(rms_normalize(x_ND, eps), context, cache)
+        self.clock.mark(SpanKind.ATTENTION, local.group)
         visible = self._exchange_attention(local, attended, exchange)
         partial_ND = sum_tensors([x_ND, *attended] if local.carries else attended)
         for feed_forward, inputs in parts.feed_forwards:
             u_ND = sum_tensors([x_ND, *(visible[rank][bundle] for rank, bundle in inputs)])
             partial_ND = partial_ND + feed_forward(rms_normalize(u_ND, eps))
+        self.clock.mark(SpanKind.FEED_FORWARD, local.group)
         return partial_ND
 
     def _exchange_attention(
@@ -176,6 +217,7 @@ class RankProgram:
         shapes = {rank: (count, tokens, width) for rank, count in local.bundles.items()}
         own = torch.stack(attended)
         gathered = self._meet(local.stage.attention_round, own, shapes, exchange)
+        self.clock.mark(SpanKind.ATTENTION_EXCHANGE, local.group)
         return {rank: list(tensor.unbind()) for rank, tensor in gathered}
 
     def _meet(

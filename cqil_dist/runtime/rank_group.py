@@ -8,6 +8,7 @@ embedded tokens), and every rank answers for its share of the vocabulary.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -18,53 +19,60 @@ from cqil_dist.errors import ExchangeError, PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.link import Link, recv_each
 from cqil_dist.model.head import Embedding
-from cqil_dist.model.step import Segment
+from cqil_dist.model.step import Segment, Step
 from cqil_dist.runtime.rank import RankProgram
+from cqil_dist.runtime.step_clock import ClockOffset, timeline_of, times_of
+from cqil_dist.timeline import RankTimeline
 
 
 class RankGroup:
     """All ranks of a launch, driven step by step over one link each.
 
     Args:
+        assignments: one for each plan.
         links: to rank 0, 1, ... in order.
         step_deadline_s: seconds a step may take before a rank counts as lost.
     """
 
     def __init__(
         self,
-        assignment: Assignment,
+        assignments: Sequence[Assignment],
         embedding: Embedding,
         links: Sequence[Link],
         step_deadline_s: float,
     ) -> None:
-        self._assignment = assignment
+        self._assignments = assignments
         self._embedding = embedding
         self._links = links
         self._step_deadline_s = step_deadline_s
         self.steps = 0
+        self._offsets = [ClockOffset() for _ in links]
+        self._timeline: tuple[RankTimeline, ...] = ()
 
-    def begin(
-        self, segments: Sequence[Segment], token_ids: Sequence[int], argmax_only: bool
-    ) -> None:
+    def begin(self, step: Step) -> None:
         """Send a step to every rank. See `StepModel.begin`.
 
         Raises:
             PeerLost: a rank is gone.
         """
-        hidden_ND = self._embedding(token_ids)
+        self._began = time.perf_counter()
+        hidden_ND = self._embedding(step.token_ids)
         header = {
             "step": self.steps,
-            "segments": [[s.slot, s.start, s.count, s.wants_logits] for s in segments],
-            "argmax_only": argmax_only,
+            "plan": step.plan,
+            "segments": [[s.slot, s.start, s.count, s.logits] for s in step.segments],
+            "argmax_only": step.argmax_only,
+            "timeline": step.timeline,
         }
         self.steps += 1
         for rank, link in enumerate(self._links):
-            starts = rank in self._assignment.entry_ranks
+            starts = rank in self._assignments[step.plan].entry_ranks
             link.send(header, hidden_ND if starts else None)
 
     def finish(self) -> Tensor:
         """Gather every rank's answer to the step. See `StepModel.finish`."""
         answers = recv_each(self._links, self._step_deadline_s)
+        ended = time.perf_counter()
         errors = [
             f"rank {rank}: {answer['error']}"
             for rank, (answer, _) in enumerate(answers)
@@ -72,10 +80,19 @@ class RankGroup:
         ]
         if errors:
             raise ExchangeError("; ".join(errors))
+        self._timeline = tuple(
+            timeline_of(rank, answer["times"], offset, self._began, ended)
+            for rank, ((answer, _), offset) in enumerate(zip(answers, self._offsets, strict=True))
+            if "times" in answer
+        )
         shards = [logits for _, logits in answers if logits is not None]
         if shards:
             return torch.cat(shards, dim=-1)
         return most_likely([answer["best"] for answer, _ in answers])
+
+    def timeline(self) -> tuple[RankTimeline, ...]:
+        """See `StepModel.timeline`."""
+        return self._timeline
 
     def check(self) -> None:
         """See `StepModel.check`. Raises PeerLost."""
@@ -112,14 +129,15 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
         exchange.begin_step(header["step"])
         segments = [Segment(*fields) for fields in header["segments"]]
         try:
-            logits = program.step(segments, hidden_ND, exchange)
+            logits = program.step(segments, hidden_ND, exchange, header["plan"], header["timeline"])
         except Exception as error:
             link.send({"error": f"{type(error).__name__}: {error}"})
             raise
+        answer = {"times": times_of(program.clock)} if header["timeline"] else {}
         if header["argmax_only"]:
-            link.send({"best": best_of_shard(logits, program.head_rows)})
+            link.send({**answer, "best": best_of_shard(logits, program.head_rows)})
         else:
-            link.send({}, logits.cpu())
+            link.send(answer, logits.cpu())
 
 
 def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:

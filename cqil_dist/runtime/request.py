@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
 from cqil_dist.errors import CqilError
+from cqil_dist.inputs import GenerationInput
 from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLogprob, Usage
+from cqil_dist.runtime.chunk_stream import ChunkStream
 from cqil_dist.runtime.detokenizer import Detokenizer
-from cqil_dist.runtime.sampler import SampledToken, Sampler
-from cqil_dist.sampling_params import SamplingParams
+from cqil_dist.runtime.sampler import SampledToken, Sampler, check_finite, chosen, scored
+from cqil_dist.timeline import RankTimeline, StepTimeline
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """When a step of this number began and ended, seconds of `time.perf_counter`."""
+
+    number: int
+    began: float
+    ended: float
 
 
 class Request:
@@ -27,6 +36,7 @@ class Request:
     Attributes:
         tokens: prompt and output so far.
         computed: how many of them are in the KV cache.
+        plan: index of the plan it runs under.
         slot: KV slot, or None while waiting for one.
         finished: the stream has ended.
         setbacks: losses of the model during its steps, since it last gained a token.
@@ -34,27 +44,36 @@ class Request:
 
     def __init__(
         self,
+        given: GenerationInput,
         prompt_ids: Sequence[int],
-        params: SamplingParams,
         sampler: Sampler,
         detokenizer: Detokenizer,
         eos_token_ids: Sequence[int],
-        final_only: bool = False,
+        prompt_text: str | None = None,
     ) -> None:
+        params = given.params
         self.tokens = list(prompt_ids)
         self.params = params
+        self.plan = given.plan
+        self.wants_timeline = given.timeline and not given.final_only
         self.computed = 0
         self.slot: int | None = None
         self.finished = False
         self.setbacks = 0
         self.stream = ChunkStream()
-        self._final_only = final_only
+        self._final_only = given.final_only
+        self._prompt_text = prompt_text
         self._prompt_length = len(prompt_ids)
         self._sampler = sampler
         self._detokenizer = detokenizer
         self._eos_token_ids = () if params.ignore_eos else tuple(eos_token_ids)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] | None = None
+        if params.prompt_logprobs is not None:
+            first = prompt_ids[0]
+            self._prompt_logprobs = [TokenLogprob(first, detokenizer.token_text(first), None)]
+        self._timeline: StepTimeline | None = None
         self._token_times = [time.perf_counter()]  # arrival, then one entry per token
 
     @property
@@ -67,22 +86,77 @@ class Request:
         return tuple(self.tokens[self._prompt_length :])
 
     @property
+    def wanted_from(self) -> int:
+        """Position of the first token after which logits are wanted."""
+        scored = self._prompt_logprobs
+        if scored is not None and len(scored) < self._prompt_length:
+            return len(scored) - 1
+        return len(self.tokens) - 1
+
+    @property
     def wants_argmax(self) -> bool:
         """Whether the most likely token is all it wants to know of the logits."""
         params = self.params
-        return params.greedy and params.repetition_penalty == 1 and params.logprobs is None
+        return (
+            params.greedy
+            and params.repetition_penalty == 1
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+        )
 
-    def choose(self, logits_V: Tensor) -> SampledToken:
-        """The next token, from float32 logits [V] after the last one. Raises CqilError."""
-        return self._sampler.sample(logits_V, self.tokens, len(self.generated))
+    def note_step(
+        self, times: StepTimes, tokens: int, own_tokens: int, ranks: tuple[RankTimeline, ...]
+    ) -> None:
+        """Remember where the time of a step went, for the chunk that comes of it."""
+        self._timeline = StepTimeline(
+            step=times.number,
+            step_tokens=tokens,
+            request_tokens=own_tokens,
+            start_ms=1000 * (times.began - self._token_times[0]),
+            duration_ms=1000 * (times.ended - times.began),
+            ranks=ranks,
+        )
 
-    def advance(self, sampled: SampledToken, max_len: int) -> None:
-        """Append a token, and hold what is new for the stream until it is released.
+    def take(self, rows: Tensor, argmax_only: bool, max_len: int) -> None:
+        """Go on by what a step gave, and hold what is new for the stream until it is released.
 
         Args:
+            rows: logits after the last of the computed tokens, float32 [R, V], from `wanted_from`
+                on; or the most likely token, int64 [R].
             max_len: most tokens the KV slot has room for.
+
+        Raises:
+            CqilError: a logit is NaN or infinite.
         """
+        if self._timeline is not None and self.pending:
+            self.stream.hold(Chunk("", (), timeline=self._timeline))
+        first = self.computed - len(rows)
+        last = len(self.tokens) - 1
+        for position, row in enumerate(rows, first):
+            if position < self._prompt_length - 1:
+                self._score_prompt(position + 1, row)
+            elif position == last:
+                self._go_on(row, argmax_only, max_len)
+
+    def _go_on(self, row: Tensor, argmax_only: bool, max_len: int) -> None:
         self.setbacks = 0
+        if self.params.max_tokens == 0:
+            self._end("", (), None, "length", None)
+        elif argmax_only:
+            self._advance(chosen(row), max_len)
+        else:
+            sampled = self._sampler.sample(row, self.tokens, len(self.generated))
+            self._advance(sampled, max_len)
+
+    def _score_prompt(self, position: int, logits_V: Tensor) -> None:
+        check_finite(logits_V, f"prompt token {position}")
+        assert self._prompt_logprobs is not None, "else nobody wants these logits"
+        assert self.params.prompt_logprobs is not None, "as it is"
+        token_id = self.tokens[position]
+        entry = scored(logits_V, token_id, self.params.prompt_logprobs)
+        self._prompt_logprobs.append(self._described(entry))
+
+    def _advance(self, sampled: SampledToken, max_len: int) -> None:
         self.tokens.append(sampled.token_id)
         self._token_times.append(time.perf_counter())
         logprobs = self._record_logprob(sampled)
@@ -91,7 +165,7 @@ class Request:
         if reason is not None:
             self._end(text, (sampled.token_id,), logprobs, reason, stop_reason)
         elif not self._final_only:
-            self.stream.hold(Chunk(text, (sampled.token_id,), logprobs))
+            self.stream.hold(Chunk(text, (sampled.token_id,), logprobs, timeline=self._timeline))
 
     def replay(self, token_ids: Sequence[int], max_len: int) -> None:
         """Take up a stream that broke off: append output tokens that its reader already has.
@@ -159,10 +233,14 @@ class Request:
             logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
             seed=self._sampler.seed,
             stop_reason=stop_reason,
+            prompt_logprobs=None if self._prompt_logprobs is None else tuple(self._prompt_logprobs),
+            prompt_text=self._prompt_text,
         )
         if self._final_only:
             text, token_ids, logprobs = completion.text, completion.token_ids, completion.logprobs
-        self.stream.hold(Chunk(text, token_ids, logprobs, reason, stop_reason, completion))
+        self.stream.hold(
+            Chunk(text, token_ids, logprobs, reason, stop_reason, completion, self._timeline)
+        )
 
     def _timings(self) -> Timings:
         times = self._token_times
@@ -172,41 +250,11 @@ class Request:
     def _record_logprob(self, sampled: SampledToken) -> tuple[TokenLogprob, ...] | None:
         if sampled.logprob is None:
             return None
-        text_of = self._detokenizer.token_text
-        top = tuple(TokenLogprob(id, text_of(id), value) for id, value in sampled.top)
-        entry = TokenLogprob(sampled.token_id, text_of(sampled.token_id), sampled.logprob, top)
+        entry = self._described(sampled)
         self._logprobs.append(entry)
         return (entry,)
 
-
-class ChunkStream:
-    """The chunks of one request, handed from the engine's thread to the caller's.
-
-    What is held reaches the caller when it is released: waking the caller's thread costs the
-    engine's a fraction of a millisecond, which it can spare while the ranks compute.
-
-    Iterating ends after the chunk with a finish reason, and raises the error a request failed
-    with.
-    """
-
-    def __init__(self) -> None:
-        self._held: deque[Chunk | CqilError] = deque()
-        self._releasing = threading.Lock()
-        self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
-
-    def hold(self, item: Chunk | CqilError) -> None:
-        self._held.append(item)
-
-    def release(self) -> None:
-        with self._releasing:  # the engine's thread, and one that closes the engine
-            while self._held:
-                self._queue.put(self._held.popleft())
-
-    def __iter__(self) -> Iterator[Chunk]:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, CqilError):
-                raise item
-            yield item
-            if item.finish_reason is not None:
-                return
+    def _described(self, sampled: SampledToken) -> TokenLogprob:
+        text_of = self._detokenizer.token_text
+        top = tuple(TokenLogprob(id, text_of(id), value) for id, value in sampled.top)
+        return TokenLogprob(sampled.token_id, text_of(sampled.token_id), sampled.logprob, top)

@@ -90,14 +90,11 @@ class Sampler:
         Raises:
             CqilError: a logit is NaN or infinite.
         """
-        _check_finite(logits_V, position)
+        check_finite(logits_V, f"output token {position}")
         token_id = self._choose(logits_V, history, position)
         if self._params.logprobs is None:
             return SampledToken(token_id)
-        logprobs_V = logits_V.log_softmax(dim=-1)
-        top = logprobs_V.topk(min(self._params.logprobs, len(logprobs_V)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return SampledToken(token_id, float(logprobs_V[token_id]), tuple(pairs))
+        return scored(logits_V, token_id, self._params.logprobs)
 
     def _choose(self, logits_V: Tensor, history: Sequence[int], position: int) -> int:
         scores_1V = logits_V[None]
@@ -133,13 +130,32 @@ class Sampler:
         return scores, ids
 
 
-def _check_finite(logits_V: Tensor, position: int) -> None:
+def scored(logits_V: Tensor, token_id: int, alternatives: int) -> SampledToken:
+    """How probable a token is under these logits, and the most probable ones."""
+    logprobs_V = logits_V.log_softmax(dim=-1)
+    top = logprobs_V.topk(min(alternatives, len(logprobs_V)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return SampledToken(token_id, float(logprobs_V[token_id]), tuple(pairs))
+
+
+def chosen(token_id: Tensor) -> SampledToken:
+    """A token that the ranks have chosen, int64 []. Raises CqilError where they could not (-1)."""
+    if (choice := int(token_id)) < 0:
+        raise CqilError(
+            "some logits are NaN or infinite, so no token can be chosen: the model overflowed in "
+            "its dtype or its weights are damaged; try dtype float32"
+        )
+    return SampledToken(choice)
+
+
+def check_finite(logits_V: Tensor, what: str) -> None:
+    """Raises CqilError, saying for what the logits are, where one is NaN or infinite."""
     low, high = torch.aminmax(logits_V)  # one pass; both are NaN if any logit is
     if not (math.isfinite(low) and math.isfinite(high)):
         count = int((~logits_V.isfinite()).sum())
         raise CqilError(
-            f"{count} of the {len(logits_V)} logits for output token {position} are NaN or "
-            "infinite, so no token can be chosen: the model overflowed in its dtype or its weights "
+            f"{count} of the {len(logits_V)} logits for {what} are NaN or infinite, "
+            " so no token can be chosen: the model overflowed in its dtype or its weights "
             "are damaged; try dtype float32, and check the plan on a shorter prompt"
         )
 

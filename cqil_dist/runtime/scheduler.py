@@ -7,35 +7,30 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cqil_dist.model.step import Segment
+from cqil_dist.model.step import Segment, Step
 from cqil_dist.runtime.request import Request
 
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """Segments of the next step, and the request of each."""
+    """The next step, and the request of each of its segments."""
 
-    segments: tuple[Segment, ...]
+    step: Step
     requests: tuple[Request, ...]
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [
-            token
-            for segment, request in zip(self.segments, self.requests, strict=True)
-            for token in request.tokens[segment.start : segment.end]
-        ]
 
 
 class Scheduler:
     """First come, first served, into `slots` KV slots.
 
     Every running request has tokens that its KV cache lacks: one when it decodes, many when its
-    prompt is new. A step takes all the single ones, so that nobody who decodes waits, and fills up
-    to `prefill_tokens` more from the others in order of arrival.
+    prompt is new. A step takes all the single ones, so that nobody who decodes waits, and up to
+    `prefill_tokens` more: half of them for the prompt that has waited longest, the rest for those
+    that take least, so that neither a long prompt nor many short ones starve the others.
+
+    Requests of several plans take turns: a step walks one plan.
     """
 
     def __init__(self, slots: int, prefill_tokens: int) -> None:
@@ -44,6 +39,7 @@ class Scheduler:
         self._free = list(range(slots))  # a heap: low slots stay adjacent, hence views
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._last_plan = -1
 
     @property
     def waiting(self) -> int:
@@ -88,23 +84,50 @@ class Scheduler:
             request = self._waiting.popleft()
             request.slot = heapq.heappop(self._free)
             self._running.append(request)
-        decoding = [r for r in self._running if r.pending == 1]
-        decoding.sort(key=lambda request: request.slot or 0)
-        scheduled = [(request, 1) for request in decoding]
-        budget = self._prefill_tokens
-        for request in self._running:
-            if request.pending > 1 and budget > 0:
-                count = min(request.pending, budget)
-                scheduled.append((request, count))
-                budget -= count
-        if not scheduled:
+        if not self._running:
             return None
-        return _step(scheduled)
+        self._last_plan = self._next_plan()
+        running = [r for r in self._running if r.plan == self._last_plan]
+        decoding = [r for r in running if r.pending == 1]
+        decoding.sort(key=lambda request: request.slot or 0)
+        prefilling = [r for r in running if r.pending > 1]
+        return _step([*((r, 1) for r in decoding), *_prefills(prefilling, self._prefill_tokens)])
+
+    def _next_plan(self) -> int:
+        plans = {request.plan for request in self._running}
+        return min(plans, key=lambda plan: (plan <= self._last_plan, plan))
+
+
+def _prefills(requests: Sequence[Request], budget: int) -> Iterator[tuple[Request, int]]:
+    """How many of its tokens each of these, in order of arrival, computes in the next step."""
+    if not requests:
+        return
+    first, *others = requests
+    counts = {first: min(first.pending, (budget + 1) // 2)}
+    for request in [*sorted(others, key=lambda request: request.pending), first]:
+        room = budget - sum(counts.values())
+        have = counts.get(request, 0)
+        counts[request] = have + min(request.pending - have, room)
+    for request in requests:
+        if counts[request]:
+            yield request, counts[request]
 
 
 def _step(scheduled: Sequence[tuple[Request, int]]) -> ScheduledStep:
     segments: list[Segment] = []
+    token_ids: list[int] = []
     for request, count in scheduled:
         assert request.slot is not None, "scheduled requests hold a slot"
-        segments.append(Segment(request.slot, request.computed, count, count == request.pending))
-    return ScheduledStep(tuple(segments), tuple(request for request, _ in scheduled))
+        start, end = request.computed, request.computed + count
+        logits = max(0, end - max(start, request.wanted_from))
+        segments.append(Segment(request.slot, start, count, logits))
+        token_ids += request.tokens[start:end]
+    requests = tuple(request for request, _ in scheduled)
+    step = Step(
+        tuple(segments),
+        tuple(token_ids),
+        requests[0].plan,
+        argmax_only=all(request.wants_argmax for request in requests),
+        timeline=any(request.wants_timeline for request in requests),
+    )
+    return ScheduledStep(step, requests)

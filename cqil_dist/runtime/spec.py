@@ -16,9 +16,12 @@ class EngineSpec:
 
     Attributes:
         model: the name it was launched by.
+        names: what requests call it under each plan.
         model_path: directory of the checkpoint on the node that launches.
         dtype: "float32", "float16" or "bfloat16".
+        assignments: one for each plan, over the same ranks.
         slots: requests that run at the same time.
+        max_waiting: most requests that wait for a slot.
         max_len: most tokens of a prompt and its completion.
         prefill_tokens: most prompt tokens a step computes.
         threads: compute threads of a rank on a CPU.
@@ -29,18 +32,25 @@ class EngineSpec:
     """
 
     model: str
+    names: tuple[str, ...]
     model_path: Path
     config: ModelConfig
-    assignment: Assignment
+    assignments: tuple[Assignment, ...]
     dtype: str
     slots: int
     max_len: int
     prefill_tokens: int
+    max_waiting: int
     threads: int
     on_gpu: bool
     pin: str
     step_deadline_s: float
     recovery_timeout_s: float
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        return self.assignments[0].world
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -59,5 +69,5 @@ class EngineSpec:
     @property
     def max_exchange_bytes(self) -> int:
         """Bound on one partial result: the attention outputs of a whole group, float32."""
-        members = max(group.size for group in self.assignment.plan.groups)
+        members = max(group.size for plan in self.assignments for group in plan.plan.groups)
         return 4 * self.step_tokens * members * self.config.hidden_size

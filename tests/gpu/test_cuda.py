@@ -40,7 +40,7 @@ def test_one_rank_with_an_nccl_world_of_one(model: TinyModel, dtype: str) -> Non
     torch_dtype = getattr(torch, dtype)
     program = RankProgram(
         0,
-        assign(plan, 1, model.config.vocab_size),
+        [assign(plan, 1, model.config.vocab_size)],
         model.config,
         model.checkpoint,
         CacheShape(2, 64),
@@ -50,9 +50,9 @@ def test_one_rank_with_an_nccl_world_of_one(model: TinyModel, dtype: str) -> Non
     exchange = TorchDistributedExchange(0, 1, "nccl", "127.0.0.1:29511", torch_dtype, device, 30.0)
     try:
         embedding = Embedding(model.config, model.checkpoint, torch_dtype)
-        rows = [program.step([Segment(1, 0, 15, True)], embedding(PROMPT[:15]), exchange)]
+        rows = [program.step([Segment(1, 0, 15, 1)], embedding(PROMPT[:15]), exchange)]
         for position in range(15, len(PROMPT)):
-            segment = Segment(1, position, 1, True)
+            segment = Segment(1, position, 1, 1)
             rows.append(
                 program.step([segment], embedding(PROMPT[position : position + 1]), exchange)
             )

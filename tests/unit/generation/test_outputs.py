@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cqil_dist.outputs import Chunk, Completion, Timings, TokenLogprob, Usage
+from cqil_dist.timeline import RankTimeline, Span, SpanKind, StepTimeline
 
 COMPLETION = Completion(
     text="Hi",
@@ -18,11 +19,15 @@ COMPLETION = Completion(
     ),
     seed=7,
     stop_reason="\nUser:",
+    prompt_logprobs=(TokenLogprob(3, "O", None), TokenLogprob(4, "h", -2.0)),
+    prompt_text="Oh",
 )
+SPANS = (Span(SpanKind.ATTENTION, 0, 10.0, 30.5), Span(SpanKind.OUTPUT_EXCHANGE, 0, 30.5, 90.0))
+TIMELINE = StepTimeline(4, 3, 1, 12.0, 0.5, (RankTimeline(1, SPANS),))
 
 
 def test_a_last_chunk_survives_json_unchanged() -> None:
-    chunk = Chunk("i", (6,), COMPLETION.logprobs, "stop", "\nUser:", COMPLETION)
+    chunk = Chunk("i", (6,), COMPLETION.logprobs, "stop", "\nUser:", COMPLETION, TIMELINE)
     wire = chunk.to_dict()
     assert json.loads(json.dumps(wire)) == wire
     assert wire["result"]["usage"]["total_tokens"] == 5
@@ -33,11 +38,16 @@ def test_a_last_chunk_survives_json_unchanged() -> None:
         "top": [],
     }
     assert (wire["finish_reason"], wire["stop_reason"]) == ("stop", "\nUser:")
+    assert [entry["logprob"] for entry in wire["result"]["prompt_logprobs"]] == [None, -2.0]
+    assert wire["result"]["prompt_text"] == "Oh"
+    (rank,) = wire["timeline"]["ranks"]
+    assert [span["kind"] for span in rank["spans"]] == ["attention", "output exchange"]
 
 
 def test_a_middle_chunk_has_no_result_and_no_logprobs() -> None:
     wire = Chunk("H", (5,)).to_dict()
     assert wire["finish_reason"] is wire["result"] is wire["logprobs"] is None
+    assert wire["timeline"] is None
 
 
 def test_percentiles_and_rate() -> None:

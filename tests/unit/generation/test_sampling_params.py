@@ -12,7 +12,7 @@ from cqil_dist.sampling_params import SamplingParams
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0 but must be from 1 to"),
+        ({"max_tokens": -1}, "max_tokens is -1 but must be from 0 to"),
         ({"max_tokens": 2.0}, "max_tokens is 2.0 but must be a whole number"),
         ({"max_tokens": True}, "max_tokens is True but must be a whole number"),
         ({"temperature": -0.1}, r"temperature is -0.1 but must be 0 \(greedy\) or more"),
@@ -38,6 +38,8 @@ from cqil_dist.sampling_params import SamplingParams
         ({"seed": 1.5}, "seed is 1.5 but must be a whole number"),
         ({"logprobs": 21}, "logprobs is 21 but must be from 0 to 20"),
         ({"logprobs": True}, "logprobs is True but must be a whole number"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21 but must be from 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1 but must be from 0 to 20"),
         ({"ignore_eos": 1}, "ignore_eos is 1 but must be true or false"),
         ({"max_token": 5, "n": 2}, r"unknown sampling params \['max_token', 'n'\]; known are"),
     ],
@@ -59,6 +61,7 @@ def test_accepts_what_json_and_users_write() -> None:
     assert params == SamplingParams(stop=("\n",), stop_token_ids=(2, 3))
     assert isinstance(params.temperature, float)
     assert SamplingParams.from_dict({"stop": ["a", "b"]}).stop == ("a", "b")
+    assert SamplingParams.from_dict({"max_tokens": 0}).max_tokens == 0
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0, True), (1e-9, True), (0.01, False)])
@@ -79,6 +82,7 @@ def test_the_wire_form_reads_back_equal() -> None:
         seed=-(2**63),
         logprobs=0,
         ignore_eos=True,
+        prompt_logprobs=3,
     )
     assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == params
     assert SamplingParams.from_dict({}) == SamplingParams()

@@ -68,7 +68,9 @@ def load_rank(path: Path, rank: int = 0, world: int = 1, plan: str = "sequential
     model = TinyModel(path)
     assignment = assign(model.plan(plan), world, model.config.vocab_size)
     shape = CacheShape(1, 8)
-    return RankProgram(rank, assignment, model.config, model.checkpoint, shape, torch.float32, CPU)
+    return RankProgram(
+        rank, [assignment], model.config, model.checkpoint, shape, torch.float32, CPU
+    )
 
 
 def load_reference(path: Path) -> ReferenceModel:

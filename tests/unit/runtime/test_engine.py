@@ -16,6 +16,7 @@ from observed_engine import (
     PROMPTS,
     LostInStep,
     ObservedModel,
+    ask,
     finish,
     greedy,
     read,
@@ -24,8 +25,8 @@ from observed_engine import (
 from tiny_models import VOCAB, TinyModel, TinyModelFactory, random_tokens
 from torch import Tensor
 
-from cqil_dist.errors import CqilError, ExchangeError, PeerLost, RequestError
-from cqil_dist.model.step import Segment
+from cqil_dist.errors import CqilError, ExchangeError, PeerLost, QueueFull, RequestError
+from cqil_dist.model.step import Step
 from cqil_dist.outputs import Completion
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.sampling_params import SamplingParams
@@ -36,8 +37,8 @@ class FailingModel(ObservedModel):
 
     error: Exception = LOST
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        logits = super().forward(segments, token_ids)
+    def compute(self, step: Step) -> Tensor:
+        logits = super().compute(step)
         if len(self.steps) == 3:
             raise self.error
         return logits
@@ -46,11 +47,11 @@ class FailingModel(ObservedModel):
 class OverflowingModel(ObservedModel):
     """Gives no numbers for the sequence in slot 0 at first, as an overflow in float16 does."""
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        logits = super().forward(segments, token_ids).clone()
-        wanting = [segment for segment in segments if segment.wants_logits]
-        for row, segment in zip(logits, wanting, strict=True):
-            if len(self.steps) == 1 and segment.slot == 0:
+    def compute(self, step: Step) -> Tensor:
+        logits = super().compute(step).clone()
+        slots = [segment.slot for segment in step.segments for _ in range(segment.logits)]
+        for row, slot in zip(logits, slots, strict=True):
+            if len(self.steps) == 1 and slot == 0:
                 row[5] = float("nan")
         return logits
 
@@ -77,7 +78,7 @@ def alone(
 ) -> list[Completion]:
     """What each prompt gives when nothing else runs."""
     with observed(model, plan) as (engine, _):
-        return [finish(engine.submit(prompt, params)) for prompt in prompts]
+        return [finish(engine.submit(ask(prompt, params))) for prompt in prompts]
 
 
 def original_continuation(
@@ -110,8 +111,8 @@ def test_text_prompts_are_encoded_and_output_is_decoded(model: TinyModel) -> Non
     text = "The harbour"
     prompt = model.tokenizer(text)["input_ids"]
     with observed(model) as (engine, _):
-        from_text = finish(engine.submit(text, greedy()))
-        from_ids = finish(engine.submit(prompt, greedy()))
+        from_text = finish(engine.submit(ask(text, greedy())))
+        from_ids = finish(engine.submit(ask(prompt, greedy())))
     assert from_text.token_ids == from_ids.token_ids
     decoded = model.tokenizer.decode([*prompt, *from_text.token_ids], skip_special_tokens=True)
     assert from_text.text == decoded.removeprefix(text)
@@ -120,12 +121,12 @@ def test_text_prompts_are_encoded_and_output_is_decoded(model: TinyModel) -> Non
 def test_chats_are_laid_out_by_the_model_s_template(model: TinyModel) -> None:
     messages = [{"role": "user", "content": "the news"}]
     with observed(model) as (engine, _):
-        chat = finish(engine.submit_chat(messages, greedy()))
-        plain = finish(engine.submit("user: the news\nassistant: ", greedy()))
+        chat = finish(engine.submit(ask(messages, greedy())))
+        plain = finish(engine.submit(ask("user: the news\nassistant: ", greedy())))
         assert chat.token_ids == plain.token_ids
         for refused in ([], [{"role": "user"}]):
             with pytest.raises(RequestError):
-                engine.submit_chat(refused, greedy())
+                engine.submit(ask(refused, greedy()))
 
 
 def test_the_end_token_ends_the_output_as_in_transformers(model: TinyModel) -> None:
@@ -133,8 +134,8 @@ def test_the_end_token_ends_the_output_as_in_transformers(model: TinyModel) -> N
     free = original_continuation(model, prompt, 12)
     eos = free[6]
     with observed(model, "sequential", eos=[eos]) as (engine, _):
-        ended = finish(engine.submit(prompt, greedy()))
-        ignored = finish(engine.submit(prompt, greedy(ignore_eos=True)))
+        ended = finish(engine.submit(ask(prompt, greedy())))
+        ignored = finish(engine.submit(ask(prompt, greedy(ignore_eos=True))))
     assert list(ended.token_ids) == original_continuation(model, prompt, 12, eos)
     assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
     assert list(ignored.token_ids) == free
@@ -183,9 +184,9 @@ def test_requests_that_share_steps_give_what_they_give_alone(model: TinyModel) -
     expected = alone(model, PROMPTS, greedy())
     with observed(model) as (engine, steps):
         with steps.held():
-            requests = [engine.submit(prompt, greedy()) for prompt in PROMPTS]
+            requests = [engine.submit(ask(prompt, greedy())) for prompt in PROMPTS]
         together = [finish(request) for request in requests]
-    assert max(len(segments) for segments in steps.steps) == len(PROMPTS)
+    assert max(len(step.segments) for step in steps.steps) == len(PROMPTS)
     assert [c.token_ids for c in together] == [c.token_ids for c in expected]
 
 
@@ -198,8 +199,8 @@ def test_seeded_samples_are_the_same_alone_and_in_a_batch(model: TinyModel) -> N
     solo = [alone(model, [prompt], each)[0] for each in params]
     with observed(model) as (engine, steps):
         with steps.held():
-            requests = [engine.submit(prompt, each) for each in params]
-            others = [engine.submit(other, SamplingParams(max_tokens=5)) for other in PROMPTS]
+            requests = [engine.submit(ask(prompt, each)) for each in params]
+            others = [engine.submit(ask(other, SamplingParams(max_tokens=5))) for other in PROMPTS]
         batch = [finish(request) for request in requests]
         for other in others:
             finish(other)
@@ -220,16 +221,17 @@ def test_a_long_prompt_does_not_stop_who_is_decoding(model: TinyModel) -> None:
     expected = alone(model, [short, long], greedy())
     with observed(model, prefill_tokens=8) as (engine, steps):
         with steps.held():
-            first = engine.submit(short, greedy())
+            first = engine.submit(ask(short, greedy()))
             assert steps.started.wait(timeout=30)
-            second = engine.submit(long, greedy())
+            second = engine.submit(ask(long, greedy()))
         completions = [finish(first), finish(second)]
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-    chunked = [step for step in steps.steps if any(segment.count == 8 for segment in step)]
+    every = [step.segments for step in steps.steps]
+    chunked = [step for step in every if any(segment.count == 8 for segment in step)]
     assert len(chunked) == 5
     for segments in chunked:
         assert len(segments) == 2
-        assert [(s.count, s.wants_logits) for s in segments if s.slot == 0] == [(1, True)]
+        assert [(s.count, s.logits) for s in segments if s.slot == 0] == [(1, 1)]
 
 
 def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:
@@ -237,18 +239,19 @@ def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:
     expected = alone(model, prompts, greedy())
     with observed(model, slots=2) as (engine, steps):
         with steps.held():
-            requests = [engine.submit(prompt, greedy()) for prompt in prompts]
+            requests = [engine.submit(ask(prompt, greedy())) for prompt in prompts]
             status = engine.status()
             assert status["running_requests"] + status["waiting_requests"] == 6
         completions = [finish(request) for request in requests]
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
-        assert {segment.slot for segments in steps.steps for segment in segments} == {0, 1}
-        assert max(map(len, steps.steps)) == 2
+        assert {segment.slot for step in steps.steps for segment in step.segments} == {0, 1}
+        assert max(len(step.segments) for step in steps.steps) == 2
         assert settled(engine) == {
             "running_requests": 0,
             "waiting_requests": 0,
             "free_slots": 2,
             "slots": 2,
+            "max_waiting": 16,
             "steps": len(steps.steps),
             "state": "serving",
             "state_detail": "",
@@ -257,9 +260,29 @@ def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:
         }
 
 
+def test_more_than_may_wait_are_refused_until_there_is_room(model: TinyModel) -> None:
+    """But for one that goes on elsewhere: it was let in before."""
+    with observed(model, slots=2, max_waiting=1) as (engine, steps):
+        with steps.held():
+            first = engine.submit(ask(PROMPTS[0], greedy()))
+            others = [engine.submit(ask(PROMPTS[1], greedy())) for _ in range(2)]
+            with pytest.raises(QueueFull, match="all 2 slots are taken, and 1 requests wait"):
+                engine.submit(ask(PROMPTS[2], greedy()))
+            given = alone(model, PROMPTS[2:3], greedy())[0].token_ids
+            resumed = engine.submit(ask(PROMPTS[2], greedy(), resume_token_ids=given[:3]))
+        assert finish(first).token_ids == alone(model, PROMPTS[:1], greedy())[0].token_ids
+        result = read(resumed)[-1].result
+        assert result is not None
+        assert result.token_ids == given
+        for other in others:
+            finish(other)
+        settled(engine)
+        finish(engine.submit(ask(PROMPTS[2], greedy())))
+
+
 def settled(engine: Engine) -> dict[str, Any]:
     """The status once the engine has put away what its readers have seen the end of."""
-    finish(engine.submit([1], greedy(1)))
+    finish(engine.submit(ask([1], greedy(1))))
     pause = threading.Event()
     for _ in range(500):
         if (status := engine.status())["free_slots"] == status["slots"]:
@@ -272,16 +295,16 @@ def test_cancelling_frees_the_slot_for_the_next(model: TinyModel) -> None:
     expected = alone(model, PROMPTS[:3], greedy())
     with observed(model, slots=1) as (engine, steps):
         with steps.held():
-            running = engine.submit(PROMPTS[0], greedy(50))
-            waiting = engine.submit(PROMPTS[1], greedy())
-            last = engine.submit(PROMPTS[2], greedy())
+            running = engine.submit(ask(PROMPTS[0], greedy(50)))
+            waiting = engine.submit(ask(PROMPTS[1], greedy()))
+            last = engine.submit(ask(PROMPTS[2], greedy()))
             engine.cancel(running)
             engine.cancel(waiting)
         aborted = [finish(running), finish(waiting)]
         assert finish(last).token_ids == expected[2].token_ids
         engine.cancel(last)  # too late, and harmless
         engine.cancel(running)
-        assert finish(engine.submit(PROMPTS[1], greedy())).token_ids == expected[1].token_ids
+        assert finish(engine.submit(ask(PROMPTS[1], greedy()))).token_ids == expected[1].token_ids
         assert settled(engine)["free_slots"] == 1
     assert [c.finish_reason for c in aborted] == ["abort", "abort"]
     # What was under way when it was cancelled is still given.
@@ -305,23 +328,26 @@ def test_a_bad_request_is_refused_and_touches_no_other(
     expected = alone(model, PROMPTS[:2], greedy())
     with observed(model) as (engine, steps):
         with steps.held():
-            before = engine.submit(PROMPTS[0], greedy())
+            before = engine.submit(ask(PROMPTS[0], greedy()))
             with pytest.raises(RequestError) as refusal:
-                engine.submit(prompt, greedy())
-            after = engine.submit(PROMPTS[1], greedy())
+                engine.submit(ask(prompt, greedy()))
+            after = engine.submit(ask(PROMPTS[1], greedy()))
         assert [finish(before).token_ids, finish(after).token_ids] == [
             c.token_ids for c in expected
         ]
     assert message in str(refusal.value)
 
 
-def test_a_request_without_finite_logits_fails_by_itself(model: TinyModel) -> None:
+@pytest.mark.parametrize("params", [greedy(), greedy(0, prompt_logprobs=0)])
+def test_a_request_without_finite_logits_fails_by_itself(
+    params: SamplingParams, model: TinyModel
+) -> None:
     expected = alone(model, PROMPTS[:2], greedy())
     steps = OverflowingModel(model, model.plan("P2 S1 E5 D1"), slots=2)
     with serving(model, steps, slots=2) as engine:
         with steps.held():
-            failing = engine.submit(PROMPTS[0], greedy())
-            good = engine.submit(PROMPTS[1], greedy())
+            failing = engine.submit(ask(PROMPTS[0], params))
+            good = engine.submit(ask(PROMPTS[1], greedy()))
         with pytest.raises(CqilError, match="NaN or infinite"):
             read(failing)
         assert finish(good).token_ids == expected[1].token_ids
@@ -333,9 +359,9 @@ def test_the_context_ends_with_its_last_token(
 ) -> None:
     prompt = random_tokens(prompt_length)
     with observed(model, max_len=16) as (engine, _):
-        completion = finish(engine.submit(prompt, greedy(50)))
+        completion = finish(engine.submit(ask(prompt, greedy(50))))
         with pytest.raises(RequestError, match="16 tokens"):
-            engine.submit(random_tokens(16), greedy())
+            engine.submit(ask(random_tokens(16), greedy()))
     (expected,) = alone(model, [prompt], greedy(tokens))
     assert completion.token_ids == expected.token_ids
     assert len(completion.token_ids) == tokens
@@ -360,13 +386,13 @@ def test_a_model_that_fails_ends_every_request_with_its_reason(
     steps.error = error
     with serving(model, steps, slots=2) as engine:
         with steps.held():
-            requests = [engine.submit(prompt, greedy(20)) for prompt in PROMPTS]
+            requests = [engine.submit(ask(prompt, greedy(20))) for prompt in PROMPTS]
         for request in requests:
             with pytest.raises(CqilError) as failure:
                 read(request, timeout_s=5)
             assert str(error) in str(failure.value)
         with pytest.raises(CqilError, match=str(error)):
-            engine.submit(PROMPTS[0], greedy())
+            engine.submit(ask(PROMPTS[0], greedy()))
         assert engine.status()["running_requests"] == 0
         assert engine.status()["waiting_requests"] == 0
     assert_threads_end(before)
@@ -376,8 +402,8 @@ def test_a_finished_request_keeps_its_answer_when_the_next_step_fails(model: Tin
     steps = LostInStep(model, 1, sent=True)
     with serving(model, steps) as engine:
         with steps.held():
-            done = engine.submit(random_tokens(5), greedy(1), final_only=True)
-            going_on = engine.submit(random_tokens(5, seed=1), greedy(9))
+            done = engine.submit(ask(random_tokens(5), greedy(1), final_only=True))
+            going_on = engine.submit(ask(random_tokens(5, seed=1), greedy(9)))
         assert len(finish(done).token_ids) == 1
         with pytest.raises(PeerLost, match="rank 1"):
             read(going_on)
@@ -387,14 +413,14 @@ def test_closing_ends_all_streams_and_the_thread(model: TinyModel) -> None:
     before = set(threading.enumerate())
     with observed(model, slots=1) as (engine, steps):
         with steps.held():
-            requests = [engine.submit(prompt, greedy(50)) for prompt in PROMPTS]
+            requests = [engine.submit(ask(prompt, greedy(50))) for prompt in PROMPTS]
             engine.close()
             for request in requests:
                 with pytest.raises(CqilError, match="the engine was closed"):
                     read(request)
         engine.close()
         with pytest.raises(CqilError, match="the engine was closed"):
-            engine.submit(PROMPTS[0], greedy())
+            engine.submit(ask(PROMPTS[0], greedy()))
     assert_threads_end(before)
 
 

@@ -13,6 +13,7 @@ from observed_engine import (
     PROMPTS,
     LostInStep,
     ObservedModel,
+    ask,
     finish,
     greedy,
     read,
@@ -21,9 +22,10 @@ from observed_engine import (
 from tiny_models import VOCAB, TinyModel, TinyModelFactory, random_tokens
 
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost, RankUnavailable, RequestError
-from cqil_dist.outputs import Completion, Recovery
+from cqil_dist.outputs import Completion
 from cqil_dist.runtime.engine import Engine, StepModel
 from cqil_dist.sampling_params import SamplingParams
+from cqil_dist.status import Recovery
 
 REQUESTS = (
     (PROMPTS[0], greedy(20)),
@@ -49,7 +51,7 @@ def healthy(model: TinyModel) -> ObservedModel:
 
 def run(engine: Engine, steps: ObservedModel) -> list[Completion]:
     with steps.held():
-        requests = [engine.submit(prompt, params) for prompt, params in REQUESTS]
+        requests = [engine.submit(ask(prompt, params)) for prompt, params in REQUESTS]
     return [finish(request) for request in requests]
 
 
@@ -124,14 +126,14 @@ def test_what_is_known_is_told_before_the_wait_and_others_may_join_it(model: Tin
         return healthy(model), {}
 
     with serving(model, LostInStep(model, 3), rebuild) as engine:
-        first = engine.submit(PROMPTS[0], greedy(10))
+        first = engine.submit(ask(PROMPTS[0], greedy(10)))
         stream = iter(first.stream)
         seen = [next(stream) for _ in range(3)]  # steps 0 to 2 gave a token each
         while engine.status()["state"] != "recovering":
             go_on.wait(0.01)
         assert "rank 1" in engine.status()["state_detail"]
-        second = engine.submit(PROMPTS[1], greedy(10))
-        dropped = engine.submit(PROMPTS[2], greedy(10))
+        second = engine.submit(ask(PROMPTS[1], greedy(10)))
+        dropped = engine.submit(ask(PROMPTS[2], greedy(10)))
         engine.cancel(dropped)
         go_on.set()
         assert len(seen) + len(list(stream)) == 10
@@ -148,12 +150,12 @@ def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
     steps = LostInStep(model, 2)
     with serving(model, steps, rebuild) as engine:
         with steps.held():
-            requests = [engine.submit(prompt, params) for prompt, params in REQUESTS]
+            requests = [engine.submit(ask(prompt, params)) for prompt, params in REQUESTS]
         for request in requests:
             with pytest.raises(RankUnavailable, match=r"rank 1 \(was on 10\.0\.0\.2\)"):
                 read(request)
         with pytest.raises(RankUnavailable):
-            engine.submit(PROMPTS[0], greedy())
+            engine.submit(ask(PROMPTS[0], greedy()))
         assert engine.status()["state"] == "failed"
 
 
@@ -168,8 +170,8 @@ def test_a_step_that_breaks_every_model_ends_its_requests(number: int, model: Ti
 
     with serving(model, LostInStep(model, number), rebuild) as engine:
         with pytest.raises(PeerLost):
-            read(engine.submit(PROMPTS[3], greedy()))
-        assert len(finish(engine.submit(PROMPTS[3], greedy(4))).token_ids) == 4
+            read(engine.submit(ask(PROMPTS[3], greedy())))
+        assert len(finish(engine.submit(ask(PROMPTS[3], greedy(4)))).token_ids) == 4
     assert len(attempts) == 6
 
 
@@ -181,7 +183,7 @@ def test_closing_ends_a_recovery(model: TinyModel) -> None:
         raise CqilError("the pool was stopped")
 
     with serving(model, LostInStep(model, 1), rebuild) as engine:
-        request = engine.submit(PROMPTS[0], greedy())
+        request = engine.submit(ask(PROMPTS[0], greedy()))
         while engine.status()["state"] != "recovering":
             closing.wait(0.01)
         engine.close()
@@ -197,10 +199,10 @@ def test_a_broken_stream_goes_on_after_the_tokens_it_gave(
 ) -> None:
     prompt, params = REQUESTS[index]
     with serving(model, healthy(model)) as engine:
-        chunks = read(engine.submit(prompt, params))
+        chunks = read(engine.submit(ask(prompt, params)))
         whole = chunks[-1].result
         assert whole is not None
-        resumed = read(engine.submit(prompt, params, False, whole.token_ids[:given]))
+        resumed = read(engine.submit(ask(prompt, params, resume_token_ids=whole.token_ids[:given])))
     texts = [chunk.text for chunk in chunks]
     assert "".join(chunk.text for chunk in resumed) == "".join(texts[given:])
     assert [id for c in resumed for id in c.token_ids] == list(whole.token_ids[given:])
@@ -215,18 +217,18 @@ def test_a_broken_stream_goes_on_after_the_tokens_it_gave(
 
 def test_a_stop_string_is_found_across_the_break(model: TinyModel) -> None:
     with serving(model, healthy(model)) as engine:
-        whole = finish(engine.submit(PROMPTS[0], greedy(20)))
+        whole = finish(engine.submit(ask(PROMPTS[0], greedy(20))))
         pieces = [model.tokenizer.decode([id]) for id in whole.token_ids]
         stop = (pieces[6] + pieces[7]).strip() or pieces[6] + pieces[7]
         params = greedy(20, stop=[stop])
-        expected = finish(engine.submit(PROMPTS[0], params))
+        expected = finish(engine.submit(ask(PROMPTS[0], params)))
         assert expected.stop_reason == stop
         resumed = finish_from(engine, params, expected.token_ids[:-1])
     assert (resumed.text, resumed.stop_reason) == (expected.text, stop)
 
 
-def finish_from(engine: Engine, params: SamplingParams, given: Sequence[int]) -> Completion:
-    result = read(engine.submit(PROMPTS[0], params, False, given))[-1].result
+def finish_from(engine: Engine, params: SamplingParams, given: tuple[int, ...]) -> Completion:
+    result = read(engine.submit(ask(PROMPTS[0], params, resume_token_ids=given)))[-1].result
     assert result is not None
     return result
 
@@ -234,8 +236,8 @@ def finish_from(engine: Engine, params: SamplingParams, given: Sequence[int]) ->
 def test_tokens_that_end_a_request_leave_nothing_to_compute(model: TinyModel) -> None:
     with serving(model, healthy(model)) as engine:
         given = random_tokens(5)
-        (chunk,) = read(engine.submit(PROMPTS[0], greedy(5), False, given))
+        (chunk,) = read(engine.submit(ask(PROMPTS[0], greedy(5), resume_token_ids=tuple(given))))
         assert chunk.finish_reason == "length"
         assert engine.status()["steps"] == 0
         with pytest.raises(RequestError, match="outside the vocabulary"):
-            engine.submit(PROMPTS[0], greedy(5), False, [VOCAB])
+            engine.submit(ask(PROMPTS[0], greedy(5), resume_token_ids=(VOCAB,)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from observed_engine import ObservedModel, serving
+from served import model_infos
 from tiny_models import TinyModelFactory
 
 from cqil_dist.rpc.convert import request_to_wire
-from cqil_dist.sampling_params import SamplingParams
-from cqil_dist.serving.grpc_server import GenerationServicer
+from cqil_dist.serving.engine_service import EngineServicer
 
 
 class EndedCall:
@@ -24,11 +24,12 @@ def test_a_call_that_ended_while_it_was_submitted_frees_its_slot(
 ) -> None:
     model = tiny_model()
     steps = ObservedModel(model, model.plan("sequential"), 1)
+    unasked: Any = None
     with serving(model, steps, slots=1) as engine:
-        servicer = GenerationServicer(engine, status=lambda: None)  # type: ignore[arg-type,return-value]
-        params = SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
+        servicer = EngineServicer(engine, model_infos(engine, ["tiny"]), status=unasked)
+        request = request_to_wire("x", max_tokens=50, temperature=0, ignore_eos=True)
         context: Any = EndedCall()
-        responses = list(servicer.Generate(request_to_wire("x", params), context))
+        responses = list(servicer.Generate(request, context))
         assert responses[-1].completion.finish_reason == "abort"
         assert len(responses[-1].completion.token_ids) < 50
         assert engine.status()["running_requests"] == 0

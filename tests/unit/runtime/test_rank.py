@@ -1,19 +1,12 @@
-"""Ranks that meet over real connections compute the model that the reference defines.
-
-Each rank runs in a thread of its own with its own weights, cache and TCP connections, and gets what
-the coordinator would send it: the embedded tokens only where it starts.
-"""
+"""Ranks that meet over real connections compute the model that the reference defines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from exchange_mesh import tcp_mesh
+from connected_ranks import connected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -29,88 +22,13 @@ from tiny_models import (
     random_tokens,
     tiny_config,
 )
-from torch import Tensor
 
 from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign
 from cqil_dist.exchange import TcpExchange
-from cqil_dist.model.head import Embedding
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Group, Plan
-from cqil_dist.runtime.rank import CacheShape, RankProgram
 
-DEADLINE_S = 10.0
-SLOTS, MAX_LEN = 5, 48
 CUTS = (5, 1, 3, 1, 1)
-
-
-class Ranks:
-    """All ranks of an assignment, connected, each in its thread."""
-
-    def __init__(
-        self,
-        model: TinyModel,
-        assignment: Assignment,
-        exchanges: Sequence[TcpExchange],
-        pool: ThreadPoolExecutor,
-        dtype: torch.dtype,
-    ) -> None:
-        self.assignment = assignment
-        self.exchanges = exchanges
-        self._embedding = Embedding(model.config, model.checkpoint, dtype)
-        self._pool = pool
-        self._steps = 0
-        shape = CacheShape(SLOTS, MAX_LEN)
-        self._programs = [
-            RankProgram(rank, assignment, model.config, model.checkpoint, shape, dtype, CPU)
-            for rank in range(assignment.world)
-        ]
-
-    def hidden(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> list[Tensor]:
-        """The step's last hidden states [R, D], as each rank holds them."""
-        embedded = self._embedding(token_ids)
-        self._steps += 1
-
-        def walk(rank: int) -> Tensor:
-            self.exchanges[rank].begin_step(self._steps)
-            starts = rank in self.assignment.entry_ranks
-            hidden = embedded.clone() if starts else None
-            return self._programs[rank].layers(segments, hidden, self.exchanges[rank])
-
-        futures: list[Future[Tensor]] = [
-            self._pool.submit(walk, rank) for rank in range(self.assignment.world)
-        ]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        if errors := [future.exception() for future in done if future.exception()]:
-            for exchange in self.exchanges:
-                exchange.close()  # the others need not wait for their deadline
-            raise AssertionError("a rank failed") from errors[0]
-        return [future.result() for future in futures]
-
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        """The step's logits, put together from all ranks' shards."""
-        hidden = self.hidden(segments, token_ids)
-        shards = [p.head(h) for p, h in zip(self._programs, hidden, strict=True)]
-        return torch.cat(shards, dim=-1)
-
-    def logits(self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0) -> Tensor:
-        """Logits after the last token of each chunk of `cuts` tokens."""
-        rows: list[Tensor] = []
-        start = 0
-        for count in cuts:
-            chunk = token_ids[start : start + count]
-            rows.append(self.forward([Segment(slot, start, count, True)], chunk))
-            start += count
-        return torch.cat(rows)
-
-
-@contextmanager
-def connected(
-    model: TinyModel, assignment: Assignment, dtype: torch.dtype = torch.float32
-) -> Iterator[Ranks]:
-    """The ranks of an assignment in a full mesh on loopback."""
-    mesh = tcp_mesh(assignment.world, dtype=dtype, deadline_s=DEADLINE_S, spin_s=0.0)
-    with mesh as exchanges, ThreadPoolExecutor(assignment.world) as pool:
-        yield Ranks(model, assignment, exchanges, pool, dtype)
 
 
 def assert_is_reference(model: TinyModel, assignment: Assignment) -> None:
@@ -184,9 +102,9 @@ def test_all_ranks_hold_the_same_bits(
     assignment = assign(model.plan(f"P3 S3 E9 D{bypass}"), 3, VOCAB)
     assert assignment.stages[-1].workers == (0, 1, 2)
     tokens = random_tokens(12)
-    with connected(model, assignment, dtype) as ranks:
-        steps = [ranks.hidden([Segment(0, 0, 11, True)], tokens[:11])]
-        steps.append(ranks.hidden([Segment(0, 11, 1, True)], tokens[11:]))
+    with connected(model, assignment, dtype=dtype) as ranks:
+        steps = [ranks.hidden([Segment(0, 0, 11, 1)], tokens[:11])]
+        steps.append(ranks.hidden([Segment(0, 11, 1, 1)], tokens[11:]))
     for first, *others in steps:
         assert first.dtype is dtype
         for other in others:
@@ -219,28 +137,45 @@ def test_sequences_that_share_steps_do_not_touch_each_other(
     first, second, third = (random_tokens(20, seed) for seed in (1, 2, 3))
     a, b, c = slots
     with connected(model, assign(plan, world, VOCAB)) as ranks:
-        ranks.forward([Segment(a, 0, 13, True)], first[:13])
-        ranks.forward([Segment(b, 0, 4, True)], second[:4])
+        ranks.forward([Segment(a, 0, 13, 1)], first[:13])
+        ranks.forward([Segment(b, 0, 4, 1)], second[:4])
         shared = [
             ranks.forward(
                 [
-                    Segment(a, 13 + step, 1, True),
-                    Segment(b, 4 + step, 1, True),
-                    Segment(c, 5 * step, 5, step == 3),
+                    Segment(a, 13 + step, 1, 1),
+                    Segment(b, 4 + step, 1, 1),
+                    Segment(c, 5 * step, 5, int(step == 3)),
                 ],
                 [first[13 + step], second[4 + step], *third[5 * step : 5 * step + 5]],
             )
             for step in range(4)
         ]
         # A chunk of a single token, and one that asks for nothing, in front of others.
-        last = ranks.forward(
-            [Segment(b, 8, 1, False), Segment(a, 17, 1, True)], [second[8], first[17]]
-        )
+        last = ranks.forward([Segment(b, 8, 1, 0), Segment(a, 17, 1, 1)], [second[8], first[17]])
     one, two, three = (model.reference_logits(plan, tokens) for tokens in (first, second, third))
     for step, rows in enumerate(shared):
         expected = [one[13 + step], two[4 + step]] + ([three[19]] if step == 3 else [])
         assert_near(rows, torch.stack(expected))
     assert_near(last, one[17:18])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_logits_may_be_wanted_after_several_tokens_of_a_segment(
+    world: int, tiny_model: TinyModelFactory
+) -> None:
+    """As prompts' logprobs take: of whole chunks, of their ends, and beside those of others."""
+    model = tiny_model()
+    plan = model.plan("P3 S1 E4 D1")
+    first, second = random_tokens(9, 1), random_tokens(8, 2)
+    one, two = (model.reference_logits(plan, tokens) for tokens in (first, second))
+    with connected(model, assign(plan, world, VOCAB)) as ranks:
+        whole = ranks.forward([Segment(0, 0, 4, 4)], first[:4])
+        mixed = ranks.forward(
+            [Segment(2, 0, 3, 2), Segment(0, 4, 5, 3), Segment(1, 0, 4, 0)],
+            [*second[:3], *first[4:], *second[:4]],
+        )
+    assert_near(whole, one[:4])
+    assert_near(mixed, torch.cat([two[1:3], one[6:9]]))
 
 
 @pytest.mark.parametrize("config", [None, WINDOWS], ids=["llama", "qwen2_windows"])
@@ -250,10 +185,10 @@ def test_what_a_slot_held_before_does_not_matter(config: Any, tiny_model: TinyMo
     plan = model.plan("P3 S1 E4 D1")
     old, new, other = random_tokens(30, 1), random_tokens(4, 2), random_tokens(31, 3)
     local = LocalModel(model, plan)
-    local.forward([Segment(1, 0, 30, True)], old)
-    local.forward([Segment(0, 0, 30, True)], other[:30])
-    local.forward([Segment(1, 0, 3, True)], new[:3])
-    both = local.forward([Segment(0, 30, 1, True), Segment(1, 3, 1, True)], [other[30], new[3]])
+    local.forward([Segment(1, 0, 30, 1)], old)
+    local.forward([Segment(0, 0, 30, 1)], other[:30])
+    local.forward([Segment(1, 0, 3, 1)], new[:3])
+    both = local.forward([Segment(0, 30, 1, 1), Segment(1, 3, 1, 1)], [other[30], new[3]])
     expected = [model.reference_logits(plan, tokens)[-1] for tokens in (other, new)]
     assert_near(both, torch.stack(expected))
 
@@ -269,10 +204,10 @@ def test_a_sequence_that_overflowed_leaves_its_slot_usable(
     local = LocalModel(model, plan)
     hidden = torch.full((30, model.config.hidden_size), broken)
     exchange = TcpExchange(0, {}, {}, torch.float32, CPU, max_bytes=1)
-    local.program.step([Segment(1, 0, 30, True)], hidden, exchange)
-    local.forward([Segment(0, 0, 30, True)], other[:30])
-    local.forward([Segment(1, 0, 3, True)], new[:3])
-    both = local.forward([Segment(0, 30, 1, True), Segment(1, 3, 1, True)], [other[30], new[3]])
+    local.program.step([Segment(1, 0, 30, 1)], hidden, exchange)
+    local.forward([Segment(0, 0, 30, 1)], other[:30])
+    local.forward([Segment(1, 0, 3, 1)], new[:3])
+    both = local.forward([Segment(0, 30, 1, 1), Segment(1, 3, 1, 1)], [other[30], new[3]])
     expected = [model.reference_logits(plan, tokens)[-1] for tokens in (other, new)]
     assert_near(both, torch.stack(expected))
 

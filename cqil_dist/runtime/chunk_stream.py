@@ -1,0 +1,44 @@
+"""Hands what comes of one request from the engine's thread to its caller's."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+from cqil_dist.errors import CqilError
+from cqil_dist.outputs import Chunk
+
+
+class ChunkStream:
+    """The chunks of one request, handed from the engine's thread to the caller's.
+
+    What is held reaches the caller when it is released: waking the caller's thread costs the
+    engine's a fraction of a millisecond, which it can spare while the ranks compute.
+
+    Iterating ends after the chunk with a finish reason, and raises the error a request failed
+    with.
+    """
+
+    def __init__(self) -> None:
+        self._held: deque[Chunk | CqilError] = deque()
+        self._releasing = threading.Lock()
+        self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
+
+    def hold(self, item: Chunk | CqilError) -> None:
+        self._held.append(item)
+
+    def release(self) -> None:
+        with self._releasing:  # the engine's thread, and one that closes the engine
+            while self._held:
+                self._queue.put(self._held.popleft())
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, CqilError):
+                raise item
+            yield item
+            if item.finish_reason is not None:
+                return

@@ -1,0 +1,73 @@
+"""From what users write to the token ids a model continues, and what may not be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cqil_dist.errors import RequestError
+from cqil_dist.inputs import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptEncoder:
+    """Turns prompts into token ids.
+
+    Args:
+        max_len: most tokens a prompt and its completion may have together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_len = max_len
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, of token ids, or of a conversation laid out by the chat template.
+
+        Raises:
+            RequestError: the prompt is empty, too long, holds unknown token ids, or is a
+                conversation that the model's chat template does not take.
+        """
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        elif prompt and isinstance(prompt[0], dict):
+            ids = self._encode_chat(prompt)
+        else:
+            ids = [id for id in prompt if isinstance(id, int)]
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token to continue")
+        self.check_known(ids)
+        if len(ids) >= self._max_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but prompt and completion together may have "
+                f"{self._max_len}; shorten the prompt, or launch with a larger max_len"
+            )
+        return ids
+
+    def decode(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        """The prompt as text: as it was written, or as its tokens read, special ones included."""
+        if isinstance(prompt, str):
+            return prompt
+        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def check_known(self, token_ids: Sequence[int]) -> None:
+        """Raises RequestError for token ids outside the vocabulary."""
+        if unknown := [id for id in token_ids if not 0 <= id < self._vocab_size]:
+            raise RequestError(
+                f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"
+            )
+
+    def _encode_chat(self, messages: Any) -> list[int]:
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"the model's chat template refused the messages: {error}"
+            ) from error
+        return list(encoded["input_ids"])

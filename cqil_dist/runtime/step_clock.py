@@ -1,0 +1,99 @@
+"""When each part of a step ended on a rank, and what the coordinator makes of that."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from cqil_dist.timeline import RankTimeline, Span, SpanKind
+
+Mark = tuple[int, int, float]
+"""Kind (a `SpanKind`), index of the group, and when that part ended: the host's clock, seconds."""
+
+
+class StepClock:
+    """Marks the ends of a step's parts; one part begins where another ends.
+
+    On a GPU parts end when their kernels have been launched, unless the step's timeline is asked
+    for: then each waits for its kernels, which makes the step slower.
+
+    Attributes:
+        marks: of the latest step.
+        seconds: by (plan, group, kind), summed over all steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._waits = False
+        self._plan = 0
+        self.started = 0.0
+        self.marks: list[Mark] = []
+        self.seconds: defaultdict[tuple[int, int, int], float] = defaultdict(float)
+
+    def begin(self, plan: int, exact: bool = False) -> None:
+        """A step begins. `exact` waits for the GPU at every mark."""
+        self._plan = plan
+        self._waits = exact and self._on_gpu
+        self.marks = []
+        self.started = time.perf_counter()
+
+    def mark(self, kind: SpanKind, group: int) -> None:
+        """This part of this group ends here."""
+        if self._waits:
+            torch.cuda.synchronize()
+        self.marks.append((kind, group, time.perf_counter()))
+
+    def end(self) -> None:
+        """The step is done: its parts are added up."""
+        before = self.started
+        for kind, group, ended in self.marks:
+            self.seconds[self._plan, group, kind] += ended - before
+            before = ended
+
+
+def times_of(clock: StepClock) -> list[Any]:
+    """When the step began, and its marks, for the answer's header."""
+    return [clock.started, [[int(kind), group, ended] for kind, group, ended in clock.marks]]
+
+
+class ClockOffset:
+    """What to add to a rank's clock to get the coordinator's, in seconds.
+
+    A step begins on the rank after it was sent and ends before it was answered; in the middle of
+    what that leaves open is the offset, and the step that leaves least open tells it best (as in
+    NTP). It is 0 where that fits: processes of one host share a clock.
+    """
+
+    def __init__(self) -> None:
+        self._open_s = math.inf
+        self.seconds = 0.0
+
+    def learn(self, sent: float, began: float, ended: float, answered: float) -> None:
+        lowest, highest = sent - began, answered - ended
+        if highest - lowest < self._open_s:
+            self._open_s = highest - lowest
+            self.seconds = 0.0 if lowest <= 0 <= highest else (lowest + highest) / 2
+
+
+def timeline_of(
+    rank: int, times: list[Any], offset: ClockOffset, sent: float, answered: float
+) -> RankTimeline:
+    """A rank's spans on the coordinator's clock.
+
+    Args:
+        times: what `times_of` gave there.
+        sent, answered: when the step was sent and answered, seconds on the coordinator.
+    """
+    began, marks = times
+    offset.learn(sent, began, marks[-1][2], answered)
+    spans: list[Span] = []
+    before = began
+    for kind, group, ended in marks:
+        start_us, end_us = (1e6 * (at + offset.seconds - sent) for at in (before, ended))
+        spans.append(Span(SpanKind(kind), group, start_us, end_us))
+        before = ended
+    return RankTimeline(rank, tuple(spans))
