@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml
 		{ echo "Python 3.11 or newer is needed; name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[bench]'
+	$(PIP) --editable '.[runtime]'
 	touch $@
 
 $(READY): $(INSTALLED)

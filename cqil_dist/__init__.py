@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cqil_dist.api import RunningEngine, launch
+    from cqil_dist.client import AsyncClient, Client
     from cqil_dist.errors import (
         CheckpointError,
         CqilError,
@@ -25,23 +26,26 @@ if TYPE_CHECKING:
         PeerLost,
         PlanError,
         ProtocolError,
+        QueueFull,
         RankUnavailable,
         RequestError,
+        RequestTimeout,
+        ServiceError,
+        ServiceUnavailable,
+        Unauthenticated,
         UnsupportedModel,
     )
     from cqil_dist.launch_config import LaunchConfig
     from cqil_dist.outputs import (
         Chunk,
         Completion,
-        RankStatus,
-        Recovery,
-        Status,
         Timings,
         TokenLogprob,
         Usage,
     )
     from cqil_dist.plan import Bypass, Group, Plan
     from cqil_dist.sampling_params import SamplingParams
+    from cqil_dist.status import ModelInfo, RankStatus, Recovery, Status
 
 # Where each public name lives. They are imported when first used: ranks need neither Ray's driver
 # side nor transformers, and a client needs no torch.
@@ -58,20 +62,24 @@ _HOMES = {
         "PeerLost",
         "PlanError",
         "ProtocolError",
+        "QueueFull",
         "RankUnavailable",
         "RequestError",
+        "RequestTimeout",
+        "ServiceError",
+        "ServiceUnavailable",
+        "Unauthenticated",
         "UnsupportedModel",
     ),
     "cqil_dist.outputs": (
         "Chunk",
         "Completion",
-        "RankStatus",
-        "Recovery",
-        "Status",
         "Timings",
         "TokenLogprob",
         "Usage",
     ),
+    "cqil_dist.status": ("ModelInfo", "RankStatus", "Recovery", "Status"),
+    "cqil_dist.client": ("AsyncClient", "Client"),
     "cqil_dist.plan": ("Bypass", "Group", "Plan"),
     "cqil_dist.launch_config": ("LaunchConfig",),
     "cqil_dist.sampling_params": ("SamplingParams",),
@@ -79,9 +87,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AsyncClient",
     "Bypass",
     "CheckpointError",
     "Chunk",
+    "Client",
     "Completion",
     "CqilError",
     "ExchangeError",
@@ -90,20 +100,26 @@ __all__ = [
     "LaunchConfig",
     "LaunchError",
     "ModelError",
+    "ModelInfo",
     "ModelNotFound",
     "PeerLost",
     "Plan",
     "PlanError",
     "ProtocolError",
+    "QueueFull",
     "RankStatus",
     "RankUnavailable",
     "Recovery",
     "RequestError",
+    "RequestTimeout",
     "RunningEngine",
     "SamplingParams",
+    "ServiceError",
+    "ServiceUnavailable",
     "Status",
     "Timings",
     "TokenLogprob",
+    "Unauthenticated",
     "UnsupportedModel",
     "Usage",
     "launch",
@@ -113,7 +129,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    try:
+        return getattr(import_module(_HOME_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cqil_dist"):
+            raise
+        raise ImportError(
+            f"cqil_dist.{name} needs {error.name}, which a client goes without: install "
+            "cqil-dist[runtime]"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -9,13 +9,13 @@ from typing import Any, Self
 import ray
 
 from cqil_dist.bring_up import ANSWER_TIMEOUT_S, bring_up, ray_errors
+from cqil_dist.inputs import Prompt
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.outputs import Chunk, Completion, Status
+from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.plan import PlanSource
 from cqil_dist.progress import Progress, SilentProgress
 from cqil_dist.resolved_launch import ResolvedLaunch
-from cqil_dist.rpc.convert import Prompt
-from cqil_dist.sampling_params import SamplingParams
+from cqil_dist.status import Status
 
 
 def launch(
@@ -50,7 +50,8 @@ class RunningEngine:
 
     Attributes:
         plan, assignment: what runs together, and on which ranks.
-        client: the connection to the coordinator.
+        service: the coordinator, and the way there.
+        client: a connection to it.
     """
 
     def __init__(self, config: LaunchConfig, progress: Progress) -> None:
@@ -59,7 +60,8 @@ class RunningEngine:
         self.assignment = resolved.assignment
         self.plan = self.assignment.plan
         with ExitStack() as stack, ray_errors():
-            self._coordinator, self.client = bring_up(resolved, stack, progress)
+            self.service = bring_up(resolved, stack, progress)
+            self.client = stack.enter_context(self.service.client())
             self._stack = stack.pop_all()
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:
@@ -67,17 +69,18 @@ class RunningEngine:
 
         Args:
             prompt: text, token ids, or chat messages with "role" and "content".
-            **sampling: the fields of `SamplingParams`.
+            **sampling: the fields of `SamplingParams`; those left out take the model's defaults.
 
         Raises:
             RequestError: the prompt or a sampling value is wrong.
             CqilError: the engine failed.
         """
-        return self.client.stream(prompt, SamplingParams.from_dict(sampling))
+        return self.client.generate(prompt, stream=True, **sampling)
 
     def complete(self, prompt: Prompt, **sampling: Any) -> Completion:
         """The whole completion at once; arguments and errors as for `generate`."""
-        return self.client.complete(prompt, SamplingParams.from_dict(sampling))
+        completion: Completion = self.client.generate(prompt, **sampling)
+        return completion
 
     def status(self) -> Status:
         """Plan, ranks, and how busy the engine is."""
@@ -97,7 +100,7 @@ class RunningEngine:
         """
         with ray_errors():
             stats: list[dict[str, Any]] = ray.get(
-                self._coordinator.exchange_stats.remote(), timeout=ANSWER_TIMEOUT_S
+                self.service.coordinator.exchange_stats.remote(), timeout=ANSWER_TIMEOUT_S
             )
         return stats
 

@@ -6,10 +6,12 @@ failure half way, or Ctrl-C, takes down what is there.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,8 +26,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from cqil_dist.assignment import Assignment
-from cqil_dist.client import GenerationClient
+from cqil_dist.client import AsyncClient, Client
 from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
 from cqil_dist.launch_config import LaunchConfig
@@ -44,21 +45,56 @@ _RESTART_S = 60.0  # of a coordinator's process, before it looks for its ranks
 _PROGRESS_S = 0.2
 
 
-def bring_up(
-    resolved: ResolvedLaunch, stack: ExitStack, progress: Progress
-) -> tuple[Any, GenerationClient]:
-    """Start Ray if need be, place the actors, and have the coordinator bring them together.
+@dataclass(frozen=True)
+class LaunchedService:
+    """A coordinator that serves, and the way there.
 
-    Returns:
-        The coordinator's handle, and a connection to its service.
+    Attributes:
+        coordinator: its handle.
+        address: "host:port" of its generation service when it was launched.
+        key: of the launch.
+        patience_s: how long requests wait for one that has died and is started again.
+        locate: says where it serves now; waits until it does.
+    """
+
+    coordinator: Any
+    address: str
+    key: str
+    patience_s: float
+    locate: Callable[[], str]
+
+    def client(self) -> Client:
+        """A connection to it."""
+        return Client(
+            self.address, api_key=self.key, patience_s=self.patience_s, locate=self.locate
+        )
+
+    def async_client(self) -> AsyncClient:
+        """A connection to it for an event loop."""
+        finding: asyncio.Future[str] | None = None
+
+        async def locate() -> str:
+            # Waiting takes a thread, which outlives whoever gives up waiting: one is enough.
+            nonlocal finding
+            if finding is None or finding.done():
+                finding = asyncio.ensure_future(asyncio.to_thread(self.locate))
+            return await asyncio.shield(finding)
+
+        return AsyncClient(
+            self.address, api_key=self.key, patience_s=self.patience_s, locate=locate
+        )
+
+
+def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> LaunchedService:
+    """Start Ray if need be, place the actors, and have the coordinator bring them together.
 
     Raises:
         LaunchError, InsufficientResources: the cluster or an actor failed.
         ModelError: a rank cannot read its weights.
         RankUnavailable: the ranks could not come together.
     """
-    config, model, assignment = resolved.config, resolved.model, resolved.assignment
-    world = assignment.world
+    config, model = resolved.config, resolved.model
+    world = resolved.assignment.world
     max_len = config.max_len_for(model)
     with progress.task("Starting Ray"):
         cpus = resolved.actors * config.threads_per_rank
@@ -68,13 +104,15 @@ def bring_up(
     on_gpu = resources.gpus > 0
     spec = EngineSpec(
         model=config.model,
+        names=resolved.names,
         model_path=resolved.path,
         config=model,
-        assignment=assignment,
+        assignments=resolved.assignments,
         dtype=config.dtype_for(model, on_gpu),
         slots=config.slots,
         max_len=max_len,
         prefill_tokens=config.prefill_tokens_for(on_gpu),
+        max_waiting=config.max_waiting,
         threads=config.threads_per_rank,
         on_gpu=on_gpu,
         pin=_pin(config, local, on_gpu),
@@ -114,13 +152,13 @@ def bring_up(
         )
         stack.callback(_close_quietly, coordinator, actors)
         ray.get([actor.state.remote() for actor in actors], timeout=ANSWER_TIMEOUT_S)
-    address = _started(coordinator, actors, assignment, progress)
+    stages = world * sum(assignment.plan.depth for assignment in resolved.assignments)
+    address = _started(coordinator, actors, stages, progress)
 
     def locate() -> str:
         return _locate(coordinator, config.recovery_timeout_s + _RESTART_S)
 
-    client = GenerationClient(address, secret, locate, config.recovery_timeout_s)
-    return coordinator, stack.enter_context(client)
+    return LaunchedService(coordinator, address, secret.hex(), config.recovery_timeout_s, locate)
 
 
 def _pin(config: LaunchConfig, local: bool, on_gpu: bool) -> str:
@@ -154,12 +192,9 @@ def _start(
     return actor
 
 
-def _started(
-    coordinator: Any, actors: Sequence[Any], assignment: Assignment, progress: Progress
-) -> str:
+def _started(coordinator: Any, actors: Sequence[Any], total: int, progress: Progress) -> str:
     """Have the coordinator bring the ranks together; returns the service's address."""
     starting = coordinator.start.remote()
-    total = assignment.world * assignment.plan.depth
     with progress.task("Loading weights", total=total, unit="stages") as task:
         while not ray.wait([starting], timeout=_PROGRESS_S)[0]:
             counts = [actor.stages_loaded.remote() for actor in actors]

@@ -23,9 +23,9 @@ def machine(device: str) -> dict[str, Any]:
 
 def _hardware(device: str) -> str:
     """What computes here, as its maker calls it."""
-    import torch
-
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from cqil_dist.cli.app import app
+import sys
 
-__all__ = ["app"]
+
+def main() -> None:
+    """Run the command. Needs the package's extra `runtime`, which a client goes without."""
+    try:
+        from cqil_dist.cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cqil_dist"):
+            raise
+        sys.exit(f"error: no module {error.name}: install cqil-dist[runtime] for the cqil command")
+    app()

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cqil_dist.cli import bench, demo, doctor, generate, model, plan, verify
+from cqil_dist.cli import bench, demo, doctor, generate, model, plan, serve, trace, verify
 from cqil_dist.errors import CqilError
 
 # Ray reads these when it is imported; set later, they would contradict what Ray has read.
@@ -43,6 +43,8 @@ app = typer.Typer(
     help="Low-latency distributed generation: layers of a language model run concurrently (CQIL).",
 )
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
+app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

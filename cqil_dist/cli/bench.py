@@ -1,21 +1,18 @@
-"""`cqil bench`: latency measurements."""
+"""`cqil bench`: measurements of models under plans, and of services under load."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cqil_dist.benchmarks.serve.request_form import Endpoint
 from cqil_dist.cli import options
 
-app = typer.Typer(no_args_is_help=True, help="Measure latency.")
-
-
-@app.callback()
-def _bench() -> None:
-    """Keeps `latency` a subcommand while it is the only one."""
+app = typer.Typer(no_args_is_help=True, help="Measure latency and throughput.")
 
 
 @app.command()
@@ -74,3 +71,116 @@ def latency(
     write_json(report, output / "latency.json")
     write_plot(report, output / "latency.png")
     typer.echo(f"written: {output / 'latency.json'}, {output / 'latency.png'}")
+
+
+@app.command()
+def serve(
+    base_url: Annotated[
+        str, typer.Option(help="Of any OpenAI-compatible server, with or without /v1.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the first of /v1/models.")
+    ] = None,
+    endpoint: Annotated[
+        Endpoint, typer.Option(help="Prompts as they are, or as chat messages.")
+    ] = Endpoint.COMPLETIONS,
+    num_prompts: Annotated[int, typer.Option(help="Requests of a run.")] = 48,
+    request_rate: Annotated[
+        float, typer.Option(help="Requests per second; inf sends all at once.")
+    ] = math.inf,
+    burstiness: Annotated[
+        float, typer.Option(help="Of arrivals: 1 is a Poisson process, less comes in bursts.")
+    ] = 1.0,
+    max_concurrency: Annotated[
+        list[str] | None,
+        typer.Option(help="Most requests at once: 8, or 1,4,16 in turns; default: any."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 1,
+    output_len: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end token, if the server can.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts' order and of arrivals.")] = 0,
+    num_warmups: Annotated[int, typer.Option(help="Requests that are not counted.")] = 3,
+    unique_prompts: Annotated[
+        bool, typer.Option("--unique-prompts", help="Keep prompts out of prefix caches.")
+    ] = False,
+    percentiles: Annotated[str, typer.Option(help="By comma.")] = "50,90,99",
+    timeout_s: Annotated[float, typer.Option(help="Most seconds of one answer.")] = 600.0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CQIL_API_KEY", show_envvar=True, help="Bearer token.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="With TLS: take any certificate.")
+    ] = False,
+    ca_cert: Annotated[
+        Path | None, typer.Option(help="With TLS: PEM file of the authority to believe.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for serve.json.")] = Path(
+        "serve"
+    ),
+) -> None:
+    """Latency and throughput of any OpenAI-compatible server, as its clients see them.
+
+    Options and figures are those of vLLM's benchmark of the same name where it has them. Latencies
+    count from when a request was sent; with a finite --request-rate, how long it waited for that is
+    reported beside. Ctrl-C reports what there is so far.
+    """
+    from rich.console import Console
+
+    from cqil_dist.benchmarks.machine import machine
+    from cqil_dist.benchmarks.report import write_json
+    from cqil_dist.benchmarks.serve.measure import Load, measure
+    from cqil_dist.benchmarks.serve.peer import Peer
+    from cqil_dist.benchmarks.serve.summary import report
+    from cqil_dist.benchmarks.serve.tables import print_report
+    from cqil_dist.progress import ConsoleProgress
+
+    percents = _percentiles(percentiles)
+    peer = Peer(base_url, api_key, insecure, ca_cert)
+    load = Load(
+        endpoint=endpoint,
+        model=model,
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=_bounds(max_concurrency),
+        repeats=repeats,
+        output_len=output_len,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        seed=seed,
+        num_warmups=num_warmups,
+        unique_prompts=unique_prompts,
+        timeout_s=timeout_s,
+    )
+    measurement = measure(peer, load, ConsoleProgress())
+    found = report(peer, load, measurement, percents, machine("cpu"))
+    print_report(found, Console())
+    write_json(found, output / "serve.json")
+    typer.echo(f"written: {output / 'serve.json'}")
+    if measurement.interrupted:
+        raise typer.Exit(130)
+    if not any(result["completed"] for result in found["results"]):
+        raise typer.Exit(1)
+
+
+def _bounds(given: list[str] | None) -> tuple[int | None, ...]:
+    """Of --max-concurrency; none given is one run without a bound."""
+    try:
+        return tuple(int(part) for text in given or () for part in text.split(",")) or (None,)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--max-concurrency takes whole numbers by comma: {error}"
+        ) from error
+
+
+def _percentiles(text: str) -> list[float]:
+    try:
+        percents = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--percentiles takes numbers by comma: {error}") from error
+    if outside := [percent for percent in percents if not 0 <= percent <= 100]:
+        raise typer.BadParameter(f"--percentiles are from 0 to 100, not {outside[0]:g}")
+    return percents

@@ -80,17 +80,35 @@ _LAUNCHING: dict[str, Any] = {
     ],
     "verbose": Verbose,
 }
+# Those that only a service has.
+_SERVING: dict[str, Any] = {
+    "compare": Annotated[
+        str | None,
+        typer.Option("--compare", help="A second plan over the same ranks, as a model of its own."),
+    ],
+    "served_model_name": Annotated[
+        str | None,
+        typer.Option("--served-model-name", help="What requests call it; default: MODEL."),
+    ],
+    "max_waiting": Annotated[
+        int, typer.Option("--max-waiting", help="Requests that may wait; more are refused.")
+    ],
+}
 
 
-def launch_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def launch_options(
+    *left_out: str, serving: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these fields of `LaunchConfig`, with its default.
 
     The command's parameter `launching` gets them in one dict, by field.
 
     Args:
         left_out: fields that the command decides.
+        serving: with those that only a service has.
     """
-    options = {name: kind for name, kind in _LAUNCHING.items() if name not in left_out}
+    known = _LAUNCHING | (_SERVING if serving else {})
+    options = {name: kind for name, kind in known.items() if name not in left_out}
     defaults = {field.name: field.default for field in fields(LaunchConfig)}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray.util.metrics import Counter, Histogram
 
 from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
+from cqil_dist.model.generation_defaults import default_sampling
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.tokenizer import load_tokenizer
-from cqil_dist.outputs import Recovery, Status
 from cqil_dist.runtime.assembly import RankPool
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.meeting import ConnectedRanks
@@ -29,7 +29,9 @@ from cqil_dist.runtime.model_files import model_directory
 from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.rank_group import RankGroup
 from cqil_dist.runtime.spec import EngineSpec
-from cqil_dist.serving.grpc_server import GenerationServicer, start_server
+from cqil_dist.serving.engine_metrics import EngineMetrics
+from cqil_dist.serving.engine_service import EngineServicer, start_server
+from cqil_dist.status import ModelInfo, Status
 
 if TYPE_CHECKING:
     import grpc
@@ -37,9 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Streams beyond the KV slots wait in the engine's queue; this many may wait.
-_QUEUED_STREAMS = 256
-_RECOVERY_BUCKETS_S = [0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300]
+# Calls beside the streams that run and wait: questions, and streams that are about to be refused.
+_OTHER_CALLS = 32
 
 
 class Coordinator:
@@ -60,13 +61,8 @@ class Coordinator:
         self._server: grpc.Server | None = None
         self._group: RankGroup | None = None
         self._ranks: ConnectedRanks | None = None
-        self._recoveries = Counter("cqil_recoveries", "Losses of a rank that were made good.")
-        self._recovery_seconds = Histogram(
-            "cqil_recovery_seconds",
-            "Time to recover from the loss of a rank, by phase.",
-            boundaries=_RECOVERY_BUCKETS_S,
-            tag_keys=("phase",),
-        )
+        self._metrics = EngineMetrics()
+        self._created = int(time.time())
         if ray.get_runtime_context().was_current_actor_reconstructed:
             # Nobody may ask for a while, and then everybody waits.
             threading.Thread(target=self._start_again, name="start", daemon=True).start()
@@ -95,8 +91,8 @@ class Coordinator:
         if counts["state"] == "recovering" and self._pool.waiting_for:
             counts["state_detail"] += f"; waiting for {self._pool.waiting_for}"
         return Status(
-            model=self._spec.model,
-            plan=self._spec.assignment.plan.to_json(),
+            model=self._spec.names[0],
+            plan=self._spec.assignments[0].plan.to_json(),
             ranks=self._ranks.descriptions,
             max_len=self._spec.max_len,
             epoch=self._ranks.epoch,
@@ -115,6 +111,7 @@ class Coordinator:
     def close(self) -> None:
         """Fail unfinished requests, stop serving and let the ranks go. Idempotent."""
         self._pool.stop()
+        self._metrics.stop()
         if self._engine is not None:
             self._engine.close()
         if self._server is not None:
@@ -137,7 +134,9 @@ class Coordinator:
     def _group_of(self, ranks: ConnectedRanks) -> RankGroup:
         spec = self._spec
         self._ranks = ranks
-        self._group = RankGroup(spec.assignment, self._embedding, ranks.links, spec.step_deadline_s)
+        self._group = RankGroup(
+            spec.assignments, self._embedding, ranks.links, spec.step_deadline_s
+        )
         return self._group
 
     def _serve(self, tokenizer: PreTrainedTokenizerBase, group: RankGroup) -> str:
@@ -150,16 +149,37 @@ class Coordinator:
             max_len=spec.max_len,
             slots=spec.slots,
             prefill_tokens=spec.prefill_tokens,
+            max_waiting=spec.max_waiting,
             rebuild=self._rebuild,
-            on_recovery=self._count,
+            on_recovery=self._metrics.note_recovery,
         )
+        self._metrics.watch(self._engine.status)
+        models = self._models(bool(getattr(tokenizer, "chat_template", None)))
         self._server, address = start_server(
-            GenerationServicer(self._engine, self.status),
+            EngineServicer(self._engine, models, self.status, self._metrics.note_completion),
             host_addresses()[ray.get_runtime_context().get_node_id()],
-            self._secret,
-            spec.slots + _QUEUED_STREAMS,
+            self._secret.hex(),
+            spec.slots + spec.max_waiting + _OTHER_CALLS,
         )
         return address
+
+    def _models(self, has_chat_template: bool) -> list[ModelInfo]:
+        spec = self._spec
+        defaults = default_sampling(model_directory(spec.model, spec.model_path))
+        return [
+            ModelInfo(
+                name=name,
+                plan=assignment.plan.to_json(),
+                exchanges_per_token=assignment.rounds,
+                max_len=spec.max_len,
+                vocab_size=spec.config.vocab_size,
+                dtype=spec.dtype,
+                default_sampling=defaults,
+                has_chat_template=has_chat_template,
+                created=self._created,
+            )
+            for name, assignment in zip(spec.names, spec.assignments, strict=True)
+        ]
 
     def _rebuild(self, error: ExchangeError) -> tuple[RankGroup, dict[str, float]]:
         """See `engine.Rebuild`."""
@@ -168,11 +188,6 @@ class Coordinator:
         self._group.close()
         ranks, phases = self._pool.assemble(frozenset(ended))
         return self._group_of(ranks), phases
-
-    def _count(self, recovery: Recovery) -> None:
-        self._recoveries.inc()
-        for phase, seconds in {**recovery.phases, "total": recovery.seconds}.items():
-            self._recovery_seconds.observe(seconds, tags={"phase": phase})
 
 
 def _handles(names: Sequence[str]) -> Iterator[Any]:

@@ -1,68 +1,140 @@
-"""The generation service: gRPC calls in, the engine's chunks out."""
+"""The coordinator's generation service: gRPC calls in, the engine's chunks out."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import grpc
 
-from cqil_dist.client import CHANNEL_OPTIONS
-from cqil_dist.errors import CqilError, RequestError
-from cqil_dist.outputs import Status
-from cqil_dist.rpc.convert import chunk_to_wire, params_from_wire, status_to_wire
+from cqil_dist.client.channel import CHANNEL_OPTIONS
+from cqil_dist.errors import CqilError, ModelNotFound, RequestError
+from cqil_dist.inputs import GenerationInput
+from cqil_dist.outputs import Completion
+from cqil_dist.rpc.convert import chunk_to_wire, request_from_wire
+from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
+from cqil_dist.rpc.status_codes import code_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.request import Request
+from cqil_dist.status import ModelInfo, Status
+
+logger = logging.getLogger(__name__)
 
 
-class GenerationServicer(rpc.GenerationServiceServicer):
-    """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto from one engine."""
+class EngineServicer(rpc.GenerationServiceServicer):
+    """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto from one engine.
 
-    def __init__(self, engine: Engine, status: Callable[[], Status]) -> None:
+    Args:
+        models: by index of the engine's plan.
+        on_completion: told of every completion that was given whole.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: Sequence[ModelInfo],
+        status: Callable[[], Status],
+        on_completion: Callable[[Completion], None] = lambda completion: None,
+    ) -> None:
         self._engine = engine
+        self._models = models
+        self._plans = {"": 0} | {model.name: plan for plan, model in enumerate(models)}
         self._status = status
+        self._on_completion = on_completion
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Request] = {}
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         try:
-            submitted = self._submit(request)
+            given = self._given(request)
+            submitted = self._engine.submit(given)
             # Runs at the end of the call however it ends; cancelling a finished request is free.
             if not context.add_callback(lambda: self._engine.cancel(submitted)):
                 self._engine.cancel(submitted)  # the call ended while it was submitted
-            for chunk in submitted.stream:
-                yield chunk_to_wire(chunk)
-        except RequestError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            with self._named(given.request_id, submitted):
+                for chunk in submitted.stream:
+                    yield chunk_to_wire(chunk)
+                    if chunk.result is not None:
+                        self._note(given, chunk.result)
         except CqilError as error:
-            context.abort(grpc.StatusCode.INTERNAL, str(error))
+            # What users got wrong may quote what they asked, which is nothing for a log.
+            said = "" if isinstance(error, RequestError) else f": {error}"
+            logger.info("request %s: %s%s", request.request_id, type(error).__name__, said)
+            _refuse(context, error)
+
+    def Abort(self, request: pb.AbortRequest, context: grpc.ServicerContext) -> pb.AbortResponse:
+        with self._lock:
+            named = self._by_id.get(request.request_id)
+        if named is not None:
+            self._engine.cancel(named)
+        return pb.AbortResponse(aborted=named is not None)
+
+    def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        return models_to_wire(self._models)
 
     def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetStatusResponse:
         return status_to_wire(self._status())
 
-    def _submit(self, request: pb.GenerateRequest) -> Request:
-        params = params_from_wire(request.sampling_params)
-        rest = (params, request.final_only, request.resume_token_ids)
-        kind = request.WhichOneof("prompt")
-        if kind == "chat":
-            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            return self._engine.submit_chat(messages, *rest)
-        if kind == "token_ids":
-            return self._engine.submit(list(request.token_ids.ids), *rest)
-        return self._engine.submit(request.text, *rest)
+    def _given(self, request: pb.GenerateRequest) -> GenerationInput:
+        if (plan := self._plans.get(request.model)) is None:
+            names = ", ".join(model.name for model in self._models)
+            raise ModelNotFound(f"model {request.model!r} is not served here; {names} is")
+        return request_from_wire(request, plan, self._models[plan].default_sampling)
+
+    @contextmanager
+    def _named(self, request_id: str, request: Request) -> Iterator[None]:
+        """Let a request be found by its name; an earlier one of that name ends."""
+        if not request_id:
+            yield
+            return
+        with self._lock:
+            former = self._by_id.get(request_id)
+            self._by_id[request_id] = request
+        if former is not None:
+            self._engine.cancel(former)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._by_id.get(request_id) is request:
+                    del self._by_id[request_id]
+
+    def _note(self, given: GenerationInput, completion: Completion) -> None:
+        logger.info(
+            "request %s: %d prompt tokens, %d tokens, %s, first after %.0f ms, %.0f ms in all",
+            given.request_id,
+            completion.usage.prompt_tokens,
+            completion.usage.completion_tokens,
+            completion.finish_reason,
+            completion.timings.ttft_ms,
+            completion.timings.total_ms,
+        )
+        self._on_completion(completion)
 
 
-class SecretInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls that do not carry the launch's secret."""
+def _refuse(context: grpc.ServicerContext, error: CqilError) -> NoReturn:
+    context.abort(code_of(error), str(error))
+    raise AssertionError("aborting raises")
 
-    def __init__(self, secret: bytes) -> None:
-        self._expected = f"Bearer {secret.hex()}".encode()
+
+class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls that do not carry the key."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = f"Bearer {key}".encode()
 
         def refuse(request: object, context: grpc.ServicerContext) -> None:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call lacks the launch's secret")
@@ -77,7 +149,7 @@ class SecretInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 def start_server(
-    servicer: GenerationServicer, host: str, secret: bytes, streams: int
+    servicer: EngineServicer, host: str, key: str, streams: int
 ) -> tuple[grpc.Server, str]:
     """Serve on a free port of `host`, up to `streams` calls at a time.
 
@@ -86,7 +158,7 @@ def start_server(
     """
     server = grpc.server(
         futures.ThreadPoolExecutor(streams, thread_name_prefix="grpc"),
-        interceptors=[SecretInterceptor(secret)],
+        interceptors=[KeyInterceptor(key)],
         options=CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=streams,
     )

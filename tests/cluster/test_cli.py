@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import psutil
 import pytest
 import torch
+from commands import cqil, start_cqil
 from tiny_models import TinyModel, TinyModelFactory
 from typer.main import get_command
 
-from cqil_dist.cli import app
+from cqil_dist.cli.app import app
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModelFactory) -> TinyModel:
     return tiny_model()
-
-
-def start_cqil(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from cqil_dist.cli import app; app()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": "", "COLUMNS": "200"},
-    )
-
-
-def cqil(*arguments: str) -> subprocess.CompletedProcess[str]:
-    process = start_cqil(*arguments)
-    try:
-        output, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def test_generate_prints_one_json_object(model: TinyModel) -> None:

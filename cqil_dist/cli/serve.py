@@ -1,0 +1,111 @@
+"""`cqil serve`: an engine on the network, over gRPC and the OpenAI API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cqil_dist.cli import options
+from cqil_dist.errors import LaunchError
+from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.progress import ConsoleProgress
+from cqil_dist.serving.serve_config import ServeConfig, Tls
+
+if TYPE_CHECKING:
+    from cqil_dist.api import RunningEngine
+    from cqil_dist.serving.server import Addresses
+
+_DEFAULTS = ServeConfig()
+# Beside the requests that run and wait: questions, and requests about to be refused.
+_OTHER_CALLS = 32
+
+
+@options.launch_options(serving=True)
+def serve(
+    launching: dict[str, Any],
+    model: Annotated[
+        str,
+        typer.Argument(help="Built-in name, local directory, GGUF file, or hub id (org/name)."),
+    ],
+    plan: options.PlanText = "sequential",
+    ranks: options.Ranks = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = _DEFAULTS.host,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = _DEFAULTS.grpc_port,
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = _DEFAULTS.http_port,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CQIL_API_KEY",
+            show_envvar=True,
+            help="Every request must carry it; the environment hides it from process lists.",
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file; serves with TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    request_timeout_s: Annotated[
+        float, typer.Option(help="Most seconds that a request may take.")
+    ] = _DEFAULTS.request_timeout_s,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help="Seconds for running requests to finish at the end.")
+    ] = _DEFAULTS.drain_timeout_s,
+    recovery_bound_s: Annotated[
+        float, typer.Option(help="Seconds of recovering until unhealthy.")
+    ] = _DEFAULTS.recovery_bound_s,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Largest request.")
+    ] = _DEFAULTS.max_body_bytes,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, then finish what is running."""
+    if (tls_cert is None) != (tls_key is None):
+        raise LaunchError("tls_cert and tls_key belong together: give both or neither")
+    config = ServeConfig(
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        api_key=api_key,
+        tls=Tls(tls_cert, tls_key) if tls_cert and tls_key else None,
+        request_timeout_s=request_timeout_s,
+        drain_timeout_s=drain_timeout_s,
+        recovery_bound_s=recovery_bound_s,
+        max_body_bytes=max_body_bytes,
+    )
+    LaunchConfig(model, plan, ranks, **launching)  # checked before anything is started
+    from cqil_dist.api import launch
+    from cqil_dist.serving.logs import configure_logging
+
+    configure_logging(log_json)
+
+    def announce(where: Addresses) -> None:
+        typer.echo(f"gRPC {where.grpc}; HTTP {where.http}", err=True)
+        if config.is_public and config.api_key is None:
+            typer.echo(
+                "warning: other machines can reach this service and it has no key: anybody may use "
+                "it (--api-key)",
+                err=True,
+            )
+        elif not config.is_public:
+            typer.echo("reachable from this machine alone (--host 0.0.0.0 opens it)", err=True)
+
+    with launch(model, plan, ranks, progress=ConsoleProgress(), **launching) as engine:
+        asyncio.run(_serve(engine, config, announce))
+
+
+async def _serve(
+    engine: RunningEngine, config: ServeConfig, announce: Callable[[Addresses], None]
+) -> None:
+    from cqil_dist.serving.cluster_metrics import cluster_metrics
+    from cqil_dist.serving.server import Service, serve
+
+    client = engine.service.async_client()
+    try:
+        calls = engine.config.slots + engine.config.max_waiting + _OTHER_CALLS
+        await serve(Service(client, config, calls, cluster_metrics), announce)
+    finally:
+        await client.close()

@@ -1,0 +1,203 @@
+"""The client for asyncio programs: `Client` in their terms, over the same resuming streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import grpc
+import grpc.aio
+
+from cqil_dist.client.channel import Endpoint
+from cqil_dist.client.resuming import Backoff, ResumableStream
+from cqil_dist.errors import ServiceUnavailable
+from cqil_dist.inputs import Prompt
+from cqil_dist.outputs import Chunk, Completion
+from cqil_dist.rpc.convert import request_to_wire
+from cqil_dist.rpc.convert_status import models_from_wire, status_from_wire
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
+from cqil_dist.status import ModelInfo, Status
+
+_ANSWER_S = 30.0
+
+
+class AsyncClient:
+    """A connection to a generation service, for one event loop; tasks may share it.
+
+    Arguments and errors are those of `Client`; `locate` is a coroutine function here.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        tls: bool = False,
+        ca_cert: str | Path | None = None,
+        timeout_s: float | None = None,
+        patience_s: float = 10.0,
+        locate: Callable[[], Awaitable[str]] | None = None,
+    ) -> None:
+        ca = None if ca_cert is None else Path(ca_cert)
+        self._endpoint = Endpoint(address, api_key, tls, ca, direct=locate is not None)
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._locate = locate
+        self._reconnecting = asyncio.Lock()
+        self._closed = False
+        self._connections: list[_Connection] = []
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any
+    ) -> Awaitable[Completion]: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[True], **options: Any
+    ) -> AsyncIterator[Chunk]: ...
+
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, **options: Any
+    ) -> Awaitable[Completion] | AsyncIterator[Chunk]:
+        """Continue a prompt: `await` the completion, or iterate over chunks with `async for`.
+
+        Arguments and errors as for `Client.generate`. Cancelling the task, or closing the
+        iterator, ends the request.
+        """
+        request = request_to_wire(prompt, final_only=not stream, **options)
+        return self.stream(request) if stream else self._complete(request)
+
+    @overload
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, stream: Literal[False] = False, **options: Any
+    ) -> Awaitable[Completion]: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, stream: Literal[True], **options: Any
+    ) -> AsyncIterator[Chunk]: ...
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, stream: Any = False, **options: Any
+    ) -> Awaitable[Completion] | AsyncIterator[Chunk]:
+        """Answer a conversation, as `Client.chat` does."""
+        answer: Awaitable[Completion] | AsyncIterator[Chunk]
+        answer = self.generate(messages, stream=stream, **options)
+        return answer
+
+    async def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks of a request in the wire's own form, for those who pass it on.
+
+        Args:
+            timeout_s: in place of the client's.
+        """
+        stream = ResumableStream(request, timeout_s or self._timeout_s)
+        backoff = Backoff(self._patience_s)
+        while not stream.finished:
+            connection = self._connection()
+            call = connection.call(
+                connection.stub.Generate, stream.next_request(), stream.remaining_s()
+            )
+            try:
+                async for response in call:
+                    backoff.answered()
+                    yield stream.take(response)
+                stream.check_finished(connection.endpoint.address)
+            except grpc.RpcError as error:
+                if not stream.finished:  # else all was said, and the call broke while it closed
+                    await self._reconnect(connection, error, backoff)
+            finally:
+                call.cancel()
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, as `Client.abort` does."""
+        request = pb.AbortRequest(request_id=request_id)
+        return bool((await self._ask(lambda stub: stub.Abort, request)).aborted)
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """What is served; the first is what requests get that name none."""
+        request = pb.GetModelInfoRequest()
+        return models_from_wire(await self._ask(lambda stub: stub.GetModelInfo, request))
+
+    async def status(self) -> Status:
+        """By which ranks it is served, and how busy they are."""
+        request = pb.GetStatusRequest()
+        return status_from_wire(await self._ask(lambda stub: stub.GetStatus, request))
+
+    async def close(self) -> None:
+        """Cancel what is running and close the connection."""
+        self._closed = True
+        for connection in self._connections:
+            await connection.channel.close()
+
+    async def _complete(self, request: pb.GenerateRequest) -> Completion:
+        completion: Completion | None = None
+        async for chunk in self.stream(request):
+            completion = chunk.result
+        assert completion is not None, "the only chunk is the last"
+        return completion
+
+    async def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
+        """A call with one answer, which may be asked again for."""
+        backoff = Backoff(self._patience_s)
+        while True:
+            connection = self._connection()
+            try:
+                return await connection.call(method(connection.stub), request, _ANSWER_S)
+            except grpc.RpcError as error:
+                await self._reconnect(connection, error, backoff)
+
+    def _connection(self) -> _Connection:
+        """The latest; the first is made when it is first used, on the loop that runs then."""
+        if not self._connections:
+            self._connections.append(_Connection(self._endpoint))
+        return self._connections[-1]
+
+    async def _reconnect(self, broken: _Connection, error: Any, backoff: Backoff) -> None:
+        """Find the service again after a call failed; one task does so for all. As in `Client`."""
+        wait_s = backoff.next_wait_s(error, broken.endpoint.address)
+        self._check_open(broken)
+        await asyncio.sleep(wait_s)
+        async with self._reconnecting:
+            self._check_open(broken)
+            if self._connection() is not broken or self._locate is None:
+                return
+            if (address := await self._locate()) != broken.endpoint.address:
+                # Those before are closed at the end: other streams have yet to notice.
+                self._connections.append(_Connection(self._endpoint.at(address)))
+
+    def _check_open(self, connection: _Connection) -> None:
+        if self._closed:
+            raise connection.closed()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class _Connection:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        address, options = endpoint.address, endpoint.options
+        if (credentials := endpoint.credentials) is None:
+            self.channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self.channel = grpc.aio.secure_channel(address, credentials, options=options)
+        self.stub = rpc.GenerationServiceStub(self.channel)
+
+    def call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout_s, metadata=self.endpoint.metadata)
+        except grpc.aio.UsageError as error:
+            raise self.closed() from error
+
+    def closed(self) -> ServiceUnavailable:
+        return ServiceUnavailable(f"the connection to {self.endpoint.address} is closed")

@@ -1,0 +1,143 @@
+"""What a stream needs to outlive its connection: knows no socket and does no waiting.
+
+A stream that breaks goes on elsewhere, or at the same address later, with the tokens that have
+come: the service computes none of them anew for the reader, and gives none twice. That is safe
+because the same prompt, values and seed make the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import grpc
+
+from cqil_dist.errors import CqilError, RequestTimeout
+from cqil_dist.outputs import Chunk, Completion, Timings, TokenLogprob
+from cqil_dist.rpc.convert import chunk_from_wire
+from cqil_dist.rpc.status_codes import error_of
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.sampling_params import SamplingParams
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 2.0
+
+
+class Backoff:
+    """How long to wait before calling again after calls that found nobody.
+
+    Args:
+        patience_s: since the first such call, before giving up.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._broken_since: float | None = None
+        self._wait_s = _FIRST_WAIT_S
+
+    @property
+    def waited(self) -> bool:
+        """Whether the latest call found nobody."""
+        return self._broken_since is not None
+
+    def answered(self) -> None:
+        """A call found somebody."""
+        self._broken_since = None
+        self._wait_s = _FIRST_WAIT_S
+
+    def next_wait_s(self, error: Any, address: str) -> float:
+        """Seconds to wait, with jitter.
+
+        Raises:
+            CqilError: the call failed by what it asked; or patience has ended.
+        """
+        code = error.code()
+        # Whoever was let in once waits for room, where a service that has started anew has none.
+        again = code is grpc.StatusCode.UNAVAILABLE or (
+            self.waited and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        )
+        now = time.monotonic()
+        self._broken_since = self._broken_since or now
+        if not again or now - self._broken_since > self._patience_s:
+            raise error_of(error, address) from None
+        wait_s = self._wait_s * random.uniform(0.5, 1.0)
+        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
+        return wait_s
+
+
+@dataclass
+class ResumableStream:
+    """One request's stream over however many connections.
+
+    Args:
+        request: as it was asked; a seed and a request id are drawn where it has none, so that it
+            goes on as it began.
+        timeout_s: for all of it; None for none.
+    """
+
+    request: pb.GenerateRequest
+    timeout_s: float | None
+    finished: bool = False
+    _resumed: bool = False
+    _token_ids: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    # When it was begun, then when each token came.
+    _times: list[float] = field(default_factory=lambda: [time.monotonic()])
+
+    def __post_init__(self) -> None:
+        given, self.request = self.request, pb.GenerateRequest()
+        self.request.CopyFrom(given)
+        if not self.request.request_id:
+            self.request.request_id = f"gen-{uuid.uuid4().hex[:16]}"
+        sampling = self.request.sampling_params
+        if not sampling.HasField("seed"):
+            sampling.seed = SamplingParams().seeded().seed or 0
+        self._token_ids += self.request.resume_token_ids
+        self._wants_logprobs = sampling.HasField("logprobs")
+        self._wants_prompt_logprobs = sampling.HasField("prompt_logprobs")
+
+    def next_request(self) -> pb.GenerateRequest:
+        """What to ask of the next connection."""
+        self._resumed = len(self._times) > 1
+        del self.request.resume_token_ids[:]
+        self.request.resume_token_ids.extend(self._token_ids)
+        return self.request
+
+    def remaining_s(self) -> float | None:
+        """Seconds that are left of the timeout. Raises RequestTimeout where none are."""
+        if self.timeout_s is None:
+            return None
+        left = self.timeout_s - (time.monotonic() - self._times[0])
+        if left <= 0:
+            raise RequestTimeout(f"the completion was not done within {self.timeout_s:g} s")
+        return left
+
+    def take(self, response: pb.GenerateResponse) -> Chunk:
+        """Note a response; returns it as the stream's reader shall see it."""
+        chunk = chunk_from_wire(response, self._wants_logprobs, self._wants_prompt_logprobs)
+        now = time.monotonic()
+        self._token_ids += chunk.token_ids
+        self._logprobs += chunk.logprobs or ()
+        self._times += [now] * len(chunk.token_ids)
+        self.finished = chunk.result is not None
+        if chunk.result is None or not self._resumed:
+            return chunk
+        return replace(chunk, result=self._whole(chunk.result))
+
+    def check_finished(self, address: str) -> None:
+        """The connection has ended the stream in good order. Raises CqilError if too early."""
+        if not self.finished:
+            raise CqilError(f"the stream from {address} ended before the completion did")
+
+    def _whole(self, result: Completion) -> Completion:
+        """The last connection's result, with what only the earlier ones knew."""
+        gaps = [1000 * (after - before) for before, after in pairwise(self._times)]
+        return replace(
+            result,
+            logprobs=None if result.logprobs is None else tuple(self._logprobs),
+            timings=Timings(gaps[0], tuple(gaps[1:])),
+        )

@@ -1,0 +1,109 @@
+"""The coordinator as the public servers see it: every request goes through here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from cqil_dist.client import AsyncClient
+from cqil_dist.errors import CqilError, ModelNotFound, RequestError, ServiceUnavailable
+from cqil_dist.outputs import Chunk, Completion
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.serving.admission import Admission
+from cqil_dist.status import ModelInfo, Status
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What serves, and how requests get there.
+
+    Attributes:
+        client: of the coordinator's service.
+        models: what it serves.
+        timeout_s: most seconds that a request may take.
+    """
+
+    client: AsyncClient
+    models: Sequence[ModelInfo]
+    admission: Admission
+    timeout_s: float
+
+    def model(self, name: str) -> ModelInfo:
+        """Raises ModelNotFound."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        served = ", ".join(model.name for model in self.models)
+        raise ModelNotFound(f"model {name!r} is not served here; {served} is")
+
+    async def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """A request's chunks; they go on when the coordinator is lost and comes back.
+
+        Args:
+            timeout_s: the caller's own bound, if that is shorter.
+
+        Raises:
+            CqilError: as `AsyncClient.stream`; ServiceUnavailable when this service ends first.
+        """
+        if not request.request_id:
+            request.request_id = f"gen-{uuid.uuid4().hex}"
+        bound_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
+        ending = "cancelled"
+        result: Completion | None = None
+        started = time.monotonic()
+        try:
+            with self.admission.admitted(request.request_id):
+                async with aclosing(self.client.stream(request, bound_s)) as chunks:
+                    async for chunk in chunks:
+                        self.admission.check_own_end(chunk.finish_reason)
+                        result = chunk.result
+                        ending = chunk.finish_reason or ending
+                        yield chunk
+        except CqilError as error:
+            ending = describe(error)
+            raise
+        finally:
+            _log(request, ending, result, time.monotonic() - started)
+
+    async def status(self) -> Status:
+        """By which ranks it is served. Raises ServiceUnavailable if that is not known soon."""
+        try:
+            return await asyncio.wait_for(self.client.status(), _ANSWER_S)
+        except TimeoutError:
+            raise ServiceUnavailable("the coordinator does not answer; it may be restarting") from (
+                None
+            )
+
+
+def describe(error: CqilError) -> str:
+    """An error for the log: what users got wrong may quote what they asked, and is left out."""
+    kind = type(error).__name__
+    return kind if isinstance(error, RequestError) else f"{kind}: {error}"
+
+
+def _log(
+    request: pb.GenerateRequest, ending: str, result: Completion | None, seconds: float
+) -> None:
+    fields: dict[str, object] = {
+        "request_id": request.request_id,
+        "model": request.model,
+        "ending": ending,
+        "seconds": round(seconds, 4),
+    }
+    if result is not None:
+        fields["prompt_tokens"] = result.usage.prompt_tokens
+        fields["completion_tokens"] = result.usage.completion_tokens
+        fields["ttft_ms"] = round(result.timings.ttft_ms, 2)
+    details = ", ".join(f"{name} {value}" for name, value in list(fields.items())[1:])
+    logger.info("request %s: %s", request.request_id, details, extra={"fields": fields})

@@ -1,0 +1,146 @@
+"""The public gRPC service: passes requests on to the coordinator, wherever that is now."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cqil_dist.client.channel import CHANNEL_OPTIONS
+from cqil_dist.errors import CqilError, LaunchError
+from cqil_dist.rpc.convert import chunk_to_wire
+from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
+from cqil_dist.rpc.status_codes import code_of
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
+from cqil_dist.serving.backend import Backend
+from cqil_dist.serving.serve_config import ServeConfig
+
+GENERATION_SERVICE: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+"""As health checks and reflection know it."""
+
+_HEALTH = f"/{health.SERVICE_NAME}/"
+_END_S = 2.0
+
+
+class FrontServicer(rpc.GenerationServiceServicer):
+    """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto by asking the coordinator."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        async with _errors_as_codes(context):
+            stream = self._backend.stream(request, context.time_remaining())
+            async with aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    yield chunk_to_wire(chunk)
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortResponse:
+        async with _errors_as_codes(context):
+            return pb.AbortResponse(aborted=await self._backend.client.abort(request.request_id))
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        return models_to_wire(self._backend.models)
+
+    async def GetStatus(
+        self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetStatusResponse:
+        async with _errors_as_codes(context):
+            return status_to_wire(await self._backend.status())
+
+
+@asynccontextmanager
+async def _errors_as_codes(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    try:
+        yield
+    except CqilError as error:
+        await context.abort(code_of(error), str(error))
+
+
+class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls that do not carry the key; health is open to all."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = f"Bearer {key}".encode()
+
+        async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+            message = "give the service's key as the metadata 'authorization: Bearer <key>'"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+
+        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        given = dict(details.invocation_metadata).get("authorization", "")
+        known = hmac.compare_digest(str(given).encode(), self._expected)
+        if known or details.method.startswith(_HEALTH):
+            return await continuation(details)
+        return self._refusal
+
+
+class GrpcServer:
+    """The public gRPC server: generation, health and reflection.
+
+    Args:
+        calls: most at a time.
+
+    Raises:
+        LaunchError: the port cannot be had.
+    """
+
+    def __init__(self, backend: Backend, config: ServeConfig, calls: int) -> None:
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[] if config.api_key is None else [_RequireKey(config.api_key)],
+            options=(
+                *(each for each in CHANNEL_OPTIONS if "max_receive" not in each[0]),
+                ("grpc.max_receive_message_length", config.max_body_bytes),
+                ("grpc.so_reuseport", 0),  # else two services could share a port unknowingly
+            ),
+            maximum_concurrent_rpcs=calls,
+        )
+        rpc.add_GenerationServiceServicer_to_server(FrontServicer(backend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (GENERATION_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = self._bind(config)
+
+    async def start(self) -> None:
+        await self.set_serving(False)
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service says."""
+        known = health_pb2.HealthCheckResponse
+        state = known.SERVING if serving else known.NOT_SERVING
+        for name in ("", GENERATION_SERVICE):
+            await self._health.set(name, state)
+
+    async def stop(self) -> None:
+        await self._server.stop(_END_S)
+
+    def _bind(self, config: ServeConfig) -> int:
+        address = config.address(config.grpc_port)
+        try:
+            if (tls := config.tls) is None:
+                return int(self._server.add_insecure_port(address))
+            credentials = grpc.ssl_server_credentials([tls.pair()])
+            return int(self._server.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            raise LaunchError(f"cannot serve gRPC at {address}: {error}; is the port taken?") from (
+                error
+            )

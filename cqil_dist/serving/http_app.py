@@ -1,0 +1,88 @@
+"""The HTTP face: the OpenAI API, health, metrics, status, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse, PlainTextResponse
+
+from cqil_dist.errors import ServiceUnavailable
+from cqil_dist.serving.backend import Backend
+from cqil_dist.serving.health import HealthWatch
+from cqil_dist.serving.http_errors import error_responses, install_error_handlers
+from cqil_dist.serving.http_limits import BoundedBody, RequestLog, RequireKey
+from cqil_dist.serving.openai_api.routes import openai_routes
+from cqil_dist.serving.serve_config import ServeConfig
+
+_PAGE = Path(__file__).parent / "web" / "index.html"
+_WITH_KEY = ("/v1", "/status")
+
+
+def create_app(
+    backend: Backend,
+    health: HealthWatch,
+    config: ServeConfig,
+    metrics: Callable[[], Awaitable[str]],
+) -> FastAPI:
+    """The app; `metrics` gives them in Prometheus' text format."""
+    app = FastAPI(
+        title="cqil_dist",
+        description="OpenAI-compatible generation over a distributed engine.",
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    install_error_handlers(app)
+    app.include_router(openai_routes(backend))
+
+    @app.get("/health", response_class=PlainTextResponse, responses=error_responses(503))
+    async def is_healthy() -> str:
+        """200 where requests are well sent here."""
+        if backend.admission.draining:
+            raise ServiceUnavailable("the server is ending")
+        if not health.serving:
+            raise ServiceUnavailable(health.detail)
+        return "ok"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> str:
+        """Metrics of the coordinator and all ranks, in Prometheus' text format."""
+        return await metrics()
+
+    @app.get("/status", responses=error_responses(401, 503))
+    async def status() -> dict[str, Any]:
+        """Ranks, load and recoveries; and the plans, with who computes what."""
+        found = (await backend.status()).to_dict()
+        return {**found, "models": [vars(model) for model in backend.models]}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(_PAGE, media_type="text/html; charset=utf-8")
+
+    app.openapi_schema = _documented(app, config)
+    # The last one added is the first to see a request.
+    app.add_middleware(
+        BoundedBody, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
+    )
+    app.add_middleware(RequireKey, key=config.api_key, prefixes=_WITH_KEY)
+    app.add_middleware(RequestLog)
+    return app
+
+
+def _documented(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
+    """The OpenAPI document, with what FastAPI does not know of."""
+    document = app.openapi()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)  # ours are 400
+            if config.api_key is not None and path.startswith(_WITH_KEY):
+                operation["security"] = [{"key": []}]
+    if config.api_key is not None:
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["key"] = {"type": "http", "scheme": "bearer"}
+    for name in ("/v1/completions", "/v1/chat/completions"):
+        answers = document["paths"][name]["post"]["responses"]["200"]["content"]
+        answers["text/event-stream"] = {"schema": {"type": "string"}}
+    return document

@@ -1,0 +1,117 @@
+"""Every error over HTTP, in the shape of the OpenAI API's."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cqil_dist.errors import (
+    CqilError,
+    ModelNotFound,
+    QueueFull,
+    RequestError,
+    RequestTimeout,
+    ServiceUnavailable,
+    Unauthenticated,
+)
+from cqil_dist.serving.openai_api.schema import ErrorDetail, ErrorResponse
+
+logger = logging.getLogger(__name__)
+
+_STATUSES: dict[type[CqilError], int] = {
+    RequestError: 400,
+    Unauthenticated: 401,
+    ModelNotFound: 404,
+    QueueFull: 429,
+    ServiceUnavailable: 503,
+    RequestTimeout: 504,
+}
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+}
+_RETRY_AFTER_S = 1
+_MOST_TOLD = 4
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For an endpoint's documentation."""
+    return {status: {"model": ErrorResponse} for status in statuses}
+
+
+def error_body(error: CqilError) -> ErrorResponse:
+    return _body(_status(error), str(error))
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    if status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
+    return JSONResponse(_body(status, message, param).model_dump(), status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Have every error of the app's answered in one shape."""
+
+    @app.exception_handler(CqilError)
+    async def ours(request: Request, error: CqilError) -> JSONResponse:
+        return error_response(_status(error), str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Neither the value nor the context: either may hold what JSON cannot.
+        told = [(_place(each, error.body), each["msg"]) for each in error.errors()[:_MOST_TOLD]]
+        message = "; ".join(f"{place or 'the body'}: {why}" for place, why in told)
+        param, _ = told[0]
+        if not param:
+            message += "; send a JSON object, with the header 'Content-Type: application/json'"
+        return error_response(400, message, param or None)
+
+    @app.exception_handler(HTTPException)
+    async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
+        answer = error_response(error.status_code, f"{request.url.path}: {error.detail}")
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(499, "the client has hung up")  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.exception("unexpected", exc_info=error)
+        return error_response(500, "the server failed; its log says more")
+
+
+def _place(error: dict[str, Any], value: Any) -> str:
+    """Where in a body an error is, without pydantic's names for the kinds a value may be of."""
+    names: list[str] = []
+    for part in error["loc"][1:]:
+        if isinstance(value, dict) and (part in value or error["type"] == "missing"):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            continue
+        names.append(str(part))
+    return ".".join(names)
+
+
+def _status(error: CqilError) -> int:
+    return _STATUSES.get(type(error), 500)
+
+
+def _body(status: int, message: str, param: str | None = None) -> ErrorResponse:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    detail = ErrorDetail(message=message, type=kind, param=param, code=status)
+    return ErrorResponse(error=detail)

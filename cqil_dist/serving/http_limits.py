@@ -1,0 +1,124 @@
+"""What stands between the network and the app: a log, keys, and bounds on what clients send.
+
+ASGI middleware, so that a request is refused before anything of it is parsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cqil_dist.serving.http_errors import error_response
+
+logger = logging.getLogger(__name__)
+
+
+class RequireKey:
+    """Refuses requests under `prefixes` that do not carry the key."""
+
+    def __init__(self, app: ASGIApp, key: str | None, prefixes: tuple[str, ...]) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._prefixes = prefixes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._allows(scope):
+            await self._app(scope, receive, send)
+            return
+        message = "give the service's key as the header 'Authorization: Bearer <key>'"
+        await error_response(401, message)(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        if self._expected is None or not scope["path"].startswith(self._prefixes):
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+class BoundedBody:
+    """Reads a request's whole body before the app sees it, within bounds.
+
+    Args:
+        max_bytes: of a body.
+        timeout_s: for all of it to come.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            message = f"the body did not come within {self._timeout_s:g} s"
+            await error_response(408, message)(scope, receive, send)
+            return
+        if body is None:
+            message = f"the body is larger than {self._max_bytes} bytes"
+            await error_response(413, message)(scope, receive, send)
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """None where it is too large; what has come where the client hangs up."""
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self._max_bytes:
+            return None
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b"".join(parts)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_bytes:
+                return None
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class RequestLog:
+    """Logs every request: what was asked, how it ended, how long it took. No bodies, no keys."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            logger.info(
+                "%s %r %s %.0f ms",
+                scope["method"],
+                scope["path"],
+                status or "no answer",
+                1000 * (time.monotonic() - started),
+            )

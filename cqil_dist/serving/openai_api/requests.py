@@ -1,0 +1,126 @@
+"""From a request of the OpenAI API to the service's requests, one for each choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cqil_dist.errors import RequestError
+from cqil_dist.inputs import Prompt
+from cqil_dist.rpc.convert import request_to_wire
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.serving.openai_api.schema import (
+    MAX_CHOICES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+)
+
+_GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids")
+
+
+def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.GenerateRequest]:
+    """One request a choice: prompt by prompt, `n` each.
+
+    Raises:
+        RequestError: what is asked is not supported, or a value is out of range.
+    """
+    prompts = _prompts(body.prompt)
+    if body.best_of not in (None, body.n):
+        raise RequestError(f"best_of is {body.best_of} but only n ({body.n}) is supported")
+    if len(prompts) * body.n > MAX_CHOICES:
+        raise RequestError(
+            f"{len(prompts)} prompts with n={body.n} make {len(prompts) * body.n} choices, but a "
+            f"request may have {MAX_CHOICES}; send several requests"
+        )
+    if body.echo and body.stream:
+        raise RequestError("echo and stream are both set, but a prompt is not echoed in a stream")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens is 0, which is for scoring a prompt: set echo as well")
+    sampling = _sampling(body)
+    if body.max_tokens is not None:
+        sampling["max_tokens"] = body.max_tokens
+    if body.logprobs is not None:
+        sampling["logprobs"] = body.logprobs
+        if body.echo:
+            sampling["prompt_logprobs"] = body.logprobs
+    return [
+        _request(body, prompt, sampling, choice, f"{response_id}-{index * body.n + choice}")
+        for index, prompt in enumerate(prompts)
+        for choice in range(body.n)
+    ]
+
+
+def chat_requests(
+    body: ChatCompletionRequest, response_id: str, max_len: int
+) -> list[pb.GenerateRequest]:
+    """One request a choice. Raises RequestError as `completion_requests` does.
+
+    Args:
+        max_len: the model's context, which is the default limit.
+    """
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise RequestError(
+            f"max_tokens is {body.max_tokens} and max_completion_tokens, its newer name, is "
+            f"{body.max_completion_tokens}; give one"
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs is set, but not logprobs, which it needs")
+    sampling = _sampling(body)
+    sampling["max_tokens"] = limits.pop() if limits else max_len
+    if body.logprobs:
+        sampling["logprobs"] = body.top_logprobs or 0
+    messages = [{"role": _role(message), "content": _text(message)} for message in body.messages]
+    return [
+        _request(body, messages, sampling, choice, f"{response_id}-{choice}")
+        for choice in range(body.n)
+    ]
+
+
+def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise RequestError("the prompt is an empty list; give a text, token ids, or a list of them")
+    if isinstance(given[0], int):
+        return [[id for id in given if isinstance(id, int)]]
+    return [prompt for prompt in given if not isinstance(prompt, int)]
+
+
+def _sampling(body: GenerationRequest) -> dict[str, Any]:
+    """The values that were given; the service fills in the model's defaults."""
+    sampling = {name: value for name in _GIVEN if (value := getattr(body, name)) is not None}
+    if body.stop is not None:
+        sampling["stop"] = body.stop
+    if body.ignore_eos:
+        sampling["ignore_eos"] = True
+    return sampling
+
+
+def _request(
+    body: GenerationRequest, prompt: Prompt, sampling: dict[str, Any], choice: int, request_id: str
+) -> pb.GenerateRequest:
+    if body.seed is not None:
+        # Of the 64 bits that a seed has, without a sign bit that carries over.
+        sampling = {**sampling, "seed": (body.seed + choice + 2**63) % 2**64 - 2**63}
+    return request_to_wire(
+        prompt,
+        final_only=not body.stream,
+        model=body.model,
+        request_id=request_id,
+        echo=getattr(body, "echo", False),
+        timeline=body.return_timeline and body.stream,
+        **sampling,
+    )
+
+
+def _role(message: Message) -> str:
+    # The newer name; chat templates know the older.
+    return "system" if message.role == "developer" else message.role
+
+
+def _text(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content)

@@ -1,0 +1,218 @@
+"""The endpoints under /v1, over any number of choices that stream side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from cqil_dist.errors import CqilError
+from cqil_dist.outputs import Chunk, Completion, Usage
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.serving.backend import Backend
+from cqil_dist.serving.http_errors import error_body, error_responses
+from cqil_dist.serving.openai_api import schema
+from cqil_dist.serving.openai_api.answers import (
+    Answerer,
+    ChatAnswerer,
+    CompletionAnswerer,
+    Head,
+    usage_of,
+)
+from cqil_dist.serving.openai_api.requests import chat_requests, completion_requests
+from cqil_dist.status import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One call of an endpoint: its choices' requests, and who answers them."""
+
+    body: schema.GenerationRequest
+    requests: Sequence[pb.GenerateRequest]
+    answerer: Answerer
+
+    @property
+    def wants_usage(self) -> bool:
+        options = self.body.stream_options
+        return options is not None and options.include_usage
+
+
+def openai_routes(backend: Backend) -> APIRouter:
+    """/v1/models, /v1/completions and /v1/chat/completions."""
+    router = APIRouter(prefix="/v1", tags=["openai"])
+
+    @router.get("/models", responses=error_responses(401))
+    async def models() -> schema.ModelList:
+        """The served models: one model, under one plan or two."""
+        return schema.ModelList(data=[_model(model) for model in backend.models])
+
+    @router.get("/models/{model:path}", responses=error_responses(401, 404))
+    async def model(model: str) -> schema.Model:
+        return _model(backend.model(model))
+
+    @router.post(
+        "/completions",
+        response_model=schema.CompletionResponse,
+        responses=error_responses(400, 401, 404, 408, 413, 429, 503, 504),
+    )
+    async def completions(body: schema.CompletionRequest, request: Request) -> Any:
+        """Continue one prompt or several."""
+        backend.model(body.model)
+        head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
+        answerer = CompletionAnswerer(head, body.return_token_ids)
+        asked = _Asked(body, completion_requests(body, head.id), answerer)
+        return await _answer(backend, asked, request)
+
+    @router.post(
+        "/chat/completions",
+        response_model=schema.ChatCompletionResponse,
+        responses=error_responses(400, 401, 404, 408, 413, 429, 503, 504),
+    )
+    async def chat_completions(body: schema.ChatCompletionRequest, request: Request) -> Any:
+        """Answer a conversation, laid out by the model's chat template."""
+        info = backend.model(body.model)
+        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
+        answerer = ChatAnswerer(head, body.return_token_ids)
+        asked = _Asked(body, chat_requests(body, head.id, info.max_len), answerer)
+        return await _answer(backend, asked, request)
+
+    return router
+
+
+def _model(info: ModelInfo) -> schema.Model:
+    return schema.Model(id=info.name, created=info.created, max_model_len=info.max_len)
+
+
+async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response:
+    if not asked.body.stream:
+        return await until_disconnected(request, _whole(backend, asked))
+    events = _events(backend, asked)
+    # What is wrong with a request shows before its first event: then it has a status of its own.
+    first = await until_disconnected(request, anext(events))
+
+    async def text() -> AsyncIterator[str]:
+        async with aclosing(events):
+            yield _sse(first)
+            try:
+                async for event in events:
+                    yield _sse(event)
+            except CqilError as error:
+                logger.warning("stream %s failed: %s", asked.requests[0].request_id, error)
+                yield _sse(error_body(error))
+                return
+            yield "data: [DONE]\n\n"
+
+    return StreamingResponse(text(), media_type="text/event-stream")
+
+
+async def _whole(backend: Backend, asked: _Asked) -> Response:
+    completions: dict[int, Completion] = {}
+    async with aclosing(_merged(backend, asked.requests)) as merged:
+        async for index, chunk in merged:
+            assert chunk.result is not None, "the only chunk is the last"
+            completions[index] = chunk.result
+    in_order = [completions[index] for index in range(len(asked.requests))]
+    usage = usage_of((completion.usage for completion in in_order), asked.body.n)
+    return JSONResponse(_plain(asked.answerer.whole(in_order, usage)))
+
+
+async def _events(backend: Backend, asked: _Asked) -> AsyncGenerator[BaseModel, None]:
+    """The events of all choices as they come."""
+    usages: dict[int, Usage] = {}
+    opened: set[int] = set()
+    async with aclosing(_merged(backend, asked.requests)) as merged:
+        async for index, chunk in merged:
+            if index not in opened:
+                opened.add(index)
+                if (opening := asked.answerer.opening(index)) is not None:
+                    yield opening
+            yield asked.answerer.event(index, chunk)
+            if chunk.result is not None:
+                usages[index] = chunk.result.usage
+    if asked.wants_usage:
+        in_order = (usages[index] for index in range(len(asked.requests)))
+        yield asked.answerer.closing(usage_of(in_order, asked.body.n))
+
+
+async def _merged(
+    backend: Backend, requests: Sequence[pb.GenerateRequest]
+) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Chunks of all requests as they come, each with its request's index.
+
+    Where one fails, or nobody reads on, the others end.
+    """
+    arrived: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue()
+
+    async def read(index: int, request: pb.GenerateRequest) -> None:
+        end: Exception | None = None
+        try:
+            async with aclosing(backend.stream(request)) as chunks:
+                async for chunk in chunks:
+                    arrived.put_nowait((index, chunk))
+        except Exception as error:
+            end = error
+        arrived.put_nowait((index, end))
+
+    reading = [asyncio.create_task(read(*numbered)) for numbered in enumerate(requests)]
+    try:
+        ended = 0
+        while ended < len(reading):
+            index, item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                ended += 1
+            else:
+                yield index, item
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def until_disconnected(request: Request, answering: Coroutine[Any, Any, _Result]) -> _Result:
+    """What a coroutine returns; it is cancelled when the caller hangs up."""
+    task = asyncio.create_task(answering)
+    gone = asyncio.create_task(_disconnection(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        """The body has been read; nothing else comes."""
+
+
+def _sse(event: BaseModel) -> str:
+    return f"data: {json.dumps(_plain(event), ensure_ascii=False)}\n\n"
+
+
+def _plain(answer: BaseModel) -> dict[str, Any]:
+    """As JSON has it: what is None is left out, but for what readers of the API look up unasked."""
+    values = answer.model_dump(exclude_none=True)
+    for choice in values.get("choices", ()):
+        choice.setdefault("finish_reason", None)
+        choice.setdefault("logprobs", None)
+    return values
