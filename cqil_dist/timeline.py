@@ -68,7 +68,7 @@ class StepTimeline:
     """One step, as one of its requests is told of it.
 
     Attributes:
-        step: its number since the ranks last met.
+        step: its number since the coordinator started.
         step_tokens, request_tokens: tokens of all requests that it computed, and of this one.
         start_ms: milliseconds from the request's arrival at the engine to the step's beginning.
         duration_ms: from there until all ranks had answered.

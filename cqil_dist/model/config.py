@@ -133,14 +133,18 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @cached_property
-    def layer_parameters(self) -> int:
-        """Numbers a rank keeps for one layer; the input norms are folded into the projections."""
+    def attention_parameters(self) -> int:
+        """Numbers a rank keeps for one attention part; the norm before it is folded in."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        count = self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        count = self.hidden_size * (2 * q + 2 * kv)
         count += (self.num_heads + self.num_kv_heads) * self.head_dim * self.qk_norm
-        count += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
-        count += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
-        return count
+        return count + (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
+
+    @cached_property
+    def feed_forward_parameters(self) -> int:
+        """Numbers a rank keeps for one feed-forward part; the norm before it is folded in."""
+        count = self.hidden_size * 3 * self.intermediate_size
+        return count + (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
 
     @cached_property
     def kv_values_per_token(self) -> int:

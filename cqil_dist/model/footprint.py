@@ -29,14 +29,14 @@ def footprint(
     Plans that have it compute the same pieces together share them.
     """
     bytes_per_value = 4 if dtype == "float32" else 2
-    held = {
-        (stage.attention_bundles(rank), stage.feed_forward_bundles(rank))
-        for assignment in assignments
-        for stage in assignment.stages
-    }
-    layers = sum(len(bundle) for bundles, _ in held for bundle in bundles)
-    rows = len(assignments[0].head_rows[rank])
-    weights = layers * config.layer_parameters + rows * config.hidden_size
-    return Footprint(
-        bytes_per_value * weights, bytes_per_value * layers * config.kv_values_per_token
-    )
+    stages = [stage for assignment in assignments for stage in assignment.stages]
+    attentions = {stage.attention_bundles(rank) for stage in stages}
+    feed_forwards = {bundle for stage in stages for bundle in stage.feed_forward_bundles(rank)}
+    caches = {stage.pieces[rank] for stage in stages}
+    attention_layers = sum(len(bundle) for bundles in attentions for bundle in bundles)
+    feed_forward_layers = sum(len(bundle) for bundle in feed_forwards)
+    weights = len(assignments[0].head_rows[rank]) * config.hidden_size
+    weights += attention_layers * config.attention_parameters
+    weights += feed_forward_layers * config.feed_forward_parameters
+    kv_values = sum(len(pieces) for pieces in caches) * config.kv_values_per_token
+    return Footprint(bytes_per_value * weights, bytes_per_value * kv_values)

@@ -140,7 +140,7 @@ class Engine:
             QueueFull: as many requests wait as may. One that resumes was let in before.
             CqilError: the engine is closed, or lost its model.
         """
-        prompt_ids = self._prompts.encode(given.prompt)
+        prompt_ids = self._prompts.encode(given.prompt, given.params.max_tokens)
         self._prompts.check_known(given.resume_token_ids)
         request = Request(
             given,

@@ -24,8 +24,11 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._max_len = max_len
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int) -> list[int]:
         """Token ids of a text, of token ids, or of a conversation laid out by the chat template.
+
+        Args:
+            max_tokens: to be generated; one at least has to fit, if any is.
 
         Raises:
             RequestError: the prompt is empty, too long, holds unknown token ids, or is a
@@ -40,7 +43,7 @@ class PromptEncoder:
         if not ids:
             raise RequestError("the prompt is empty; give at least one token to continue")
         self.check_known(ids)
-        if len(ids) >= self._max_len:
+        if len(ids) + min(1, max_tokens) > self._max_len:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, but prompt and completion together may have "
                 f"{self._max_len}; shorten the prompt, or launch with a larger max_len"

@@ -27,6 +27,15 @@ class StepTimes:
     ended: float
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """Why a request ends, and the text that its end makes final."""
+
+    text: str
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
 class Request:
     """A prompt being continued.
 
@@ -73,6 +82,8 @@ class Request:
         if params.prompt_logprobs is not None:
             first = prompt_ids[0]
             self._prompt_logprobs = [TokenLogprob(first, detokenizer.token_text(first), None)]
+        # How it ends as soon as its prompt has been computed.
+        self._ending = _Ending("", "length") if params.max_tokens == 0 else None
         self._timeline: StepTimeline | None = None
         self._token_times = [time.perf_counter()]  # arrival, then one entry per token
 
@@ -88,9 +99,8 @@ class Request:
     @property
     def wanted_from(self) -> int:
         """Position of the first token after which logits are wanted."""
-        scored = self._prompt_logprobs
-        if scored is not None and len(scored) < self._prompt_length:
-            return len(scored) - 1
+        if self._prompt_logprobs is not None and not self._prompt_is_scored:
+            return len(self._prompt_logprobs) - 1
         return len(self.tokens) - 1
 
     @property
@@ -101,8 +111,14 @@ class Request:
             params.greedy
             and params.repetition_penalty == 1
             and params.logprobs is None
-            and params.prompt_logprobs is None
+            and self._prompt_is_scored
         )
+
+    @property
+    def _prompt_is_scored(self) -> bool:
+        """Whether nothing of the prompt is left to score."""
+        scored = self._prompt_logprobs
+        return scored is None or len(scored) == self._prompt_length
 
     def note_step(
         self, times: StepTimes, tokens: int, own_tokens: int, ranks: tuple[RankTimeline, ...]
@@ -129,7 +145,7 @@ class Request:
             CqilError: a logit is NaN or infinite.
         """
         if self._timeline is not None and self.pending:
-            self.stream.hold(Chunk("", (), timeline=self._timeline))
+            self.stream.hold(Chunk("", (), timeline=self._told_timeline()))
         first = self.computed - len(rows)
         last = len(self.tokens) - 1
         for position, row in enumerate(rows, first):
@@ -140,8 +156,8 @@ class Request:
 
     def _go_on(self, row: Tensor, argmax_only: bool, max_len: int) -> None:
         self.setbacks = 0
-        if self.params.max_tokens == 0:
-            self._end("", (), None, "length", None)
+        if self._ending is not None:
+            self._end(self._ending)
         elif argmax_only:
             self._advance(chosen(row), max_len)
         else:
@@ -160,27 +176,31 @@ class Request:
         self.tokens.append(sampled.token_id)
         self._token_times.append(time.perf_counter())
         logprobs = self._record_logprob(sampled)
-        reason, stop_reason, text = self._outcome(sampled.token_id, max_len)
+        text, ending = self._outcome(sampled.token_id, max_len)
         self._text.append(text)
-        if reason is not None:
-            self._end(text, (sampled.token_id,), logprobs, reason, stop_reason)
+        if ending is not None:
+            self._end(ending, (sampled.token_id,), logprobs)
         elif not self._final_only:
-            self.stream.hold(Chunk(text, (sampled.token_id,), logprobs, timeline=self._timeline))
+            self.stream.hold(
+                Chunk(text, (sampled.token_id,), logprobs, timeline=self._told_timeline())
+            )
 
     def replay(self, token_ids: Sequence[int], max_len: int) -> None:
         """Take up a stream that broke off: append output tokens that its reader already has.
 
         The reader has their text too, and nothing of it is given again. Where they end the
-        request, the stream gives its last chunk at once.
+        request, the stream gives its last chunk at once, or when the prompt has been scored.
         """
         for token_id in token_ids:
             self.tokens.append(token_id)
             self._token_times.append(time.perf_counter())
-            reason, stop_reason, text = self._outcome(token_id, max_len)
+            text, ending = self._outcome(token_id, max_len)
             self._text.append(text)
-            if reason is not None:
-                self._end(text, (), None, reason, stop_reason)
-                self.stream.release()
+            if ending is not None:
+                self._ending = ending
+                if self._prompt_is_scored:
+                    self._end(ending)
+                    self.stream.release()
                 return
 
     def lose_cache(self) -> None:
@@ -191,7 +211,7 @@ class Request:
         """End the stream with what there is."""
         rest = self._detokenizer.finish()
         self._text.append(rest)
-        self._end(rest, (), None, "abort", None)
+        self._end(_Ending(rest, "abort"))
         self.stream.release()
 
     def fail(self, error: CqilError) -> None:
@@ -200,47 +220,52 @@ class Request:
         self.stream.hold(error)
         self.stream.release()
 
-    def _outcome(
-        self, token_id: int, max_len: int
-    ) -> tuple[FinishReason | None, str | int | None, str]:
-        """Whether and why this token ends the request, and the text that it makes final."""
+    def _outcome(self, token_id: int, max_len: int) -> tuple[str, _Ending | None]:
+        """The text that this token makes final, and how it ends the request, if it does."""
         if token_id in self._eos_token_ids:
-            return "stop", None, self._detokenizer.finish()
-        if token_id in self.params.stop_token_ids:
-            return "stop", token_id, self._detokenizer.finish()
-        text = self._detokenizer.push(token_id)
-        if self._detokenizer.stopped_by is not None:
-            return "stop", self._detokenizer.stopped_by, text
-        if len(self.generated) >= self.params.max_tokens or len(self.tokens) >= max_len:
-            return "length", None, text + self._detokenizer.finish()
-        return None, None, text
+            ending = _Ending(self._detokenizer.finish(), "stop")
+        elif token_id in self.params.stop_token_ids:
+            ending = _Ending(self._detokenizer.finish(), "stop", token_id)
+        else:
+            text = self._detokenizer.push(token_id)
+            if self._detokenizer.stopped_by is not None:
+                ending = _Ending(text, "stop", self._detokenizer.stopped_by)
+            elif len(self.generated) >= self.params.max_tokens or len(self.tokens) >= max_len:
+                ending = _Ending(text + self._detokenizer.finish(), "length")
+            else:
+                return text, None
+        return ending.text, ending
 
     def _end(
         self,
-        text: str,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...] | None,
-        reason: FinishReason,
-        stop_reason: str | int | None,
+        ending: _Ending,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
     ) -> None:
         self.finished = True
         completion = Completion(
             text="".join(self._text),
             token_ids=self.generated,
-            finish_reason=reason,
+            finish_reason=ending.reason,
             usage=Usage(self._prompt_length, len(self.generated)),
             timings=self._timings(),
             logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
             seed=self._sampler.seed,
-            stop_reason=stop_reason,
+            stop_reason=ending.stop_reason,
             prompt_logprobs=None if self._prompt_logprobs is None else tuple(self._prompt_logprobs),
             prompt_text=self._prompt_text,
         )
+        text = ending.text
         if self._final_only:
             text, token_ids, logprobs = completion.text, completion.token_ids, completion.logprobs
-        self.stream.hold(
-            Chunk(text, token_ids, logprobs, reason, stop_reason, completion, self._timeline)
-        )
+        timeline = self._told_timeline()
+        reasons = (ending.reason, ending.stop_reason)
+        self.stream.hold(Chunk(text, token_ids, logprobs, *reasons, completion, timeline))
+
+    def _told_timeline(self) -> StepTimeline | None:
+        """The latest step's, for one chunk alone."""
+        timeline, self._timeline = self._timeline, None
+        return timeline
 
     def _timings(self) -> Timings:
         times = self._token_times

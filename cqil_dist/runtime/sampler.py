@@ -155,7 +155,7 @@ def check_finite(logits_V: Tensor, what: str) -> None:
         count = int((~logits_V.isfinite()).sum())
         raise CqilError(
             f"{count} of the {len(logits_V)} logits for {what} are NaN or infinite, "
-            " so no token can be chosen: the model overflowed in its dtype or its weights "
+            "so no token can be chosen: the model overflowed in its dtype or its weights "
             "are damaged; try dtype float32, and check the plan on a shorter prompt"
         )
 

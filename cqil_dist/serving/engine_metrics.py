@@ -77,11 +77,11 @@ class EngineMetrics:
         ):
             if count:  # Ray's counters refuse to stand still
                 counter.inc(count)
-        if completion.token_ids:
+        if completion.token_ids:  # one that only scores its prompt has no token's time
             self._first_token.observe(timings.ttft_ms / 1000)
+            self._request.observe(timings.total_ms / 1000)
         for latency_ms in timings.itl_ms:
             self._inter_token.observe(latency_ms / 1000)
-        self._request.observe(timings.total_ms / 1000)
 
     def note_recovery(self, recovery: Recovery) -> None:
         """A lost rank has been replaced."""

@@ -19,6 +19,16 @@ from cqil_dist.serving.serve_config import ServeConfig
 
 _PAGE = Path(__file__).parent / "web" / "index.html"
 _WITH_KEY = ("/v1", "/status")
+# The page is one file: it loads nothing, and talks to nobody but this service.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 def create_app(
@@ -53,13 +63,13 @@ def create_app(
 
     @app.get("/status", responses=error_responses(401, 503))
     async def status() -> dict[str, Any]:
-        """Ranks, load and recoveries; and the plans, with who computes what."""
+        """Ranks, load and recoveries; and the served models with their plans."""
         found = (await backend.status()).to_dict()
         return {**found, "models": [vars(model) for model in backend.models]}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(_PAGE, media_type="text/html; charset=utf-8")
+        return FileResponse(_PAGE, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     app.openapi_schema = _documented(app, config)
     # The last one added is the first to see a request.

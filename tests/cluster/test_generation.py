@@ -12,7 +12,7 @@ from tiny_models import TinyModel, TinyModelFactory, random_tokens
 from watching import wait_for
 
 import cqil_dist as cqil
-from cqil_dist.client import GenerationClient
+from cqil_dist.client import Client
 from cqil_dist.model.reference import ReferenceModel
 
 PROMPT = random_tokens(23, seed=1)
@@ -71,8 +71,11 @@ def test_stream_is_the_completion_in_parts(engine: cqil.RunningEngine) -> None:
     assert tuple(id for chunk in chunks for id in chunk.token_ids) == result.token_ids
     assert result.logprobs is not None
     assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
-    assert all(entry.top[0].logprob >= entry.top[1].logprob for entry in result.logprobs)
-    assert all(entry.logprob == entry.top[0].logprob for entry in result.logprobs)
+    for entry in result.logprobs:
+        first, second = (alternative.logprob for alternative in entry.top)
+        assert first is not None
+        assert second is not None
+        assert entry.logprob == first >= second
 
 
 def test_requests_share_steps_and_keep_their_answers(
@@ -118,7 +121,7 @@ def test_cancelling_a_stream_frees_its_slot(engine: cqil.RunningEngine) -> None:
         ([1, 307], {}, "307"),
         ("x", {"temperature": -1}, "temperature is -1"),
         ("x", {"top_p": 0}, "top_p is 0"),
-        ("x", {"max_tokens": 0}, "max_tokens is 0"),
+        ("x", {"max_tokens": -1}, "max_tokens is -1"),
         ("x", {"colour": 1}, "colour"),
     ],
 )
@@ -141,18 +144,18 @@ def test_values_are_also_checked_by_the_coordinator(engine: cqil.RunningEngine) 
     """A client in another language sends what it likes."""
     from cqil_dist.rpc.v1 import generation_pb2 as pb
 
-    stub: Any = engine.client._connection.stub
+    connection: Any = engine.client._connections[-1]
     request = pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(top_p=7))
     with pytest.raises(grpc.RpcError) as raised:
-        list(stub.Generate(request, metadata=engine.client._metadata))
+        list(connection.call(connection.stub.Generate, request, timeout_s=None))
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "top_p is 7" in raised.value.details()
 
 
 def test_calls_without_the_secret_are_refused(engine: cqil.RunningEngine) -> None:
     with (
-        GenerationClient(engine.client.address, b"\0" * 32) as stranger,
-        pytest.raises(cqil.CqilError, match="UNAUTHENTICATED"),
+        Client(engine.client.address, api_key="00" * 32) as stranger,
+        pytest.raises(cqil.Unauthenticated, match="lacks the launch's secret"),
     ):
         stranger.status()
 
@@ -179,5 +182,6 @@ def test_status_and_counters_tell_what_runs(engine: cqil.RunningEngine) -> None:
 def test_ranks_hold_the_bytes_they_say(engine: cqil.RunningEngine, model: TinyModel) -> None:
     config = model.config
     head = config.vocab_size * config.hidden_size
-    expected = 4 * (config.num_layers * config.layer_parameters + head)
+    layer = config.attention_parameters + config.feed_forward_parameters
+    expected = 4 * (config.num_layers * layer + head)
     assert sum(rank.weight_bytes for rank in engine.status().ranks) == expected

@@ -20,7 +20,8 @@ from tiny_models import TinyModel, TinyModelFactory, tiny_config
 from watching import actors, wait_for
 
 import cqil_dist as cqil
-from cqil_dist.outputs import Chunk, Completion, RankStatus
+from cqil_dist.outputs import Chunk, Completion
+from cqil_dist.status import RankStatus
 
 REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "one", "temperature": 0},

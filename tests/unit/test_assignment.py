@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import plans
 
-from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign
+from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign, follow
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Plan
 
@@ -170,6 +170,34 @@ def test_shards_of_a_layer_are_a_partition_of_its_heads(shards: int, heads: int)
 )
 def test_exchanges_a_token_takes(plan: str, ranks: int, rounds: int) -> None:
     assert assign(Plan.parse(plan, 30), ranks, 49152).rounds == rounds
+
+
+@given(plans(), plans(), WORLDS)
+def test_a_plan_that_follows_another_has_each_layer_where_it_is_there(
+    base: Plan, other: Plan, world: int
+) -> None:
+    base, other = Plan.covering(base.groups, 24), Plan.covering(other.groups, 24)
+    first = assign(base, world, VOCAB)
+    second = follow(other, first)
+    assert (second.plan, second.world) == (other, world)
+    assert [stage.group for stage in second.stages] == list(other.groups)
+    assert second.head_rows == first.head_rows
+    for rank in range(world):
+        assert second.layers_of(rank) == first.layers_of(rank)
+    for stage in second.stages:
+        computed = [piece.layer for pieces in stage.pieces for piece in pieces]
+        assert sorted(computed) == list(stage.group.layers)
+
+
+@given(plans(), WORLDS)
+def test_a_plan_that_follows_itself_is_assigned_as_it_was(plan: Plan, world: int) -> None:
+    assignment = assign(plan, world, VOCAB)
+    assert follow(plan, assignment) == assignment
+
+
+def test_plans_of_different_models_cannot_share_ranks() -> None:
+    with pytest.raises(PlanError, match="the plans have 3 and 4 layers"):
+        follow(Plan.sequential(4), assign(Plan.sequential(3), 2, VOCAB))
 
 
 def test_no_ranks_and_too_many_are_refused() -> None:

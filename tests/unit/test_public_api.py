@@ -58,7 +58,19 @@ def test_importing_the_package_costs_nothing() -> None:
     assert not loaded_by("cqil_dist") & {"torch", "ray", "transformers", "numpy", "grpc"}
 
 
-@pytest.mark.parametrize("module", ["plan", "assignment", "errors", "sampling_params", "outputs"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "plan",
+        "assignment",
+        "errors",
+        "sampling_params",
+        "inputs",
+        "outputs",
+        "status",
+        "timeline",
+    ],
+)
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:
     assert not loaded_by(f"cqil_dist.{module}") & {"torch", "ray", "transformers"}
 

@@ -258,7 +258,7 @@ def test_layer_size_is_what_the_checkpoint_holds(family: str, tiny_model: TinyMo
     config = model.config
     if config.qk_norm:  # kept for every head, so that several layers' heads go through at once
         stored += (config.num_heads + config.num_kv_heads - 2) * config.head_dim
-    assert config.layer_parameters == stored
+    assert config.attention_parameters + config.feed_forward_parameters == stored
 
 
 def test_a_config_read_from_files_is_the_config_itself(tiny_model: TinyModelFactory) -> None:

@@ -14,7 +14,6 @@ from observed_engine import ObservedModel, ask, finish, greedy, serving
 from tiny_models import (
     BYPASSES,
     VOCAB,
-    LocalModel,
     TinyModel,
     TinyModelFactory,
     assert_near,
@@ -118,7 +117,7 @@ def test_single_layers_of_each_group_are_held_once(model: TinyModel) -> None:
 
 @pytest.mark.parametrize("plan", ["P2 S0 E6 D1", "P3 S1 E6 D0", "P3 S0 E6 Dfull", "sequential"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_two_plans_take_no_more_memory_than_is_told_beforehand(
+def test_two_plans_take_the_memory_that_is_told_beforehand(
     world: int, plan: str, tiny_model: TinyModelFactory
 ) -> None:
     """A spare reads a rank's weights where that much is free."""
@@ -128,7 +127,7 @@ def test_two_plans_take_no_more_memory_than_is_told_beforehand(
     with connected(model, *both) as ranks:
         for rank, program in enumerate(ranks.programs):
             told = footprint(both, rank, model.config, "float32").total(SLOTS * MAX_LEN)
-            assert program.weight_bytes + program.kv_bytes <= told
+            assert program.weight_bytes + program.kv_bytes == told
 
 
 def test_an_engine_gives_each_request_its_plan_s_tokens(model: TinyModel) -> None:
@@ -176,11 +175,3 @@ def test_an_engine_s_two_plans_may_be_asked_the_same(model: TinyModel) -> None:
         assert completion.prompt_logprobs is not None
         given = [entry.logprob for entry in completion.prompt_logprobs[1:]]
         assert given == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_local_model_walks_its_first_plan_where_none_is_named(model: TinyModel) -> None:
-    plan = model.plan("P2 S0 E6 D1")
-    tokens = random_tokens(7)
-    local = LocalModel(model, plan, compare=SEQUENTIAL)
-    expected = model.reference_logits(plan, tokens)[[6]]
-    assert_near(local.logits(tokens, (7,)), expected)

@@ -155,7 +155,7 @@ def test_a_loss_neither_costs_an_entry_nor_doubles_one(
 
 
 @pytest.mark.parametrize("lost_in", [None, 2], ids=["undisturbed", "lost"])
-@pytest.mark.parametrize("given", [1, 4, 9])
+@pytest.mark.parametrize("given", [1, 4, 9, 10])
 def test_a_stream_that_goes_on_elsewhere_brings_them_too(
     given: int, lost_in: int | None, model: TinyModel
 ) -> None:
