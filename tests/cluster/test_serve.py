@@ -84,9 +84,11 @@ def service(model: TinyModel) -> Iterator[Serving]:
         assert serving.http, "".join(serving.errors)
         yield serving
     finally:
-        for each in (*serving.processes(), process) if process.poll() is None else ():
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        if process.poll() is None:
+            for each in serving.processes():
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.kill()
         reading.join(10)
 
 

@@ -23,6 +23,7 @@ from watching import wait_for
 from cqil_dist.client import Client
 from cqil_dist.errors import (
     CqilError,
+    ExchangeError,
     LaunchError,
     ModelNotFound,
     QueueFull,
@@ -32,6 +33,7 @@ from cqil_dist.errors import (
     Unauthenticated,
 )
 from cqil_dist.outputs import Chunk
+from cqil_dist.runtime.engine import StepModel
 from cqil_dist.serving.grpc_front import GENERATION_SERVICE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -246,6 +248,32 @@ def test_what_is_late_when_the_service_ends_goes_on_elsewhere(
     assert result.token_ids == expected.token_ids
 
 
+def test_a_long_recovery_is_not_serving_and_a_short_one_is(tiny_model: TinyModelFactory) -> None:
+    """Requests wait all the while, and go on."""
+    model = tiny_model()
+    found = threading.Event()
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        assert found.wait(30)
+        return ObservedModel(model, model.plan(PLAN), 4), {}
+
+    with (
+        serving(model, LostInStep(model, 20), rebuild) as engine,
+        served(engine, recovery_bound_s=1.0) as service,
+        service.client() as client,
+    ):
+        stream = client.generate("x", **LONG, stream=True)
+        chunks = [next(stream)]
+        wait_for(lambda: client.status().state == "recovering", "the model is lost")
+        assert health_of(service) == SERVING
+        wait_for(lambda: health_of(service) == NOT_SERVING, "it takes too long")
+        assert "lost rank 1" in service.service.health.detail
+        found.set()
+        chunks += stream
+        wait_for(lambda: health_of(service) == SERVING, "it is well again")
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 50
+
+
 def test_a_service_whose_engine_gave_up_says_so(tiny_model: TinyModelFactory) -> None:
     model = tiny_model()
     with serving(model, LostInStep(model, 30)) as engine, served(engine) as service:
@@ -294,12 +322,12 @@ def test_tls_is_spoken_and_the_certificate_checked(
             client.status()
 
 
-def test_a_port_that_is_taken_is_said(service: Served, tiny_model: TinyModelFactory) -> None:
-    port = int(service.addresses.grpc.rpartition(":")[2])
-    with pytest.raises(LaunchError, match=f"cannot serve gRPC at 127.0.0.1:{port}"):
-        with served(service.engine, grpc_port=port):
-            raise AssertionError("it started")
-    port = int(service.addresses.http.rpartition(":")[2])
-    with pytest.raises(LaunchError, match=f"cannot serve HTTP at 127.0.0.1:{port}"):
-        with served(service.engine, http_port=port):
-            raise AssertionError("it started")
+@pytest.mark.parametrize("kind", ["grpc", "http"])
+def test_a_port_that_is_taken_is_said(service: Served, kind: str) -> None:
+    port = int(getattr(service.addresses, kind).rpartition(":")[2])
+    http = port if kind == "http" else 0
+    with (
+        pytest.raises(LaunchError, match=f"(?i)cannot serve {kind} at 127.0.0.1:{port}"),
+        served(service.engine, grpc_port=port if kind == "grpc" else 0, http_port=http),
+    ):
+        raise AssertionError("it started")
