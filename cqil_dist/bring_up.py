@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from cqil_dist.client import AsyncClient, Client
+from cqil_dist.coordinator.actor import Coordinator
 from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
 from cqil_dist.launch_config import LaunchConfig
@@ -35,7 +36,6 @@ from cqil_dist.resolved_launch import ResolvedLaunch
 from cqil_dist.runtime.layer_actor import QUESTIONS, LayerActor
 from cqil_dist.runtime.placement import connected, placed, rank_resources
 from cqil_dist.runtime.spec import EngineSpec
-from cqil_dist.serving.coordinator import Coordinator
 
 ANSWER_TIMEOUT_S = 120.0
 """Seconds a running actor may take to answer."""

@@ -58,7 +58,7 @@ class ServiceError(CqilError):
 
 
 class QueueFull(ServiceError):
-    """As many requests wait as may; later there is room."""
+    """As many requests wait as may, and later there is room; or one is larger than any may be."""
 
 
 class RequestTimeout(ServiceError):

@@ -22,7 +22,6 @@ class GenerationInput:
             this one goes on after them.
         echo: the completion brings the prompt's text.
         timeline: chunks bring the timelines of their steps.
-        request_id: its name in logs.
     """
 
     prompt: Prompt
@@ -32,4 +31,3 @@ class GenerationInput:
     resume_token_ids: tuple[int, ...] = ()
     echo: bool = False
     timeline: bool = False
-    request_id: str = ""

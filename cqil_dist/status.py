@@ -5,8 +5,11 @@ Plain frozen values, as in outputs.py, which has what a single request gives bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from cqil_dist.errors import ModelNotFound
 
 EngineState = Literal["serving", "recovering", "failed"]
 
@@ -114,3 +117,12 @@ class ModelInfo:
     default_sampling: dict[str, Any]
     has_chat_template: bool
     created: int
+
+
+def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
+    """The one of this name; the first where it is empty. Raises ModelNotFound."""
+    for model in models:
+        if name in ("", model.name):
+            return model
+    served = ", ".join(model.name for model in models)
+    raise ModelNotFound(f"model {name!r} is not served here; {served} is")

@@ -18,7 +18,7 @@ from torch import Tensor
 from cqil_dist.client import AsyncClient, Client
 from cqil_dist.model.step import Step
 from cqil_dist.runtime.engine import Engine
-from cqil_dist.serving.engine_service import EngineServicer, start_server
+from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.serving.serve_config import ServeConfig
 from cqil_dist.serving.server import Addresses, Service
 from cqil_dist.status import ModelInfo, RankStatus, Status
@@ -134,7 +134,7 @@ def served(
 
     async def begin(address: str, key: str) -> tuple[AsyncClient, Service, Addresses]:
         client = AsyncClient(address, api_key=key)
-        service = Service(client, settings, 64, no_metrics)
+        service = Service(client, settings, no_metrics)
         return client, service, await service.start()
 
     async def end(client: AsyncClient, service: Service) -> None:

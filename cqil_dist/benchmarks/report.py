@@ -12,8 +12,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cqil_dist.errors import CqilError
-
 
 def print_tables(report: dict[str, Any]) -> None:
     setting = report["setting"]
@@ -89,15 +87,9 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Median per-token latency with the repeats' spread, one bar a configuration.
+    """Median per-token latency with the repeats' spread, one bar a configuration."""
+    import matplotlib
 
-    Raises:
-        CqilError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise CqilError("plots need matplotlib: pip install 'cqil-dist[bench]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from cqil_dist.serving.server import Addresses
 
 _DEFAULTS = ServeConfig()
-# Beside the requests that run and wait: questions, and requests about to be refused.
-_OTHER_CALLS = 32
 
 
 @options.launch_options(serving=True)
@@ -105,7 +103,6 @@ async def _serve(
 
     client = engine.service.async_client()
     try:
-        calls = engine.config.slots + engine.config.max_waiting + _OTHER_CALLS
-        await serve(Service(client, config, calls, cluster_metrics), announce)
+        await serve(Service(client, config, cluster_metrics), announce)
     finally:
         await client.close()

@@ -10,18 +10,14 @@ from typing import Any, Literal, Self, overload
 import grpc
 import grpc.aio
 
-from cqil_dist.client.channel import Endpoint
+from cqil_dist.client.channel import ANSWER_S, Connection, Endpoint
 from cqil_dist.client.resuming import Backoff, ResumableStream
-from cqil_dist.errors import ServiceUnavailable
 from cqil_dist.inputs import Prompt
 from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.rpc.convert import request_to_wire
 from cqil_dist.rpc.convert_status import models_from_wire, status_from_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
-from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.status import ModelInfo, Status
-
-_ANSWER_S = 30.0
 
 
 class AsyncClient:
@@ -48,7 +44,7 @@ class AsyncClient:
         self._locate = locate
         self._reconnecting = asyncio.Lock()
         self._closed = False
-        self._connections: list[_Connection] = []
+        self._connections: list[Connection] = []
 
     @overload
     def generate(
@@ -97,13 +93,11 @@ class AsyncClient:
         Args:
             timeout_s: in place of the client's.
         """
-        stream = ResumableStream(request, timeout_s or self._timeout_s)
+        stream = ResumableStream(request, self._timeout_s if timeout_s is None else timeout_s)
         backoff = Backoff(self._patience_s)
         while not stream.finished:
             connection = self._connection()
-            call = connection.call(
-                connection.stub.Generate, stream.next_request(), stream.remaining_s()
-            )
+            call = connection.call("Generate", stream.next_request(), stream.remaining_s())
             try:
                 async for response in call:
                     backoff.answered()
@@ -118,17 +112,17 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """End a request, as `Client.abort` does."""
         request = pb.AbortRequest(request_id=request_id)
-        return bool((await self._ask(lambda stub: stub.Abort, request)).aborted)
+        return bool((await self._ask("Abort", request)).aborted)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """What is served; the first is what requests get that name none."""
         request = pb.GetModelInfoRequest()
-        return models_from_wire(await self._ask(lambda stub: stub.GetModelInfo, request))
+        return models_from_wire(await self._ask("GetModelInfo", request))
 
     async def status(self) -> Status:
         """By which ranks it is served, and how busy they are."""
         request = pb.GetStatusRequest()
-        return status_from_wire(await self._ask(lambda stub: stub.GetStatus, request))
+        return status_from_wire(await self._ask("GetStatus", request))
 
     async def close(self) -> None:
         """Cancel what is running and close the connection."""
@@ -143,23 +137,23 @@ class AsyncClient:
         assert completion is not None, "the only chunk is the last"
         return completion
 
-    async def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
+    async def _ask(self, method: str, request: Any) -> Any:
         """A call with one answer, which may be asked again for."""
         backoff = Backoff(self._patience_s)
         while True:
             connection = self._connection()
             try:
-                return await connection.call(method(connection.stub), request, _ANSWER_S)
+                return await connection.call(method, request, ANSWER_S)
             except grpc.RpcError as error:
                 await self._reconnect(connection, error, backoff)
 
-    def _connection(self) -> _Connection:
+    def _connection(self) -> Connection:
         """The latest; the first is made when it is first used, on the loop that runs then."""
         if not self._connections:
-            self._connections.append(_Connection(self._endpoint))
+            self._connections.append(Connection(self._endpoint, grpc.aio))
         return self._connections[-1]
 
-    async def _reconnect(self, broken: _Connection, error: Any, backoff: Backoff) -> None:
+    async def _reconnect(self, broken: Connection, error: Any, backoff: Backoff) -> None:
         """Find the service again after a call failed; one task does so for all. As in `Client`."""
         wait_s = backoff.next_wait_s(error, broken.endpoint.address)
         self._check_open(broken)
@@ -170,9 +164,9 @@ class AsyncClient:
                 return
             if (address := await self._locate()) != broken.endpoint.address:
                 # Those before are closed at the end: other streams have yet to notice.
-                self._connections.append(_Connection(self._endpoint.at(address)))
+                self._connections.append(Connection(self._endpoint.at(address), grpc.aio))
 
-    def _check_open(self, connection: _Connection) -> None:
+    def _check_open(self, connection: Connection) -> None:
         if self._closed:
             raise connection.closed()
 
@@ -181,23 +175,3 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-class _Connection:
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        address, options = endpoint.address, endpoint.options
-        if (credentials := endpoint.credentials) is None:
-            self.channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            self.channel = grpc.aio.secure_channel(address, credentials, options=options)
-        self.stub = rpc.GenerationServiceStub(self.channel)
-
-    def call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
-            return method(request, timeout=timeout_s, metadata=self.endpoint.metadata)
-        except grpc.aio.UsageError as error:
-            raise self.closed() from error
-
-    def closed(self) -> ServiceUnavailable:
-        return ServiceUnavailable(f"the connection to {self.endpoint.address} is closed")

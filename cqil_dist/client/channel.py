@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import grpc
+import grpc.aio
 
-MAX_MESSAGE_BYTES = 64 << 20
-"""gRPC's default of 4 MiB is little for a long completion with 20 alternatives a token."""
+from cqil_dist.errors import ServiceUnavailable
+from cqil_dist.rpc.options import DIRECT, KEEPALIVE, LONG_ANSWERS, RECONNECTING
+from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A service whose node has vanished closes nothing: ask whether it is still there.
-    ("grpc.keepalive_time_ms", 3000),
-    ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),  # what a server puts up with
-    # One that comes back is found as soon as it is asked for.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-# Ours are the cluster's own addresses, which no proxy leads to.
-_DIRECT = (("grpc.enable_http_proxy", 0),)
+ANSWER_S = 30.0
+"""Seconds that a call with a single answer may take."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,39 @@ class Endpoint:
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
-        return CHANNEL_OPTIONS + (_DIRECT if self.direct else ())
+        return KEEPALIVE + RECONNECTING + LONG_ANSWERS + (DIRECT if self.direct else ())
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
         if not self.tls:
             return None
         return grpc.ssl_channel_credentials(self.ca_cert.read_bytes() if self.ca_cert else None)
+
+
+class Connection:
+    """A channel to an endpoint.
+
+    Args:
+        library: `grpc`, or `grpc.aio` for the event loop that runs.
+    """
+
+    def __init__(self, endpoint: Endpoint, library: ModuleType) -> None:
+        self.endpoint = endpoint
+        address, options = endpoint.address, endpoint.options
+        if (credentials := endpoint.credentials) is None:
+            self.channel = library.insecure_channel(address, options=options)
+        else:
+            self.channel = library.secure_channel(address, credentials, options=options)
+        self.stub = rpc.GenerationServiceStub(self.channel)
+
+    def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        """Begin a call. Raises ServiceUnavailable where the connection has been closed."""
+        try:
+            begin = getattr(self.stub, method)
+            return begin(request, timeout=timeout_s, metadata=self.endpoint.metadata)
+        except (ValueError, grpc.aio.UsageError) as error:
+            raise self.closed() from error
+
+    def closed(self) -> ServiceUnavailable:
+        """What a call on it ends with once it has been closed."""
+        return ServiceUnavailable(f"the connection to {self.endpoint.address} is closed")

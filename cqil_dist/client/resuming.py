@@ -56,7 +56,7 @@ class Backoff:
             CqilError: the call failed by what it asked; or patience has ended.
         """
         code = error.code()
-        # Whoever was let in once waits for room, where a service that has started anew has none.
+        # A service that has just come back may be full of those who came back first.
         again = code is grpc.StatusCode.UNAVAILABLE or (
             self.waited and code is grpc.StatusCode.RESOURCE_EXHAUSTED
         )

@@ -10,18 +10,14 @@ from typing import Any, Literal, Self, overload
 
 import grpc
 
-from cqil_dist.client.channel import Endpoint
+from cqil_dist.client.channel import ANSWER_S, Connection, Endpoint
 from cqil_dist.client.resuming import Backoff, ResumableStream
-from cqil_dist.errors import ServiceUnavailable
 from cqil_dist.inputs import Prompt
 from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.rpc.convert import request_to_wire
 from cqil_dist.rpc.convert_status import models_from_wire, status_from_wire
 from cqil_dist.rpc.v1 import generation_pb2 as pb
-from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.status import ModelInfo, Status
-
-_ANSWER_S = 30.0
 
 
 class Client:
@@ -57,7 +53,7 @@ class Client:
         self._locate = locate
         self._reconnecting = threading.Lock()
         self._closed = False
-        self._connections = [_Connection(endpoint)]
+        self._connections = [Connection(endpoint, grpc)]
 
     @property
     def address(self) -> str:
@@ -97,6 +93,7 @@ class Client:
 
         Raises:
             RequestError: the prompt or a sampling value is wrong.
+            ModelNotFound: the service has no such model.
             ServiceError: the service does not answer: nobody there, too busy, too late, or the key
                 is wrong.
             CqilError: the engine failed.
@@ -141,17 +138,17 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """End a request: its stream closes as "abort". Returns whether there was one."""
         request = pb.AbortRequest(request_id=request_id)
-        return bool(self._ask(lambda stub: stub.Abort, request).aborted)
+        return bool(self._ask("Abort", request).aborted)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """What is served; the first is what requests get that name none."""
         request = pb.GetModelInfoRequest()
-        return models_from_wire(self._ask(lambda stub: stub.GetModelInfo, request))
+        return models_from_wire(self._ask("GetModelInfo", request))
 
     def status(self) -> Status:
         """By which ranks it is served, and how busy they are."""
         request = pb.GetStatusRequest()
-        return status_from_wire(self._ask(lambda stub: stub.GetStatus, request))
+        return status_from_wire(self._ask("GetStatus", request))
 
     def close(self) -> None:
         """Cancel what is running and close the connection."""
@@ -163,9 +160,7 @@ class Client:
         backoff = Backoff(self._patience_s)
         while not stream.finished:
             connection = self._connections[-1]
-            call = connection.call(
-                connection.stub.Generate, stream.next_request(), stream.remaining_s()
-            )
+            call = connection.call("Generate", stream.next_request(), stream.remaining_s())
             try:
                 for response in call:
                     backoff.answered()
@@ -177,17 +172,17 @@ class Client:
             finally:
                 call.cancel()
 
-    def _ask(self, method: Callable[[Any], Any], request: Any) -> Any:
+    def _ask(self, method: str, request: Any) -> Any:
         """A call with one answer, which may be asked again for."""
         backoff = Backoff(self._patience_s)
         while True:
             connection = self._connections[-1]
             try:
-                return connection.call(method(connection.stub), request, _ANSWER_S)
+                return connection.call(method, request, ANSWER_S)
             except grpc.RpcError as error:
                 self._reconnect(connection, error, backoff)
 
-    def _reconnect(self, broken: _Connection, error: Any, backoff: Backoff) -> None:
+    def _reconnect(self, broken: Connection, error: Any, backoff: Backoff) -> None:
         """Find the service again after a call failed; one thread does so for all.
 
         Raises:
@@ -203,9 +198,9 @@ class Client:
                 return  # another thread has found it meanwhile; or it is where it was
             if (address := self._locate()) != broken.endpoint.address:
                 # Those before are closed at the end: other streams have yet to notice.
-                self._connections.append(_Connection(broken.endpoint.at(address)))
+                self._connections.append(Connection(broken.endpoint.at(address), grpc))
 
-    def _check_open(self, connection: _Connection) -> None:
+    def _check_open(self, connection: Connection) -> None:
         if self._closed:
             raise connection.closed()
 
@@ -214,23 +209,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Connection:
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        address, options = endpoint.address, endpoint.options
-        if (credentials := endpoint.credentials) is None:
-            self.channel = grpc.insecure_channel(address, options=options)
-        else:
-            self.channel = grpc.secure_channel(address, credentials, options=options)
-        self.stub = rpc.GenerationServiceStub(self.channel)
-
-    def call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
-            return method(request, timeout=timeout_s, metadata=self.endpoint.metadata)
-        except ValueError as error:
-            raise self.closed() from error
-
-    def closed(self) -> ServiceUnavailable:
-        return ServiceUnavailable(f"the connection to {self.endpoint.address} is closed")

@@ -79,7 +79,6 @@ def request_from_wire(
         resume_token_ids=tuple(wire.resume_token_ids),
         echo=wire.echo,
         timeline=wire.timeline,
-        request_id=wire.request_id,
     )
 
 

@@ -11,11 +11,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from cqil_dist.client import AsyncClient
-from cqil_dist.errors import CqilError, ModelNotFound, RequestError, ServiceUnavailable
+from cqil_dist.errors import CqilError, RequestError, ServiceUnavailable
 from cqil_dist.outputs import Chunk, Completion
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.serving.admission import Admission
-from cqil_dist.status import ModelInfo, Status
+from cqil_dist.status import ModelInfo, Status, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ class Backend:
 
     def model(self, name: str) -> ModelInfo:
         """Raises ModelNotFound."""
-        for model in self.models:
-            if model.name == name:
-                return model
-        served = ", ".join(model.name for model in self.models)
-        raise ModelNotFound(f"model {name!r} is not served here; {served} is")
+        return find_model(self.models, name)
 
     async def stream(
         self, request: pb.GenerateRequest, timeout_s: float | None = None

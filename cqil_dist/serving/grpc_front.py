@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -12,10 +11,11 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cqil_dist.client.channel import CHANNEL_OPTIONS
 from cqil_dist.errors import CqilError, LaunchError
+from cqil_dist.rpc.bearer_key import BearerKey
 from cqil_dist.rpc.convert import chunk_to_wire
 from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
+from cqil_dist.rpc.options import KEEPALIVE, receiving_up_to
 from cqil_dist.rpc.status_codes import code_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
@@ -74,7 +74,7 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls that do not carry the key; health is open to all."""
 
     def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
+        self._key = BearerKey(key)
 
         async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
             message = "give the service's key as the metadata 'authorization: Bearer <key>'"
@@ -86,8 +86,7 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
     ) -> Any:
         given = dict(details.invocation_metadata).get("authorization", "")
-        known = hmac.compare_digest(str(given).encode(), self._expected)
-        if known or details.method.startswith(_HEALTH):
+        if self._key.admits(given) or details.method.startswith(_HEALTH):
             return await continuation(details)
         return self._refusal
 
@@ -107,8 +106,8 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=[] if config.api_key is None else [_RequireKey(config.api_key)],
             options=(
-                *(each for each in CHANNEL_OPTIONS if "max_receive" not in each[0]),
-                ("grpc.max_receive_message_length", config.max_body_bytes),
+                *KEEPALIVE,
+                *receiving_up_to(config.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # else two services could share a port unknowingly
             ),
             maximum_concurrent_rpcs=calls,

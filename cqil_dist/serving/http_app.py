@@ -17,14 +17,14 @@ from cqil_dist.serving.http_limits import BoundedBody, RequestLog, RequireKey
 from cqil_dist.serving.openai_api.routes import openai_routes
 from cqil_dist.serving.serve_config import ServeConfig
 
-_PAGE = Path(__file__).parent / "web" / "index.html"
+_WEB = Path(__file__).parent / "web"
+_PAGE = {"": "index.html", "page.css": "page.css", "page.js": "page.js", "drawing.js": "drawing.js"}
 _WITH_KEY = ("/v1", "/status")
-# The page is one file: it loads nothing, and talks to nobody but this service.
+# The page loads nothing from elsewhere, and talks to nobody but this service.
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
@@ -67,9 +67,8 @@ def create_app(
         found = (await backend.status()).to_dict()
         return {**found, "models": [vars(model) for model in backend.models]}
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(_PAGE, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+    for path, name in _PAGE.items():
+        app.add_api_route(f"/{path}", _file(name), include_in_schema=False)
 
     app.openapi_schema = _documented(app, config)
     # The last one added is the first to see a request.
@@ -81,12 +80,23 @@ def create_app(
     return app
 
 
+def _file(name: str) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return FileResponse(_WEB / name, headers=_PAGE_HEADERS)
+
+    return answer
+
+
 def _documented(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
     """The OpenAPI document, with what FastAPI does not know of."""
     document = app.openapi()
     for path, methods in document["paths"].items():
         for operation in methods.values():
             operation["responses"].pop("422", None)  # ours are 400
+            for status, answer in operation["responses"].items():
+                if status >= "400":  # JSON, also where what is asked for is text
+                    (content,) = answer["content"].values()
+                    answer["content"] = {"application/json": content}
             if config.api_key is not None and path.startswith(_WITH_KEY):
                 operation["security"] = [{"key": []}]
     if config.api_key is not None:
@@ -94,5 +104,6 @@ def _documented(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
         schemes["key"] = {"type": "http", "scheme": "bearer"}
     for name in ("/v1/completions", "/v1/chat/completions"):
         answers = document["paths"][name]["post"]["responses"]["200"]["content"]
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        answers["text/event-stream"] = {"schema": event}
     return document

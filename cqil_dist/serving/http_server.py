@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -29,6 +30,9 @@ class TimedProtocol(H11Protocol):
     _headers_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        # Else what is small, as events are, waits for the client's acknowledgement of what was
+        # before it: 40 ms. asyncio sees to that only for sockets that name their protocol.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self._expect_headers()
 
@@ -39,6 +43,13 @@ class TimedProtocol(H11Protocol):
             self._expect_headers()
         elif not waits:
             self._forget_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """Where it is not too late for that: a request may be answered before its body has come."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_headers()

@@ -24,6 +24,8 @@ from cqil_dist.serving.serve_config import ServeConfig
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 8
+# Beside the requests that run and wait: questions, and requests about to be refused.
+_OTHER_CALLS = 32
 _MOST_FILES = 65536
 
 
@@ -40,7 +42,6 @@ class Service:
 
     Args:
         client: of the coordinator's own service.
-        calls: most gRPC calls at a time.
         metrics: gives them in Prometheus' text format.
 
     Attributes:
@@ -51,13 +52,11 @@ class Service:
         self,
         client: AsyncClient,
         config: ServeConfig,
-        calls: int,
         metrics: Callable[[], Awaitable[str]],
     ) -> None:
         self.health = HealthWatch(client, config.recovery_bound_s)
         self._client = client
         self._config = config
-        self._calls = calls
         self._metrics = metrics
         self._admission = Admission()
 
@@ -75,8 +74,9 @@ class Service:
         """
         config = self._config
         models = await self._client.models()
+        status = await self._client.status()
         backend = Backend(self._client, models, self._admission, config.request_timeout_s)
-        self._grpc = GrpcServer(backend, config, self._calls)
+        self._grpc = GrpcServer(backend, config, status.slots + status.max_waiting + _OTHER_CALLS)
         self._http = HttpServer(create_app(backend, self.health, config, self._metrics), config.tls)
         sock = _listening(config)
         await self._grpc.start()

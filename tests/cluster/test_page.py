@@ -86,7 +86,11 @@ class Tab:
         """Nothing was wrong, and nothing was asked for but what the page is made of."""
         assert self.complaints == []
         assert {request.url for request in self.requests} == {
-            self.url + path for path in ("/", "/status", "/v1/completions")
+            self.url + path
+            for path in (
+                *("/", "/page.css", "/page.js", "/drawing.js"),
+                *("/status", "/v1/completions"),
+            )
         }
 
 

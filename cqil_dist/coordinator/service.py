@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import hmac
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
-from cqil_dist.client.channel import CHANNEL_OPTIONS
-from cqil_dist.errors import CqilError, ModelNotFound, RequestError
+from cqil_dist.errors import CqilError
 from cqil_dist.inputs import GenerationInput
 from cqil_dist.outputs import Completion
+from cqil_dist.rpc.bearer_key import BearerKey
 from cqil_dist.rpc.convert import chunk_to_wire, request_from_wire
 from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
+from cqil_dist.rpc.options import KEEPALIVE, LONG_ANSWERS
 from cqil_dist.rpc.status_codes import code_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.request import Request
-from cqil_dist.status import ModelInfo, Status
-
-logger = logging.getLogger(__name__)
+from cqil_dist.status import ModelInfo, Status, find_model
 
 
 class EngineServicer(rpc.GenerationServiceServicer):
@@ -45,7 +42,6 @@ class EngineServicer(rpc.GenerationServiceServicer):
     ) -> None:
         self._engine = engine
         self._models = models
-        self._plans = {"": 0} | {model.name: plan for plan, model in enumerate(models)}
         self._status = status
         self._on_completion = on_completion
         self._lock = threading.Lock()
@@ -60,16 +56,13 @@ class EngineServicer(rpc.GenerationServiceServicer):
             # Runs at the end of the call however it ends; cancelling a finished request is free.
             if not context.add_callback(lambda: self._engine.cancel(submitted)):
                 self._engine.cancel(submitted)  # the call ended while it was submitted
-            with self._named(given.request_id, submitted):
+            with self._named(request.request_id, submitted):
                 for chunk in submitted.stream:
                     yield chunk_to_wire(chunk)
                     if chunk.result is not None:
-                        self._note(given, chunk.result)
+                        self._on_completion(chunk.result)
         except CqilError as error:
-            # What users got wrong may quote what they asked, which is nothing for a log.
-            said = "" if isinstance(error, RequestError) else f": {error}"
-            logger.info("request %s: %s%s", request.request_id, type(error).__name__, said)
-            _refuse(context, error)
+            context.abort(code_of(error), str(error))
 
     def Abort(self, request: pb.AbortRequest, context: grpc.ServicerContext) -> pb.AbortResponse:
         with self._lock:
@@ -89,10 +82,9 @@ class EngineServicer(rpc.GenerationServiceServicer):
         return status_to_wire(self._status())
 
     def _given(self, request: pb.GenerateRequest) -> GenerationInput:
-        if (plan := self._plans.get(request.model)) is None:
-            names = ", ".join(model.name for model in self._models)
-            raise ModelNotFound(f"model {request.model!r} is not served here; {names} is")
-        return request_from_wire(request, plan, self._models[plan].default_sampling)
+        model = find_model(self._models, request.model)
+        plan = self._models.index(model)
+        return request_from_wire(request, plan, model.default_sampling)
 
     @contextmanager
     def _named(self, request_id: str, request: Request) -> Iterator[None]:
@@ -112,29 +104,12 @@ class EngineServicer(rpc.GenerationServiceServicer):
                 if self._by_id.get(request_id) is request:
                     del self._by_id[request_id]
 
-    def _note(self, given: GenerationInput, completion: Completion) -> None:
-        logger.info(
-            "request %s: %d prompt tokens, %d tokens, %s, first after %.0f ms, %.0f ms in all",
-            given.request_id,
-            completion.usage.prompt_tokens,
-            completion.usage.completion_tokens,
-            completion.finish_reason,
-            completion.timings.ttft_ms,
-            completion.timings.total_ms,
-        )
-        self._on_completion(completion)
-
-
-def _refuse(context: grpc.ServicerContext, error: CqilError) -> NoReturn:
-    context.abort(code_of(error), str(error))
-    raise AssertionError("aborting raises")
-
 
 class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls that do not carry the key."""
 
     def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
+        self._key = BearerKey(key)
 
         def refuse(request: object, context: grpc.ServicerContext) -> None:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call lacks the launch's secret")
@@ -143,7 +118,7 @@ class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         given = dict(details.invocation_metadata).get("authorization", "")
-        if hmac.compare_digest(str(given).encode(), self._expected):
+        if self._key.admits(given):
             return continuation(details)
         return self._refusal
 
@@ -159,7 +134,7 @@ def start_server(
     server = grpc.server(
         futures.ThreadPoolExecutor(streams, thread_name_prefix="grpc"),
         interceptors=[KeyInterceptor(key)],
-        options=CHANNEL_OPTIONS,
+        options=KEEPALIVE + LONG_ANSWERS,
         maximum_concurrent_rpcs=streams,
     )
     rpc.add_GenerationServiceServicer_to_server(servicer, server)

@@ -9,7 +9,7 @@ from served import model_infos
 from tiny_models import TinyModelFactory
 
 from cqil_dist.rpc.convert import request_to_wire
-from cqil_dist.serving.engine_service import EngineServicer
+from cqil_dist.coordinator.service import EngineServicer
 
 
 class EndedCall:

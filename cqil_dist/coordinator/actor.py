@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from cqil_dist.coordinator.metrics import EngineMetrics
+from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.generation_defaults import default_sampling
@@ -29,8 +31,6 @@ from cqil_dist.runtime.model_files import model_directory
 from cqil_dist.runtime.placement import host_addresses
 from cqil_dist.runtime.rank_group import RankGroup
 from cqil_dist.runtime.spec import EngineSpec
-from cqil_dist.serving.engine_metrics import EngineMetrics
-from cqil_dist.serving.engine_service import EngineServicer, start_server
 from cqil_dist.status import ModelInfo, Status
 
 if TYPE_CHECKING:

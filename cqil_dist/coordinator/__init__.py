@@ -1,0 +1,1 @@
+"""The coordinator: the Ray actor around the engine, and the generation service it offers."""
