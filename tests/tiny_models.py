@@ -22,12 +22,11 @@ from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.reference import ReferenceModel
-from cqil_dist.model.step import Segment, Step
+from cqil_dist.model.step import Segment, Step, StepResult
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.runtime.rank import CacheShape, RankProgram
 from cqil_dist.runtime.rank_group import best_of_shard, most_likely
-from cqil_dist.timeline import RankTimeline
 
 CPU = torch.device("cpu")
 VOCAB = 307  # prime: never a multiple of the number of ranks
@@ -231,14 +230,11 @@ class LocalModel:
     def begin(self, step: Step) -> None:
         self._begun = step
 
-    def finish(self) -> Tensor:
+    def finish(self) -> StepResult:
         logits = self.compute(self._begun)
         if not self._begun.argmax_only:
-            return logits
-        return most_likely([best_of_shard(logits, range(logits.shape[-1]))])
-
-    def timeline(self) -> tuple[RankTimeline, ...]:
-        return ()
+            return StepResult(logits)
+        return StepResult(most_likely([best_of_shard(logits, range(logits.shape[-1]))]))
 
     def check(self) -> None:
         """Never lost."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cqil_dist.model.rope import RotaryTable
+from cqil_dist.timeline import RankTimeline
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ class Step:
     plan: int = 0
     argmax_only: bool = False
     timeline: bool = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave.
+
+    Attributes:
+        rows: one for each token after which logits are wanted, in order: float32 logits [R, V], or
+            with `argmax_only` token ids, int64 [R], -1 where a logit is not a finite number.
+        ranks: where each rank's time went, if the step was to report it.
+    """
+
+    rows: Tensor
+    ranks: tuple[RankTimeline, ...] = ()
 
 
 @dataclass

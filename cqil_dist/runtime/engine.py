@@ -14,18 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
 from cqil_dist.errors import CqilError, ExchangeError, QueueFull
 from cqil_dist.inputs import GenerationInput
-from cqil_dist.model.step import Step
+from cqil_dist.model.step import Step, StepResult
 from cqil_dist.runtime.detokenizer import Detokenizer
 from cqil_dist.runtime.prompts import PromptEncoder
-from cqil_dist.runtime.request import Request, StepTimes
+from cqil_dist.runtime.request import Request
 from cqil_dist.runtime.sampler import Sampler
 from cqil_dist.runtime.scheduler import ScheduledStep, Scheduler
 from cqil_dist.status import EngineState, Recovery
-from cqil_dist.timeline import RankTimeline
+from cqil_dist.timeline import StepTimeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,20 +44,12 @@ class StepModel(Protocol):
         """Start a step."""
         ...
 
-    def finish(self) -> Tensor:
+    def finish(self) -> StepResult:
         """Wait for the step begun last.
-
-        Returns:
-            A row for each token after which logits are wanted, in order: float32 logits [R, V],
-            or with `argmax_only` token ids, int64 [R], -1 where a logit is not a finite number.
 
         Raises:
             ExchangeError: the step has no result, and there will be no other.
         """
-        ...
-
-    def timeline(self) -> tuple[RankTimeline, ...]:
-        """Where each rank's time went in the step finished last, if it was to report it."""
         ...
 
     def check(self) -> None:
@@ -148,9 +138,10 @@ class Engine:
             Sampler(given.params, prompt_ids),
             Detokenizer(self._tokenizer, prompt_ids, given.params.stop),
             self._eos_token_ids,
+            self.max_len,
             self._prompts.decode(given.prompt, prompt_ids) if given.echo else None,
         )
-        request.replay(given.resume_token_ids, self.max_len)
+        request.replay(given.resume_token_ids)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -234,9 +225,9 @@ class Engine:
         self._model.begin(scheduled.step)
         self._steps += 1
         self._release()  # while the ranks compute
-        rows = self._model.finish()
+        result = self._model.finish()
         self._note_progress()
-        self._deliver(scheduled, rows, StepTimes(self._steps - 1, began, time.perf_counter()))
+        self._deliver(scheduled, result, began, time.perf_counter())
 
     def _next_step(self) -> ScheduledStep | None:
         """Wait a while for something to compute; None if there is nothing, or on closing."""
@@ -297,19 +288,27 @@ class Engine:
             self._scheduler.remove(request)
             request.abort()
 
-    def _deliver(self, scheduled: ScheduledStep, rows: Tensor, times: StepTimes) -> None:
+    def _deliver(
+        self, scheduled: ScheduledStep, result: StepResult, began: float, ended: float
+    ) -> None:
         step = scheduled.step
         first = 0
         for segment, request in zip(step.segments, scheduled.requests, strict=True):
             request.computed = segment.end
-            own = rows[first : first + segment.logits]
+            rows = result.rows[first : first + segment.logits]
             first += segment.logits
+            timeline = None
             if request.wants_timeline:
-                request.note_step(times, len(step.token_ids), segment.count, self._model.timeline())
-            elif not segment.logits:
-                continue
+                timeline = StepTimeline(
+                    step=self._steps - 1,
+                    step_tokens=len(step.token_ids),
+                    request_tokens=segment.count,
+                    start_ms=1000 * (began - request.arrived),
+                    duration_ms=1000 * (ended - began),
+                    ranks=result.ranks,
+                )
             try:
-                request.take(own, step.argmax_only, self.max_len)
+                request.take(rows, step.argmax_only, timeline)
             except CqilError as error:
                 request.fail(error)
             except Exception as error:  # one request's, whatever it is: the others go on

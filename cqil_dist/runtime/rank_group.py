@@ -19,10 +19,9 @@ from cqil_dist.errors import ExchangeError, PeerLost
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.exchange.link import Link, recv_each
 from cqil_dist.model.head import Embedding
-from cqil_dist.model.step import Segment, Step
+from cqil_dist.model.step import Segment, Step, StepResult
 from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.step_clock import ClockOffset, timeline_of, times_of
-from cqil_dist.timeline import RankTimeline
 
 
 class RankGroup:
@@ -47,7 +46,6 @@ class RankGroup:
         self._step_deadline_s = step_deadline_s
         self.steps = 0
         self._offsets = [ClockOffset() for _ in links]
-        self._timeline: tuple[RankTimeline, ...] = ()
 
     def begin(self, step: Step) -> None:
         """Send a step to every rank. See `StepModel.begin`.
@@ -69,7 +67,7 @@ class RankGroup:
             starts = rank in self._assignments[step.plan].entry_ranks
             link.send(header, hidden_ND if starts else None)
 
-    def finish(self) -> Tensor:
+    def finish(self) -> StepResult:
         """Gather every rank's answer to the step. See `StepModel.finish`."""
         answers = recv_each(self._links, self._step_deadline_s)
         ended = time.perf_counter()
@@ -80,19 +78,15 @@ class RankGroup:
         ]
         if errors:
             raise ExchangeError("; ".join(errors))
-        self._timeline = tuple(
+        ranks = tuple(
             timeline_of(rank, answer["times"], offset, self._began, ended)
             for rank, ((answer, _), offset) in enumerate(zip(answers, self._offsets, strict=True))
             if "times" in answer
         )
         shards = [logits for _, logits in answers if logits is not None]
         if shards:
-            return torch.cat(shards, dim=-1)
-        return most_likely([answer["best"] for answer, _ in answers])
-
-    def timeline(self) -> tuple[RankTimeline, ...]:
-        """See `StepModel.timeline`."""
-        return self._timeline
+            return StepResult(torch.cat(shards, dim=-1), ranks)
+        return StepResult(most_likely([answer["best"] for answer, _ in answers]), ranks)
 
     def check(self) -> None:
         """See `StepModel.check`. Raises PeerLost."""

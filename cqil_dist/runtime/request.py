@@ -15,16 +15,7 @@ from cqil_dist.outputs import Chunk, Completion, FinishReason, Timings, TokenLog
 from cqil_dist.runtime.chunk_stream import ChunkStream
 from cqil_dist.runtime.detokenizer import Detokenizer
 from cqil_dist.runtime.sampler import SampledToken, Sampler, check_finite, chosen, scored
-from cqil_dist.timeline import RankTimeline, StepTimeline
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """When a step of this number began and ended, seconds of `time.perf_counter`."""
-
-    number: int
-    began: float
-    ended: float
+from cqil_dist.timeline import StepTimeline
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,7 @@ class Request:
         sampler: Sampler,
         detokenizer: Detokenizer,
         eos_token_ids: Sequence[int],
+        max_len: int,
         prompt_text: str | None = None,
     ) -> None:
         params = given.params
@@ -71,6 +63,7 @@ class Request:
         self.setbacks = 0
         self.stream = ChunkStream()
         self._final_only = given.final_only
+        self._max_len = max_len
         self._prompt_text = prompt_text
         self._prompt_length = len(prompt_ids)
         self._sampler = sampler
@@ -84,8 +77,12 @@ class Request:
             self._prompt_logprobs = [TokenLogprob(first, detokenizer.token_text(first), None)]
         # How it ends as soon as its prompt has been computed.
         self._ending = _Ending("", "length") if params.max_tokens == 0 else None
-        self._timeline: StepTimeline | None = None
         self._token_times = [time.perf_counter()]  # arrival, then one entry per token
+
+    @property
+    def arrived(self) -> float:
+        """When it was submitted, seconds of `time.perf_counter`."""
+        return self._token_times[0]
 
     @property
     def pending(self) -> int:
@@ -120,49 +117,36 @@ class Request:
         scored = self._prompt_logprobs
         return scored is None or len(scored) == self._prompt_length
 
-    def note_step(
-        self, times: StepTimes, tokens: int, own_tokens: int, ranks: tuple[RankTimeline, ...]
-    ) -> None:
-        """Remember where the time of a step went, for the chunk that comes of it."""
-        self._timeline = StepTimeline(
-            step=times.number,
-            step_tokens=tokens,
-            request_tokens=own_tokens,
-            start_ms=1000 * (times.began - self._token_times[0]),
-            duration_ms=1000 * (times.ended - times.began),
-            ranks=ranks,
-        )
-
-    def take(self, rows: Tensor, argmax_only: bool, max_len: int) -> None:
+    def take(self, rows: Tensor, argmax_only: bool, timeline: StepTimeline | None = None) -> None:
         """Go on by what a step gave, and hold what is new for the stream until it is released.
 
         Args:
             rows: logits after the last of the computed tokens, float32 [R, V], from `wanted_from`
                 on; or the most likely token, int64 [R].
-            max_len: most tokens the KV slot has room for.
+            timeline: of the step, for the chunk that comes of it.
 
         Raises:
             CqilError: a logit is NaN or infinite.
         """
-        if self._timeline is not None and self.pending:
-            self.stream.hold(Chunk("", (), timeline=self._told_timeline()))
+        if timeline is not None and self.pending:
+            self.stream.hold(Chunk("", (), timeline=timeline))
         first = self.computed - len(rows)
         last = len(self.tokens) - 1
         for position, row in enumerate(rows, first):
             if position < self._prompt_length - 1:
                 self._score_prompt(position + 1, row)
             elif position == last:
-                self._go_on(row, argmax_only, max_len)
+                self._go_on(row, argmax_only, timeline)
 
-    def _go_on(self, row: Tensor, argmax_only: bool, max_len: int) -> None:
+    def _go_on(self, row: Tensor, argmax_only: bool, timeline: StepTimeline | None) -> None:
         self.setbacks = 0
         if self._ending is not None:
-            self._end(self._ending)
+            self._end(self._ending, timeline=timeline)
         elif argmax_only:
-            self._advance(chosen(row), max_len)
+            self._advance(chosen(row), timeline)
         else:
             sampled = self._sampler.sample(row, self.tokens, len(self.generated))
-            self._advance(sampled, max_len)
+            self._advance(sampled, timeline)
 
     def _score_prompt(self, position: int, logits_V: Tensor) -> None:
         check_finite(logits_V, f"prompt token {position}")
@@ -172,20 +156,18 @@ class Request:
         entry = scored(logits_V, token_id, self.params.prompt_logprobs)
         self._prompt_logprobs.append(self._described(entry))
 
-    def _advance(self, sampled: SampledToken, max_len: int) -> None:
+    def _advance(self, sampled: SampledToken, timeline: StepTimeline | None) -> None:
         self.tokens.append(sampled.token_id)
         self._token_times.append(time.perf_counter())
         logprobs = self._record_logprob(sampled)
-        text, ending = self._outcome(sampled.token_id, max_len)
+        text, ending = self._outcome(sampled.token_id)
         self._text.append(text)
         if ending is not None:
-            self._end(ending, (sampled.token_id,), logprobs)
+            self._end(ending, (sampled.token_id,), logprobs, timeline)
         elif not self._final_only:
-            self.stream.hold(
-                Chunk(text, (sampled.token_id,), logprobs, timeline=self._told_timeline())
-            )
+            self.stream.hold(Chunk(text, (sampled.token_id,), logprobs, timeline=timeline))
 
-    def replay(self, token_ids: Sequence[int], max_len: int) -> None:
+    def replay(self, token_ids: Sequence[int]) -> None:
         """Take up a stream that broke off: append output tokens that its reader already has.
 
         The reader has their text too, and nothing of it is given again. Where they end the
@@ -194,7 +176,7 @@ class Request:
         for token_id in token_ids:
             self.tokens.append(token_id)
             self._token_times.append(time.perf_counter())
-            text, ending = self._outcome(token_id, max_len)
+            text, ending = self._outcome(token_id)
             self._text.append(text)
             if ending is not None:
                 self._ending = ending
@@ -220,7 +202,7 @@ class Request:
         self.stream.hold(error)
         self.stream.release()
 
-    def _outcome(self, token_id: int, max_len: int) -> tuple[str, _Ending | None]:
+    def _outcome(self, token_id: int) -> tuple[str, _Ending | None]:
         """The text that this token makes final, and how it ends the request, if it does."""
         if token_id in self._eos_token_ids:
             ending = _Ending(self._detokenizer.finish(), "stop")
@@ -230,7 +212,7 @@ class Request:
             text = self._detokenizer.push(token_id)
             if self._detokenizer.stopped_by is not None:
                 ending = _Ending(text, "stop", self._detokenizer.stopped_by)
-            elif len(self.generated) >= self.params.max_tokens or len(self.tokens) >= max_len:
+            elif len(self.generated) >= self.params.max_tokens or len(self.tokens) >= self._max_len:
                 ending = _Ending(text + self._detokenizer.finish(), "length")
             else:
                 return text, None
@@ -241,6 +223,7 @@ class Request:
         ending: _Ending,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
+        timeline: StepTimeline | None = None,
     ) -> None:
         self.finished = True
         completion = Completion(
@@ -258,14 +241,8 @@ class Request:
         text = ending.text
         if self._final_only:
             text, token_ids, logprobs = completion.text, completion.token_ids, completion.logprobs
-        timeline = self._told_timeline()
         reasons = (ending.reason, ending.stop_reason)
         self.stream.hold(Chunk(text, token_ids, logprobs, *reasons, completion, timeline))
-
-    def _told_timeline(self) -> StepTimeline | None:
-        """The latest step's, for one chunk alone."""
-        timeline, self._timeline = self._timeline, None
-        return timeline
 
     def _timings(self) -> Timings:
         times = self._token_times

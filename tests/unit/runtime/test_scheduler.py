@@ -27,7 +27,7 @@ def request(
     prompt = list(range(first, first + prompt_length))
     given = GenerationInput(prompt, SamplingParams(prompt_logprobs=prompt_logprobs), plan)
     sampler = Sampler(given.params, prompt)
-    return Request(given, prompt, sampler, Detokenizer(TOKENIZER, prompt), ())
+    return Request(given, prompt, sampler, Detokenizer(TOKENIZER, prompt), (), 4096)
 
 
 def compute(scheduled: ScheduledStep) -> None:
