@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from cqil_dist.client import AsyncClient, Client
+from cqil_dist.client.threads import in_thread
 from cqil_dist.coordinator.actor import Coordinator
 from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
@@ -77,7 +78,7 @@ class LaunchedService:
             # Waiting takes a thread, which outlives whoever gives up waiting: one is enough.
             nonlocal finding
             if finding is None or finding.done():
-                finding = asyncio.ensure_future(asyncio.to_thread(self.locate))
+                finding = in_thread(self.locate)
             return await asyncio.shield(finding)
 
         return AsyncClient(

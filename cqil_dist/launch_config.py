@@ -84,6 +84,8 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 1")
+        if self.max_len == 1:
+            raise LaunchError("max_len is 1 but must hold a prompt and a completion, at least 2")
         for name in ("spares", "max_waiting"):
             if not isinstance(value := getattr(self, name), int) or value < 0:
                 raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 0")

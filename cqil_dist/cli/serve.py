@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +62,9 @@ def serve(
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C, then finish what is running."""
+    if api_key is None and "CQIL_API_KEY" in os.environ:
+        # An empty variable is a secret that did not arrive, not the wish to let everybody in.
+        raise LaunchError("CQIL_API_KEY is empty; give it a key, or unset it to let everybody in")
     if (tls_cert is None) != (tls_key is None):
         raise LaunchError("tls_cert and tls_key belong together: give both or neither")
     config = ServeConfig(
@@ -74,7 +78,9 @@ def serve(
         recovery_bound_s=recovery_bound_s,
         max_body_bytes=max_body_bytes,
     )
-    LaunchConfig(model, plan, ranks, **launching)  # checked before anything is started
+    LaunchConfig(model, plan, ranks, **launching)  # these, too, before anything is started
+    if config.tls is not None:
+        config.tls.pair()
     from cqil_dist.api import launch
     from cqil_dist.serving.logs import configure_logging
 

@@ -100,12 +100,21 @@ class AsyncClient:
             call = connection.call("Generate", stream.next_request(), stream.remaining_s())
             try:
                 async for response in call:
-                    backoff.answered()
                     yield stream.take(response)
                 stream.check_finished(connection.endpoint.address)
             except grpc.RpcError as error:
                 if not stream.finished:  # else all was said, and the call broke while it closed
-                    await self._reconnect(connection, error, backoff)
+                    let_in = connection.let_in(await call.initial_metadata())
+                    try:
+                        async with asyncio.timeout(stream.remaining_s()):
+                            await self._reconnect(connection, error, backoff, let_in)
+                    except TimeoutError:
+                        stream.remaining_s()  # raises
+                        raise
+            except asyncio.CancelledError:
+                if self._closed and not _is_cancelled():  # closing ended the call, nobody the task
+                    raise connection.closed() from None
+                raise
             finally:
                 call.cancel()
 
@@ -153,9 +162,11 @@ class AsyncClient:
             self._connections.append(Connection(self._endpoint, grpc.aio))
         return self._connections[-1]
 
-    async def _reconnect(self, broken: Connection, error: Any, backoff: Backoff) -> None:
+    async def _reconnect(
+        self, broken: Connection, error: Any, backoff: Backoff, let_in: bool = False
+    ) -> None:
         """Find the service again after a call failed; one task does so for all. As in `Client`."""
-        wait_s = backoff.next_wait_s(error, broken.endpoint.address)
+        wait_s = backoff.next_wait_s(error, let_in, broken.endpoint.address)
         self._check_open(broken)
         await asyncio.sleep(wait_s)
         async with self._reconnecting:
@@ -175,3 +186,8 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from cqil_dist.errors import ServiceUnavailable
-from cqil_dist.rpc.options import DIRECT, KEEPALIVE, LONG_ANSWERS, RECONNECTING
+from cqil_dist.rpc.options import DIRECT, KEEPALIVE, LET_IN, LONG_ANSWERS, RECONNECTING
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 
 ANSWER_S = 30.0
@@ -31,7 +31,7 @@ class Endpoint:
     """
 
     address: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     tls: bool = False
     ca_cert: Path | None = None
     direct: bool = False
@@ -78,6 +78,11 @@ class Connection:
             return begin(request, timeout=timeout_s, metadata=self.endpoint.metadata)
         except (ValueError, grpc.aio.UsageError) as error:
             raise self.closed() from error
+
+    @staticmethod
+    def let_in(metadata: Any) -> bool:
+        """Whether a call's initial metadata say that its request was let in."""
+        return LET_IN in [tuple(entry) for entry in metadata or ()]
 
     def closed(self) -> ServiceUnavailable:
         """What a call on it ends with once it has been closed."""

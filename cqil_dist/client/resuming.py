@@ -25,6 +25,8 @@ from cqil_dist.sampling_params import SamplingParams
 
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
+# gRPC cannot count to timeouts much longer than this, which is three years.
+_FOR_EVER_S = 1e8
 
 
 class Backoff:
@@ -37,20 +39,15 @@ class Backoff:
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._broken_since: float | None = None
+        self._let_in_before = False
         self._wait_s = _FIRST_WAIT_S
 
-    @property
-    def waited(self) -> bool:
-        """Whether the latest call found nobody."""
-        return self._broken_since is not None
-
-    def answered(self) -> None:
-        """A call found somebody."""
-        self._broken_since = None
-        self._wait_s = _FIRST_WAIT_S
-
-    def next_wait_s(self, error: Any, address: str) -> float:
+    def next_wait_s(self, error: Any, let_in: bool, address: str) -> float:
         """Seconds to wait, with jitter.
+
+        Args:
+            error: what the call failed with, a `grpc.RpcError`.
+            let_in: whether the service had let the request in before.
 
         Raises:
             CqilError: the call failed by what it asked; or patience has ended.
@@ -58,8 +55,12 @@ class Backoff:
         code = error.code()
         # A service that has just come back may be full of those who came back first.
         again = code is grpc.StatusCode.UNAVAILABLE or (
-            self.waited and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            self._let_in_before and code is grpc.StatusCode.RESOURCE_EXHAUSTED
         )
+        if let_in:  # somebody was there
+            self._let_in_before = True
+            self._broken_since = None
+            self._wait_s = _FIRST_WAIT_S
         now = time.monotonic()
         self._broken_since = self._broken_since or now
         if not again or now - self._broken_since > self._patience_s:
@@ -109,7 +110,7 @@ class ResumableStream:
 
     def remaining_s(self) -> float | None:
         """Seconds that are left of the timeout. Raises RequestTimeout where none are."""
-        if self.timeout_s is None:
+        if self.timeout_s is None or self.timeout_s > _FOR_EVER_S:
             return None
         left = self.timeout_s - (time.monotonic() - self._times[0])
         if left <= 0:

@@ -163,12 +163,12 @@ class Client:
             call = connection.call("Generate", stream.next_request(), stream.remaining_s())
             try:
                 for response in call:
-                    backoff.answered()
                     yield stream.take(response)
                 stream.check_finished(connection.endpoint.address)
             except grpc.RpcError as error:
                 if not stream.finished:  # else all was said, and the call broke while it closed
-                    self._reconnect(connection, error, backoff)
+                    let_in = connection.let_in(call.initial_metadata())
+                    self._reconnect(connection, error, backoff, let_in)
             finally:
                 call.cancel()
 
@@ -182,14 +182,16 @@ class Client:
             except grpc.RpcError as error:
                 self._reconnect(connection, error, backoff)
 
-    def _reconnect(self, broken: Connection, error: Any, backoff: Backoff) -> None:
+    def _reconnect(
+        self, broken: Connection, error: Any, backoff: Backoff, let_in: bool = False
+    ) -> None:
         """Find the service again after a call failed; one thread does so for all.
 
         Raises:
             CqilError: the call failed by what it asked; or the service is gone for good, or
                 patience has ended.
         """
-        wait_s = backoff.next_wait_s(error, broken.endpoint.address)
+        wait_s = backoff.next_wait_s(error, let_in, broken.endpoint.address)
         self._check_open(broken)
         time.sleep(wait_s)
         with self._reconnecting:

@@ -45,7 +45,9 @@ class EngineMetrics:
             boundaries=_REQUEST_BUCKETS_S,
         )
         self._finished = Counter(
-            "cqil_requests", "Requests that have ended, by reason.", tag_keys=("finish_reason",)
+            "cqil_requests",
+            "Requests answered to their end, by reason.",
+            tag_keys=("finish_reason",),
         )
         self._prompt_tokens = Counter("cqil_prompt_tokens", "Tokens of finished prompts.")
         self._tokens = Counter("cqil_generated_tokens", "Tokens of finished completions.")

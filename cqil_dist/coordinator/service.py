@@ -16,8 +16,8 @@ from cqil_dist.outputs import Completion
 from cqil_dist.rpc.bearer_key import BearerKey
 from cqil_dist.rpc.convert import chunk_to_wire, request_from_wire
 from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
-from cqil_dist.rpc.options import KEEPALIVE, LONG_ANSWERS
-from cqil_dist.rpc.status_codes import code_of
+from cqil_dist.rpc.options import KEEPALIVE, LET_IN, LONG_ANSWERS
+from cqil_dist.rpc.status_codes import code_of, details_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.runtime.engine import Engine
@@ -52,17 +52,19 @@ class EngineServicer(rpc.GenerationServiceServicer):
     ) -> Iterator[pb.GenerateResponse]:
         try:
             given = self._given(request)
+            self._end_former(request.request_id)
             submitted = self._engine.submit(given)
             # Runs at the end of the call however it ends; cancelling a finished request is free.
             if not context.add_callback(lambda: self._engine.cancel(submitted)):
                 self._engine.cancel(submitted)  # the call ended while it was submitted
+            context.send_initial_metadata((LET_IN,))
             with self._named(request.request_id, submitted):
                 for chunk in submitted.stream:
                     yield chunk_to_wire(chunk)
                     if chunk.result is not None:
                         self._on_completion(chunk.result)
         except CqilError as error:
-            context.abort(code_of(error), str(error))
+            context.abort(code_of(error), details_of(error))
 
     def Abort(self, request: pb.AbortRequest, context: grpc.ServicerContext) -> pb.AbortResponse:
         with self._lock:
@@ -88,21 +90,23 @@ class EngineServicer(rpc.GenerationServiceServicer):
 
     @contextmanager
     def _named(self, request_id: str, request: Request) -> Iterator[None]:
-        """Let a request be found by its name; an earlier one of that name ends."""
-        if not request_id:
-            yield
-            return
+        """Let a request be found by its name."""
         with self._lock:
-            former = self._by_id.get(request_id)
-            self._by_id[request_id] = request
-        if former is not None:
-            self._engine.cancel(former)
+            if request_id:
+                self._by_id[request_id] = request
         try:
             yield
         finally:
             with self._lock:
                 if self._by_id.get(request_id) is request:
                     del self._by_id[request_id]
+
+    def _end_former(self, request_id: str) -> None:
+        """A request under a name in use ends the earlier one."""
+        with self._lock:
+            former = self._by_id.pop(request_id, None)
+        if former is not None:
+            self._engine.cancel(former)
 
 
 class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The key that lets calls in, as "authorization: Bearer <key>"."""
+"""The key that lets calls in, as "authorization: Bearer <key>" (RFC 6750)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ class BearerKey:
     """Compares what a call brings with what it should, in constant time."""
 
     def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
+        self._expected = key.encode()
 
     def admits(self, authorization: str | bytes) -> bool:
         """Whether the value of a call's authorization header, "" if it has none, is right."""
         given = authorization.encode() if isinstance(authorization, str) else authorization
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, key = given.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._expected)

@@ -18,6 +18,10 @@ RECONNECTING = (
 DIRECT = (("grpc.enable_http_proxy", 0),)
 
 
+# Initial metadata of a call whose request has been let in: where it breaks, somebody was there.
+LET_IN = ("cqil-let-in", "1")
+
+
 def receiving_up_to(max_bytes: int) -> tuple[tuple[str, int], ...]:
     """Bound on a message that is received."""
     return (("grpc.max_receive_message_length", max_bytes),)

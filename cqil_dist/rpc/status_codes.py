@@ -24,12 +24,18 @@ _CODES: dict[type[CqilError], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ServiceUnavailable: grpc.StatusCode.UNAVAILABLE,
 }
+_MOST_CHARACTERS = 2000
 _ERRORS = {code: error for error, code in _CODES.items()}
 
 
 def code_of(error: CqilError) -> grpc.StatusCode:
     """INTERNAL for an error that is no answer to what was asked."""
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def details_of(error: CqilError) -> str:
+    """An error's message, as far as a call's trailing metadata have room for it."""
+    return str(error)[:_MOST_CHARACTERS]
 
 
 def error_of(failed: Any, address: str) -> CqilError:

@@ -184,7 +184,9 @@ class Engine:
     def _check_room(self, given: GenerationInput) -> None:
         # Those that the next step gives a slot do not wait.
         waiting = self._scheduler.waiting - self._scheduler.free_slots
-        if waiting >= self.max_waiting and not given.resume_token_ids:
+        # One that resumes was let in before: there is room for as many more as can have been.
+        before = self.max_waiting + self._scheduler.slots if given.resume_token_ids else 0
+        if waiting >= self.max_waiting + before:
             raise QueueFull(
                 f"all {self._scheduler.slots} slots are taken, and {self.max_waiting} requests "
                 "wait, which is as many as may; try again later"

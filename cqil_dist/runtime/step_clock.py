@@ -11,6 +11,9 @@ import torch
 
 from cqil_dist.timeline import RankTimeline, Span, SpanKind
 
+# Clocks of two hosts part by less than this many seconds a second.
+_DRIFT = 1e-4
+
 Mark = tuple[int, int, float]
 """Kind (a `SpanKind`), index of the group, and when that part ended: the host's clock, seconds."""
 
@@ -70,13 +73,17 @@ class ClockOffset:
 
     def __init__(self) -> None:
         self._open_s = math.inf
+        self._learned = 0.0
         self.seconds = 0.0
 
     def learn(self, sent: float, began: float, ended: float, answered: float) -> None:
         lowest, highest = sent - began, answered - ended
+        self._open_s += _DRIFT * (sent - self._learned)
+        self._learned = sent
         if highest - lowest < self._open_s:
             self._open_s = highest - lowest
             self.seconds = 0.0 if lowest <= 0 <= highest else (lowest + highest) / 2
+        self.seconds = min(max(self.seconds, lowest), highest)
 
 
 def timeline_of(

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from cqil_dist.errors import ServiceUnavailable
+from cqil_dist.errors import QueueFull, ServiceUnavailable
 
 _GOES_ON = "the server is ending; the same request goes on elsewhere with the tokens it has"
+_ABORTS_AT_ONCE = 8
 
 
 class Admission:
     """Counts requests in and out, over all the ways they come in.
 
+    Args:
+        limit: most requests within.
+
     Attributes:
         draining: nobody is let in any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self.draining = False
-        self._within: set[str] = set()
+        self._limit = limit
+        # By name: one that resumes may come in before its former self is out.
+        self._within: Counter[str] = Counter()
         self._sent_away = False
 
     @property
     def within(self) -> int:
         """How many requests are being served."""
-        return len(self._within)
+        return self._within.total()
 
     @contextmanager
     def admitted(self, request_id: str) -> Iterator[None]:
-        """A request that is being served. Raises ServiceUnavailable once the service drains."""
+        """A request that is being served.
+
+        Raises:
+            QueueFull: as many are within as may.
+            ServiceUnavailable: the service drains.
+        """
         if self.draining:
             raise ServiceUnavailable("the server is ending; ask another, or again in a while")
-        self._within.add(request_id)
+        if self.within >= self._limit:
+            raise QueueFull(f"{self._limit} requests run and wait here; try again later")
+        self._within[request_id] += 1
         try:
             yield
         finally:
-            self._within.discard(request_id)
+            self._within[request_id] -= 1
+            self._within += Counter()  # names whose count is 0 go
 
     def check_own_end(self, finish_reason: str | None) -> None:
         """Raises ServiceUnavailable for a request that was ended because the service ends."""
@@ -61,7 +76,16 @@ class Admission:
             return 0
         self._sent_away = True
         left = list(self._within)
-        await asyncio.gather(*(abort(request_id) for request_id in left), return_exceptions=True)
+        some = asyncio.Semaphore(_ABORTS_AT_ONCE)
+
+        async def send_away(request_id: str) -> None:
+            async with some:
+                await abort(request_id)
+
+        aborts = (send_away(request_id) for request_id in left)
+        with suppress(TimeoutError):  # the coordinator may be away itself
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*aborts, return_exceptions=True)
         await self._empty(grace_s)
         return len(left)
 

@@ -20,6 +20,7 @@ from cqil_dist.status import ModelInfo, Status, find_model
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
+_LONGEST_ID = 128
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Backend:
         """
         if not request.request_id:
             request.request_id = f"gen-{uuid.uuid4().hex}"
+        if len(request.request_id) > _LONGEST_ID or not request.request_id.isprintable():
+            raise RequestError(f"request_id must be printable, {_LONGEST_ID} characters at most")
         bound_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
         ending = "cancelled"
         result: Completion | None = None
@@ -93,7 +96,7 @@ def _log(
 ) -> None:
     fields: dict[str, object] = {
         "request_id": request.request_id,
-        "model": request.model,
+        "model": request.model[:_LONGEST_ID],
         "ending": ending,
         "seconds": round(seconds, 4),
     }
@@ -101,5 +104,5 @@ def _log(
         fields["prompt_tokens"] = result.usage.prompt_tokens
         fields["completion_tokens"] = result.usage.completion_tokens
         fields["ttft_ms"] = round(result.timings.ttft_ms, 2)
-    details = ", ".join(f"{name} {value}" for name, value in list(fields.items())[1:])
+    details = ", ".join(f"{name} {value!r}" for name, value in list(fields.items())[1:])
     logger.info("request %s: %s", request.request_id, details, extra={"fields": fields})

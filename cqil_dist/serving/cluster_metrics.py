@@ -7,6 +7,9 @@ import asyncio
 import httpx
 import ray
 
+from cqil_dist.client.threads import in_thread
+from cqil_dist.errors import ServiceUnavailable
+
 _PREFIX = "ray_cqil_"
 _ANSWER_S = 3.0
 
@@ -16,10 +19,17 @@ async def cluster_metrics() -> str:
 
     Ray's agent on each node offers the metrics of that node's processes; they lag behind by Ray's
     report interval.
+
+    Raises:
+        ServiceUnavailable: Ray's head does not answer.
     """
+    try:
+        nodes = await asyncio.wait_for(in_thread(ray.nodes), _ANSWER_S)
+    except TimeoutError:
+        raise ServiceUnavailable("Ray's head does not say which nodes there are") from None
     addresses = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        for node in await asyncio.to_thread(ray.nodes)
+        for node in nodes
         if node["Alive"]
     ]
     async with httpx.AsyncClient(timeout=_ANSWER_S, trust_env=False) as client:

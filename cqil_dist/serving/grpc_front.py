@@ -15,8 +15,8 @@ from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.rpc.bearer_key import BearerKey
 from cqil_dist.rpc.convert import chunk_to_wire
 from cqil_dist.rpc.convert_status import models_to_wire, status_to_wire
-from cqil_dist.rpc.options import KEEPALIVE, receiving_up_to
-from cqil_dist.rpc.status_codes import code_of
+from cqil_dist.rpc.options import KEEPALIVE, LET_IN, receiving_up_to
+from cqil_dist.rpc.status_codes import code_of, details_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 from cqil_dist.serving.backend import Backend
@@ -27,6 +27,7 @@ GENERATION_SERVICE: str = pb.DESCRIPTOR.services_by_name["GenerationService"].fu
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _END_S = 2.0
+_MOST_WATCHING = 64
 
 
 class FrontServicer(rpc.GenerationServiceServicer):
@@ -41,7 +42,11 @@ class FrontServicer(rpc.GenerationServiceServicer):
         async with _errors_as_codes(context):
             stream = self._backend.stream(request, context.time_remaining())
             async with aclosing(stream) as chunks:
+                let_in = False
                 async for chunk in chunks:
+                    if not let_in:
+                        await context.send_initial_metadata((LET_IN,))
+                        let_in = True
                     yield chunk_to_wire(chunk)
 
     async def Abort(
@@ -67,7 +72,7 @@ async def _errors_as_codes(context: grpc.aio.ServicerContext) -> AsyncIterator[N
     try:
         yield
     except CqilError as error:
-        await context.abort(code_of(error), str(error))
+        await context.abort(code_of(error), details_of(error))
 
 
 class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -76,11 +81,12 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, key: str) -> None:
         self._key = BearerKey(key)
 
-        async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+        async def refuse(requests: object, context: grpc.aio.ServicerContext) -> None:
             message = "give the service's key as the metadata 'authorization: Bearer <key>'"
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
 
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        # Of a stream of requests none is waited for.
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -91,18 +97,33 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return self._refusal
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """Health, watched by so many at most: watching needs no key and lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watching = 0
+
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        if self._watching >= _MOST_WATCHING:
+            message = f"{_MOST_WATCHING} watch already; ask with Check"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        self._watching += 1
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watching -= 1
+
+
 class GrpcServer:
     """The public gRPC server: generation, health and reflection.
-
-    Args:
-        calls: most at a time.
 
     Raises:
         LaunchError: the port cannot be had.
     """
 
-    def __init__(self, backend: Backend, config: ServeConfig, calls: int) -> None:
-        self._health = health.aio.HealthServicer()
+    def __init__(self, backend: Backend, config: ServeConfig) -> None:
+        self._health = _Health()
         self._server = grpc.aio.server(
             interceptors=[] if config.api_key is None else [_RequireKey(config.api_key)],
             options=(
@@ -110,7 +131,6 @@ class GrpcServer:
                 *receiving_up_to(config.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # else two services could share a port unknowingly
             ),
-            maximum_concurrent_rpcs=calls,
         )
         rpc.add_GenerationServiceServicer_to_server(FrontServicer(backend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -137,8 +157,9 @@ class GrpcServer:
         try:
             if (tls := config.tls) is None:
                 return int(self._server.add_insecure_port(address))
-            credentials = grpc.ssl_server_credentials([tls.pair()])
-            return int(self._server.add_secure_port(address, credentials))
+            return int(
+                self._server.add_secure_port(address, grpc.ssl_server_credentials([tls.pair()]))
+            )
         except RuntimeError as error:
             raise LaunchError(f"cannot serve gRPC at {address}: {error}; is the port taken?") from (
                 error

@@ -7,7 +7,7 @@ import logging
 import time
 
 from cqil_dist.client import AsyncClient
-from cqil_dist.errors import CqilError
+from cqil_dist.errors import LaunchError, RankUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,12 @@ class HealthWatch:
         try:
             status = await asyncio.wait_for(self._client.status(), _ANSWER_S)
             state, detail = str(status.state), status.state_detail
+        except (LaunchError, RankUnavailable) as error:
+            state, detail = "failed", str(error)  # it is gone for good
         except TimeoutError:
             state, detail = "recovering", "the coordinator does not answer"
-        except CqilError as error:
-            state, detail = "failed", str(error)
+        except Exception as error:  # whatever it is, it may pass, and the watch goes on
+            state, detail = "recovering", f"{type(error).__name__}: {error}"
         self._note(state, detail)
 
     def _note(self, state: str, detail: str) -> None:

@@ -47,6 +47,7 @@ def create_app(
     install_error_handlers(app)
     app.include_router(openai_routes(backend))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=PlainTextResponse, responses=error_responses(503))
     async def is_healthy() -> str:
         """200 where requests are well sent here."""
@@ -68,12 +69,15 @@ def create_app(
         return {**found, "models": [vars(model) for model in backend.models]}
 
     for path, name in _PAGE.items():
-        app.add_api_route(f"/{path}", _file(name), include_in_schema=False)
+        app.add_api_route(f"/{path}", _file(name), methods=["GET", "HEAD"], include_in_schema=False)
 
     app.openapi_schema = _documented(app, config)
     # The last one added is the first to see a request.
     app.add_middleware(
-        BoundedBody, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
+        BoundedBody,
+        prefix="/v1",
+        max_bytes=config.max_body_bytes,
+        timeout_s=config.body_timeout_s,
     )
     app.add_middleware(RequireKey, key=config.api_key, prefixes=_WITH_KEY)
     app.add_middleware(RequestLog)

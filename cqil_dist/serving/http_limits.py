@@ -6,12 +6,12 @@ ASGI middleware, so that a request is refused before anything of it is parsed.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cqil_dist.rpc.bearer_key import BearerKey
 from cqil_dist.serving.http_errors import error_response
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, key: str | None, prefixes: tuple[str, ...]) -> None:
         self._app = app
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._key = None if key is None else BearerKey(key)
         self._prefixes = prefixes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,27 +33,28 @@ class RequireKey:
         await error_response(401, message)(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        if self._expected is None or not scope["path"].startswith(self._prefixes):
+        if self._key is None or not scope["path"].startswith(self._prefixes):
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+        return self._key.admits(dict(scope["headers"]).get(b"authorization", b""))
 
 
 class BoundedBody:
     """Reads a request's whole body before the app sees it, within bounds.
 
     Args:
+        prefix: of the paths that take bodies; others' are not read.
         max_bytes: of a body.
         timeout_s: for all of it to come.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, prefix: str, max_bytes: int, timeout_s: float) -> None:
         self._app = app
+        self._prefix = prefix
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not scope["path"].startswith(self._prefix):
             await self._app(scope, receive, send)
             return
         try:

@@ -30,3 +30,5 @@ def configure_logging(as_json: bool) -> None:
     handler.setFormatter(JsonFormatter() if as_json else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("cqil_dist").setLevel(logging.INFO)
+    # It warns of what clients send, which is theirs to mend.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

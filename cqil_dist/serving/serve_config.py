@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cqil_dist.errors import LaunchError
@@ -18,11 +20,18 @@ class Tls:
     key: Path
 
     def pair(self) -> tuple[bytes, bytes]:
-        """Key and certificate chain, as gRPC takes them. Raises LaunchError."""
+        """Key and certificate chain, as gRPC takes them.
+
+        Raises:
+            LaunchError: they cannot be read, or do not belong together.
+        """
         try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
             return self.key.read_bytes(), self.cert.read_bytes()
-        except OSError as error:
-            raise LaunchError(f"cannot read the TLS certificate or its key: {error}") from error
+        except OSError as error:  # ssl's own errors are among them
+            raise LaunchError(
+                f"the TLS certificate {self.cert} with the key {self.key} cannot be used: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class ServeConfig:
     host: str = LOOPBACK
     grpc_port: int = 50051
     http_port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     tls: Tls | None = None
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
@@ -63,14 +72,20 @@ class ServeConfig:
         if self.grpc_port and self.grpc_port == self.http_port:
             raise LaunchError(f"grpc_port and http_port are both {self.http_port}; give two")
         for name in ("request_timeout_s", "recovery_bound_s", "max_body_bytes", "body_timeout_s"):
-            if not (value := getattr(self, name)) > 0:
-                raise LaunchError(f"{name} is {value!r} but must be above 0")
-        if self.drain_timeout_s < 0:
-            raise LaunchError(f"drain_timeout_s is {self.drain_timeout_s!r} but must be 0 or more")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise LaunchError(f"{name} is {value!r} but must be a finite number above 0")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise LaunchError(
+                f"drain_timeout_s is {self.drain_timeout_s!r} but must be a finite number, 0 or "
+                "more"
+            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise LaunchError("api_key holds characters that a header cannot carry; use ASCII")
-        if self.api_key == "":
-            raise LaunchError("api_key is empty; leave it out to let everybody in")
+        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
+            raise LaunchError(
+                "api_key is empty, or begins or ends with blanks, which headers lose; leave it out "
+                "to let everybody in"
+            )
 
     def address(self, port: int) -> str:
         """The "host:port" to bind."""

@@ -8,7 +8,6 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from cqil_dist.client import AsyncClient
@@ -24,8 +23,9 @@ from cqil_dist.serving.serve_config import ServeConfig
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 8
-# Beside the requests that run and wait: questions, and requests about to be refused.
-_OTHER_CALLS = 32
+# Requests on their way to the engine, which refuses what it has no room for. Beyond them the front
+# refuses itself, so that its own questions to the coordinator are always answered.
+_TO_BE_REFUSED = 16
 _MOST_FILES = 65536
 
 
@@ -58,7 +58,6 @@ class Service:
         self._client = client
         self._config = config
         self._metrics = metrics
-        self._admission = Admission()
 
     @property
     def requests(self) -> int:
@@ -75,8 +74,9 @@ class Service:
         config = self._config
         models = await self._client.models()
         status = await self._client.status()
+        self._admission = Admission(status.slots + status.max_waiting + _TO_BE_REFUSED)
         backend = Backend(self._client, models, self._admission, config.request_timeout_s)
-        self._grpc = GrpcServer(backend, config, status.slots + status.max_waiting + _OTHER_CALLS)
+        self._grpc = GrpcServer(backend, config)
         self._http = HttpServer(create_app(backend, self.health, config, self._metrics), config.tls)
         sock = _listening(config)
         await self._grpc.start()
@@ -98,10 +98,20 @@ class Service:
     async def stop(self) -> None:
         """Close the servers; what still runs is cut off."""
         self._watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._watching
         self._http.stop()
-        await asyncio.gather(self._serving, self._grpc.stop())
+        await asyncio.gather(self._serving, self._grpc.stop(), return_exceptions=True)
+
+    async def ended(self) -> None:
+        """Wait until the engine has given up, or a server has ended by itself.
+
+        Raises:
+            LaunchError: the HTTP server has ended.
+        """
+        failed = asyncio.create_task(self.health.failed.wait())
+        await asyncio.wait([failed, self._serving], return_when=asyncio.FIRST_COMPLETED)
+        if not failed.done():
+            failed.cancel()
+            raise LaunchError("the HTTP server has ended by itself; the log says more")
 
     async def _watch(self) -> None:
         while True:
@@ -125,12 +135,11 @@ async def serve(service: Service, on_ready: Callable[[Addresses], None]) -> None
     signals = _Signals()
     try:
         starting = asyncio.create_task(service.start())
-        if not await _first_of(starting, signals.next()):
-            starting.cancel()
+        if not await _first_of(starting, signals.arrived(1)):
             return
         on_ready(starting.result())
-        if not await _first_of(service.health.failed.wait(), signals.next()):
-            await _first_of(service.drain(), signals.next())
+        if not await _first_of(service.ended(), signals.arrived(1)):
+            await _first_of(service.drain(), signals.arrived(2))
         await service.stop()
     finally:
         signals.close()
@@ -171,26 +180,37 @@ def _allow_many_connections() -> None:
 
 
 def _listening(config: ServeConfig) -> socket.socket:
+    both = ":" in config.host and socket.has_dualstack_ipv6()  # as gRPC does
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.http_port), family=family, backlog=1024)
+        return socket.create_server(
+            (config.host, config.http_port), family=family, backlog=1024, dualstack_ipv6=both
+        )
     except OSError as error:
         address = config.address(config.http_port)
         raise LaunchError(f"cannot serve HTTP at {address}: {error}; is the port taken?") from error
 
 
 class _Signals:
-    """SIGTERM and SIGINT, as they come, in place of what they do otherwise."""
+    """Counts SIGTERM and SIGINT, in place of what they do otherwise."""
 
     def __init__(self) -> None:
-        self._arrived: asyncio.Queue[int] = asyncio.Queue()
+        self._count = 0
+        self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._arrived.put_nowait, number)
+            self._loop.add_signal_handler(number, self._note)
 
-    async def next(self) -> int:
-        return await self._arrived.get()
+    async def arrived(self, count: int) -> None:
+        """Wait until so many have come."""
+        while self._count < count:
+            self._changed.clear()
+            await self._changed.wait()
 
     def close(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
+
+    def _note(self) -> None:
+        self._count += 1
+        self._changed.set()

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from cqil_dist.errors import CqilError
 from cqil_dist.outputs import Chunk, Completion, Usage
@@ -36,6 +37,9 @@ from cqil_dist.status import ModelInfo
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_READ_AHEAD = 1024
+# Seconds beyond a request's timeout that its last events may take to be read.
+_LATE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,20 @@ async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response
                 return
             yield "data: [DONE]\n\n"
 
-    return StreamingResponse(text(), media_type="text/event-stream")
+    return _Events(text(), backend.timeout_s + _LATE_S)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, for so many seconds at most, also to a client that does not read."""
+
+    def __init__(self, events: AsyncIterator[str], timeout_s: float) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await super().__call__(scope, receive, send)
 
 
 async def _whole(backend: Backend, asked: _Asked) -> Response:
@@ -156,17 +173,18 @@ async def _merged(
 
     Where one fails, or nobody reads on, the others end.
     """
-    arrived: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue()
+    # Bounded: who reads slowly slows the reading here, not the engine, whose chunks wait there.
+    arrived: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(_READ_AHEAD)
 
     async def read(index: int, request: pb.GenerateRequest) -> None:
         end: Exception | None = None
         try:
             async with aclosing(backend.stream(request)) as chunks:
                 async for chunk in chunks:
-                    arrived.put_nowait((index, chunk))
+                    await arrived.put((index, chunk))
         except Exception as error:
             end = error
-        arrived.put_nowait((index, end))
+        await arrived.put((index, end))
 
     reading = [asyncio.create_task(read(*numbered)) for numbered in enumerate(requests)]
     try:

@@ -36,6 +36,7 @@ class _Request(BaseModel):
 
 class StreamOptions(_Request):
     include_usage: bool = Field(default=False, description="A last event brings the usage.")
+    include_obfuscation: bool | None = Field(default=None, description="Without effect.")
 
 
 class GenerationRequest(_Request):
@@ -67,6 +68,9 @@ class GenerationRequest(_Request):
         default=False, description="Streamed choices bring the timelines of their steps."
     )
     user: str | None = Field(default=None, description="Without effect.")
+    metadata: dict[str, str] | None = Field(default=None, description="Without effect.")
+    store: bool | None = Field(default=None, description="Without effect: nothing is stored.")
+    service_tier: str | None = Field(default=None, description="Without effect.")
     presence_penalty: _Off | None = Field(default=None, description="Not supported: 0 only.")
     frequency_penalty: _Off | None = Field(default=None, description="Not supported: 0 only.")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
@@ -128,6 +132,9 @@ class ChatCompletionRequest(GenerationRequest):
         default=None, description="Not supported: empty only."
     )
     tool_choice: Literal["none", "auto"] | None = Field(
+        default=None, description="Without effect: there are no tools."
+    )
+    parallel_tool_calls: bool | None = Field(
         default=None, description="Without effect: there are no tools."
     )
 

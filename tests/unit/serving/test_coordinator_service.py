@@ -8,8 +8,8 @@ from observed_engine import ObservedModel, serving
 from served import model_infos
 from tiny_models import TinyModelFactory
 
-from cqil_dist.rpc.convert import request_to_wire
 from cqil_dist.coordinator.service import EngineServicer
+from cqil_dist.rpc.convert import request_to_wire
 
 
 class EndedCall:
@@ -17,6 +17,9 @@ class EndedCall:
 
     def add_callback(self, callback: Any) -> bool:
         return False
+
+    def send_initial_metadata(self, metadata: Any) -> None:
+        """Nobody is there to get it."""
 
 
 def test_a_call_that_ended_while_it_was_submitted_frees_its_slot(
