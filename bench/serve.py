@@ -5,9 +5,9 @@ The same as `cqil bench serve`; see cqil_dist/benchmarks/serve for what is measu
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from cqil_dist.cli.bench import serve
+from cqil_dist.cli.app import app
 
 if __name__ == "__main__":
-    typer.run(serve)
+    app(["bench", "serve", *sys.argv[1:]], prog_name="cqil")

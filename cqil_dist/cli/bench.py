@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cqil_dist.benchmarks.serve.request_form import Endpoint
+from cqil_dist.benchmarks.serve.load import Endpoint, Load
 from cqil_dist.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure latency and throughput.")
+
+_DEFAULTS = Load()
 
 
 @app.command()
@@ -80,34 +81,45 @@ def serve(
     ] = "http://127.0.0.1:8000",
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Default: the first of /v1/models.")
-    ] = None,
+    ] = _DEFAULTS.model,
     endpoint: Annotated[
         Endpoint, typer.Option(help="Prompts as they are, or as chat messages.")
-    ] = Endpoint.COMPLETIONS,
-    num_prompts: Annotated[int, typer.Option(help="Requests of a run.")] = 48,
+    ] = _DEFAULTS.endpoint,
+    num_prompts: Annotated[int, typer.Option(help="Requests of a run.")] = _DEFAULTS.num_prompts,
     request_rate: Annotated[
         float, typer.Option(help="Requests per second; inf sends all at once.")
-    ] = math.inf,
+    ] = _DEFAULTS.request_rate,
     burstiness: Annotated[
         float, typer.Option(help="Of arrivals: 1 is a Poisson process, less comes in bursts.")
-    ] = 1.0,
+    ] = _DEFAULTS.burstiness,
     max_concurrency: Annotated[
         list[str] | None,
         typer.Option(help="Most requests at once: 8, or 1,4,16 in turns; default: any."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 1,
-    output_len: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = _DEFAULTS.repeats,
+    output_len: Annotated[
+        int, typer.Option(help="Most tokens of an answer.")
+    ] = _DEFAULTS.output_len,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end token, if the server can.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the prompts' order and of arrivals.")] = 0,
-    num_warmups: Annotated[int, typer.Option(help="Requests that are not counted.")] = 3,
+    ] = _DEFAULTS.ignore_eos,
+    usage: Annotated[
+        bool,
+        typer.Option("--usage/--no-usage", help="Ask for token counts, or count events instead."),
+    ] = _DEFAULTS.usage,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULTS.temperature,
+    seed: Annotated[
+        int, typer.Option(help="Of the prompts' order and of arrivals.")
+    ] = _DEFAULTS.seed,
+    num_warmups: Annotated[
+        int, typer.Option(help="Requests that are not counted.")
+    ] = _DEFAULTS.num_warmups,
     unique_prompts: Annotated[
         bool, typer.Option("--unique-prompts", help="Keep prompts out of prefix caches.")
-    ] = False,
-    percentiles: Annotated[str, typer.Option(help="By comma.")] = "50,90,99",
-    timeout_s: Annotated[float, typer.Option(help="Most seconds of one answer.")] = 600.0,
+    ] = _DEFAULTS.unique_prompts,
+    timeout_s: Annotated[
+        float, typer.Option(help="Most seconds of one answer.")
+    ] = _DEFAULTS.timeout_s,
     api_key: Annotated[
         str | None, typer.Option(envvar="CQIL_API_KEY", show_envvar=True, help="Bearer token.")
     ] = None,
@@ -131,14 +143,13 @@ def serve(
 
     from cqil_dist.benchmarks.machine import machine
     from cqil_dist.benchmarks.report import write_json
-    from cqil_dist.benchmarks.serve.measure import Load, measure
-    from cqil_dist.benchmarks.serve.peer import Peer
+    from cqil_dist.benchmarks.serve.measure import measure
     from cqil_dist.benchmarks.serve.summary import report
     from cqil_dist.benchmarks.serve.tables import print_report
+    from cqil_dist.benchmarks.serve.target import Target
     from cqil_dist.progress import ConsoleProgress
 
-    percents = _percentiles(percentiles)
-    peer = Peer(base_url, api_key, insecure, ca_cert)
+    target = Target(base_url, api_key, insecure, ca_cert)
     load = Load(
         endpoint=endpoint,
         model=model,
@@ -149,14 +160,15 @@ def serve(
         repeats=repeats,
         output_len=output_len,
         ignore_eos=ignore_eos,
+        usage=usage,
         temperature=temperature,
         seed=seed,
         num_warmups=num_warmups,
         unique_prompts=unique_prompts,
         timeout_s=timeout_s,
     )
-    measurement = measure(peer, load, ConsoleProgress())
-    found = report(peer, load, measurement, percents, machine("cpu"))
+    measurement = measure(target, load, ConsoleProgress())
+    found = report(target, load, measurement, machine("cpu"))
     print_report(found, Console())
     write_json(found, output / "serve.json")
     typer.echo(f"written: {output / 'serve.json'}")
@@ -169,18 +181,9 @@ def serve(
 def _bounds(given: list[str] | None) -> tuple[int | None, ...]:
     """Of --max-concurrency; none given is one run without a bound."""
     try:
-        return tuple(int(part) for text in given or () for part in text.split(",")) or (None,)
+        bounds = tuple(int(part) for text in given or () for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(
             f"--max-concurrency takes whole numbers by comma: {error}"
         ) from error
-
-
-def _percentiles(text: str) -> list[float]:
-    try:
-        percents = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--percentiles takes numbers by comma: {error}") from error
-    if outside := [percent for percent in percents if not 0 <= percent <= 100]:
-        raise typer.BadParameter(f"--percentiles are from 0 to 100, not {outside[0]:g}")
-    return percents
+    return bounds or _DEFAULTS.max_concurrency

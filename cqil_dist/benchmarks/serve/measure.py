@@ -1,4 +1,4 @@
-"""The whole measurement: who is there, in which form it takes requests, and runs taking turns.
+"""The whole measurement: who is there, whether it takes our requests, and runs taking turns.
 
 Every repeat runs all concurrencies one after another, so that what else the machines do falls on
 all alike. All runs ask the same prompts in the same order at the same moments.
@@ -7,72 +7,23 @@ all alike. All runs ask the same prompts in the same order at the same moments.
 from __future__ import annotations
 
 import asyncio
-import math
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import httpx
 
 from cqil_dist.benchmarks.serve import prompts
-from cqil_dist.benchmarks.serve.agreement import agree
-from cqil_dist.benchmarks.serve.arrivals import arrivals
-from cqil_dist.benchmarks.serve.attention import WatchedSelector
-from cqil_dist.benchmarks.serve.peer import Listing, Peer, choose_model, list_models
-from cqil_dist.benchmarks.serve.request_form import Endpoint, RequestForm
-from cqil_dist.benchmarks.serve.run import Run, RunResult
-from cqil_dist.errors import CqilError
-from cqil_dist.progress import Progress
+from cqil_dist.benchmarks.serve.load import Load
+from cqil_dist.benchmarks.serve.run import Run, arrivals
+from cqil_dist.benchmarks.serve.stream import read, record
+from cqil_dist.benchmarks.serve.target import Listing, Target, list_models
+from cqil_dist.errors import RequestError, ServiceError, ServiceUnavailable
+from cqil_dist.progress import Progress, Task
 
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked of the peer, and how fast.
-
-    Attributes:
-        model: None for the first one it lists.
-        num_prompts: requests of a run.
-        request_rate: requests per second; infinity sends all at once.
-        burstiness: shape of the gaps between arrivals (`arrivals`).
-        max_concurrency: one run each in every repeat; None for no bound.
-        output_len: most tokens of an answer.
-        seed: of the order of prompts and of the arrivals.
-        num_warmups: requests before the first run, counted nowhere.
-        unique_prompts: begin every prompt with a number drawn anew each time, so that no peer has
-            it in a prefix cache from an earlier request.
-        timeout_s: most seconds of one answer.
-
-    Raises:
-        CqilError: a value is out of its range.
-    """
-
-    endpoint: Endpoint = Endpoint.COMPLETIONS
-    model: str | None = None
-    num_prompts: int = 48
-    request_rate: float = math.inf
-    burstiness: float = 1.0
-    max_concurrency: tuple[int | None, ...] = (None,)
-    repeats: int = 1
-    output_len: int = 64
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    seed: int = 0
-    num_warmups: int = 3
-    unique_prompts: bool = False
-    timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        bounds = [bound for bound in self.max_concurrency if bound is not None]
-        counts = (self.num_prompts, self.repeats, self.output_len, min(bounds, default=1))
-        names = ("num_prompts", "repeats", "output_len", "max_concurrency")
-        for name, count in zip(names, counts, strict=True):
-            if count < 1:
-                raise CqilError(f"{name} is {count}, but has to be 1 at least")
-        for name in ("request_rate", "burstiness", "timeout_s"):
-            if not (value := getattr(self, name)) > 0:  # nor is NaN
-                raise CqilError(f"{name} is {value:g}, but has to be above 0")
-        for name in ("temperature", "num_warmups"):
-            if not (value := getattr(self, name)) >= 0:
-                raise CqilError(f"{name} is {value:g}, but has to be 0 at least")
+_PROBE = "The sea is"  # none of the prompts: a prefix cache may keep it
+_NO_ENDPOINT = (404, 405)
+_REFUSALS = (400, *_NO_ENDPOINT, 422)
 
 
 @dataclass
@@ -81,91 +32,96 @@ class Measurement:
 
     Attributes:
         started: ISO time at which the first run began.
-        form: the fields that were asked in, without those that the peer refused.
         runs: in the order they ran.
         interrupted: by Ctrl-C.
     """
 
-    listing: Listing | None = None
-    form: RequestForm | None = None
-    started: str | None = None
-    runs: list[RunResult] = field(default_factory=list)
+    listing: Listing = field(default_factory=Listing)
+    model: str = ""
+    started: str = ""
+    runs: list[Run] = field(default_factory=list)
     interrupted: bool = False
 
 
-def measure(peer: Peer, load: Load, progress: Progress) -> Measurement:
+def measure(target: Target, load: Load, progress: Progress) -> Measurement:
     """Measure. Ctrl-C ends it with what there is so far.
 
     Raises:
-        CqilError: the peer is not there, does not let us in, or takes no such request at all.
+        CqilError: nobody is there, or does not let us in, or refuses the requests.
         KeyboardInterrupt: before the first answer.
     """
-    measurement = Measurement()
-    watched = WatchedSelector()
+    found = Measurement()
     try:
-        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(watched)) as runner:
-            runner.run(_measure(peer, load, progress, watched, measurement))
+        asyncio.run(_measure(target, load, progress, found))
     except KeyboardInterrupt:
-        if not any(run.answers for run in measurement.runs):
+        if not any(run.answers for run in found.runs):
             raise
-        measurement.interrupted = True
-    return measurement
+        found.interrupted = True
+    return found
 
 
-async def _measure(
-    peer: Peer, load: Load, progress: Progress, watched: WatchedSelector, found: Measurement
-) -> None:
-    async with peer.client() as client:
-        found.listing = await list_models(client, peer)
-        asked = RequestForm(
-            load.endpoint,
-            choose_model(load.model, found.listing, peer),
-            load.output_len,
-            load.temperature,
-            load.ignore_eos,
-        )
-        found.form = await agree(client, peer, found.listing, asked, load.timeout_s)
-        await _warm_up(client, load, found.form, watched, progress)
+async def _measure(target: Target, load: Load, progress: Progress, found: Measurement) -> None:
+    async with target.client() as client:
+        found.listing = await list_models(client, target)
+        found.model = _choose_model(target, load, found.listing)
+        await _probe(client, target, load, found)
+
+        async def send(run: Run, due_s: list[float], task: Task) -> None:
+            texts = prompts.chosen(len(due_s), load.seed)
+            if load.unique_prompts:
+                texts = [prompts.made_unique(text) for text in texts]
+            requests = [load.request(client, found.model, text) for text in texts]
+            await run.send(client, requests, due_s, load.timeout_s, task.advance)
+
+        if count := load.num_warmups:
+            # As many at once as the largest run has: the server's batches and connections get warm.
+            run = Run(max(bound or count for bound in load.max_concurrency))
+            with progress.task("Warming up", total=count, unit="requests") as task:
+                await send(run, [0.0] * count, task)
         found.started = datetime.now(UTC).isoformat(timespec="seconds")
+        due_s = arrivals(load.num_prompts, load.request_rate, load.burstiness, load.seed)
         total = load.repeats * len(load.max_concurrency) * load.num_prompts
-        with progress.task(f"Measuring {peer.shown}", total=total, unit="requests") as task:
-            for _ in range(load.repeats):
-                for bound in load.max_concurrency:
-                    run = Run(bound, watched, task.advance)
-                    try:
-                        await _run(run, client, load, found.form)
-                    finally:
-                        found.runs.append(run.result())
+        with progress.task(f"Measuring {target.shown}", total=total, unit="requests") as task:
+            for bound in load.repeats * load.max_concurrency:
+                found.runs.append(Run(bound))
+                await send(found.runs[-1], due_s, task)
 
 
-async def _warm_up(
-    client: httpx.AsyncClient,
-    load: Load,
-    form: RequestForm,
-    watched: WatchedSelector,
-    progress: Progress,
-) -> None:
-    """As many at once as the largest run has: the peer's batches and the connections get warm."""
-    count = load.num_warmups
-    if count:
-        bounds = [bound or count for bound in load.max_concurrency]
-        with progress.task("Warming up", total=count, unit="requests") as task:
-            requests = _requests(client, load, form, count)
-            run = Run(max(bounds), watched, task.advance)
-            await run.send(client, requests, [0.0] * count, load.timeout_s)
+def _choose_model(target: Target, load: Load, listing: Listing) -> str:
+    """The model asked for, else the first one listed."""
+    if load.model is not None:
+        return load.model
+    if not listing.models:
+        raise ServiceError(
+            f"{target.shown}/v1/models lists no models: name one with --model, and look whether "
+            "this is the address of an OpenAI-compatible server"
+        )
+    return listing.models[0]
 
 
-async def _run(run: Run, client: httpx.AsyncClient, load: Load, form: RequestForm) -> None:
-    requests = _requests(client, load, form, load.num_prompts)
-    moments = arrivals(load.num_prompts, load.request_rate, load.burstiness, load.seed)
-    await run.send(client, requests, moments, load.timeout_s)
+async def _probe(client: httpx.AsyncClient, target: Target, load: Load, found: Measurement) -> None:
+    """Ask once: what is wrong with every request shows here, in place of a run of failures.
+
+    A server that is busy or fails may answer the next one; the measurement counts its failures.
+    """
+    request = load.request(client, found.model, _PROBE)
+    recording = await record(client, request, load.timeout_s, time.perf_counter())
+    target.refuse_strangers(recording.status)
+    failure = read(recording).failure
+    if recording.status is None:
+        raise ServiceUnavailable(f"{target.shown} gave no answer: {failure}")
+    if recording.status in _REFUSALS:
+        told = f"{target.shown}{load.endpoint.path} refuses the request ({failure})"
+        raise RequestError(f"{told}: {_way_out(load, found, recording.status)}")
 
 
-def _requests(
-    client: httpx.AsyncClient, load: Load, form: RequestForm, count: int
-) -> list[httpx.Request]:
-    """Built before the clock starts."""
-    texts = prompts.chosen(count, load.seed)
-    if load.unique_prompts:
-        texts = [prompts.made_unique(text) for text in texts]
-    return [form.request(client, text) for text in texts]
+def _way_out(load: Load, found: Measurement, status: int) -> str:
+    listed = found.listing.models
+    if listed and found.model not in listed:
+        return f"it lists no {found.model!r}; name with --model one of {', '.join(listed)}"
+    if status in _NO_ENDPOINT:
+        return "try another --endpoint or --model"
+    fewer = ["leave out --ignore-eos"] * load.ignore_eos + ["give --no-usage"] * load.usage
+    if fewer:
+        return f"if it does not know a field, {' or '.join(fewer)}"
+    return "try another --output-len, --temperature or --endpoint"

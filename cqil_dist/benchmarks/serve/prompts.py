@@ -2,7 +2,7 @@
 hundred words.
 
 Two results can be compared where `content_hash` is the same. Knows no tokenizer: how many tokens a
-prompt has depends on the model, and the peer tells.
+prompt has depends on the model, and the server tells.
 """
 
 from __future__ import annotations

@@ -7,84 +7,71 @@ of the runs' duration, latencies in milliseconds.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from cqil_dist.benchmarks.serve import prompts
-from cqil_dist.benchmarks.serve.answer import Answer
-from cqil_dist.benchmarks.serve.measure import Load, Measurement
-from cqil_dist.benchmarks.serve.peer import Peer
-from cqil_dist.benchmarks.serve.run import RunResult
-from cqil_dist.outputs import percentile
+import numpy as np
 
-_KINDS_OF_FAILURE = 20
+from cqil_dist.benchmarks.serve import prompts
+from cqil_dist.benchmarks.serve.load import Load
+from cqil_dist.benchmarks.serve.measure import Measurement
+from cqil_dist.benchmarks.serve.run import Run
+from cqil_dist.benchmarks.serve.stream import Answer
+from cqil_dist.benchmarks.serve.target import Target
+
+_STATISTICS: dict[str, Callable[[Sequence[float]], Any]] = {
+    "mean": np.mean,
+    "std": np.std,
+    "median": np.median,
+    **{f"p{percent}": partial(np.percentile, q=percent) for percent in (50, 90, 99)},
+}
 
 
 def report(
-    peer: Peer,
-    load: Load,
-    measurement: Measurement,
-    percentiles: Sequence[float],
-    client: dict[str, Any],
+    target: Target, load: Load, found: Measurement, client: dict[str, Any]
 ) -> dict[str, Any]:
     """All that serve.json says.
 
     Args:
-        percentiles: 0 to 100.
         client: what this program ran on.
     """
     paced = math.isfinite(load.request_rate)
-    return {
-        "setting": _setting(peer, load, measurement)
-        | {"percentiles": list(percentiles), "client": client | {"httpx": version("httpx")}},
-        "interrupted": measurement.interrupted,
-        "client_attention": _worst_attention(measurement.runs),
-        "results": results(measurement.runs, percentiles, paced=paced),
-    }
-
-
-def _setting(peer: Peer, load: Load, measurement: Measurement) -> dict[str, Any]:
-    """What was measured, without secrets; infinity by its name, for JSON has none."""
-    listing, form = measurement.listing, measurement.form
-    assert listing is not None, "a measurement that returns has heard from its peer"
-    assert form is not None, "and has agreed with it"
-    return asdict(load) | {
-        "base_url": peer.shown,
-        "served_by": listing.owner,
-        "server": listing.server,
-        "model": form.model,
-        "request_rate": load.request_rate if math.isfinite(load.request_rate) else "inf",
-        "ignore_eos": form.ignore_eos,
-        "ignore_eos_refused": load.ignore_eos and not form.ignore_eos,
-        "include_usage_refused": not form.include_usage,
+    setting = asdict(load) | {
+        "base_url": target.shown,
+        "served_by": found.listing.owner,
+        "server": found.listing.server,
+        "model": found.model,
+        "request_rate": load.request_rate if paced else "inf",  # for JSON has none
         "prompts": {"hash": prompts.content_hash(), "count": len(prompts.PROMPTS)},
-        "started": measurement.started,
+        "started": found.started,
+        "client": client | {"httpx": version("httpx")},
+    }
+    return {
+        "setting": setting,
+        "interrupted": found.interrupted,
+        "client_cpu_share": max(run.client_cpu_share for run in found.runs),
+        "results": results(found.runs, paced=paced),
     }
 
 
-def results(
-    runs: Iterable[RunResult], percentiles: Sequence[float], *, paced: bool
-) -> list[dict[str, Any]]:
+def results(runs: Iterable[Run], *, paced: bool) -> list[dict[str, Any]]:
     """One entry a concurrency, in the order they were first run, of all its repeats together.
 
     Args:
-        percentiles: 0 to 100.
         paced: requests had moments at which they were due, so that queueing says something.
     """
-    by_bound: dict[int | None, list[RunResult]] = {}
+    by_bound: dict[int | None, list[Run]] = {}
     for run in runs:
         if run.answers:
             by_bound.setdefault(run.max_concurrency, []).append(run)
-    return [_result(bound, each, percentiles, paced) for bound, each in by_bound.items()]
+    return [_result(bound, each, paced) for bound, each in by_bound.items()]
 
 
-def _result(
-    bound: int | None, runs: Sequence[RunResult], percentiles: Sequence[float], paced: bool
-) -> dict[str, Any]:
+def _result(bound: int | None, runs: Sequence[Run], paced: bool) -> dict[str, Any]:
     answers = [answer for run in runs for answer in run.answers]
     good = [answer for answer in answers if answer.failure is None]
     failures = Counter(answer.failure for answer in answers if answer.failure is not None)
@@ -93,45 +80,34 @@ def _result(
         "max_concurrency": bound,
         "completed": len(good),
         "failed": failures.total(),
-        "failures": dict(failures.most_common(_KINDS_OF_FAILURE)),
+        "failures": dict(failures.most_common()),
         "duration": duration_s,
         "max_concurrent_requests": max(run.peak for run in runs),
         **_throughput(good, duration_s),
-        **_latencies(good, percentiles, paced),
+        **_latencies(good, paced),
         "repeats": [_repeat(run) for run in runs],
     }
 
 
 def _throughput(good: Sequence[Answer], duration_s: float) -> dict[str, Any]:
-    """Of answers that count. Prompt tokens are known where the peer tells of all of them."""
-    counted = [answer.prompt_tokens for answer in good if answer.prompt_tokens is not None]
-    inputs = sum(counted) if len(counted) == len(good) else None
+    """Of answers that count. Prompt tokens are known where the server tells of all of them."""
+    known = [answer.usage["prompt_tokens"] for answer in good if "prompt_tokens" in answer.usage]
+    inputs = sum(known) if len(known) == len(good) else None
     outputs = sum(answer.output_tokens for answer in good)
     events = sum(len(answer.text_s) for answer in good)
+    sources = {"usage" if "completion_tokens" in each.usage else "events" for each in good}
     return {
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "output_tokens_from": _counted_from(good),
+        "output_tokens_from": "mixed" if len(sources) > 1 else next(iter(sources), None),
         "output_tokens_per_event": outputs / events if events else None,
-        "request_throughput": _rate(len(good), duration_s),
-        "output_throughput": _rate(outputs, duration_s),
-        "total_token_throughput": None if inputs is None else _rate(inputs + outputs, duration_s),
+        "request_throughput": len(good) / duration_s,
+        "output_throughput": outputs / duration_s,
+        "total_token_throughput": None if inputs is None else (inputs + outputs) / duration_s,
     }
 
 
-def _counted_from(good: Sequence[Answer]) -> str | None:
-    """ "usage", "events", "mixed", or None where there is nothing to count."""
-    sources = {"events" if answer.completion_tokens is None else "usage" for answer in good}
-    return "mixed" if len(sources) > 1 else next(iter(sources), None)
-
-
-def _rate(count: float, duration_s: float) -> float | None:
-    return count / duration_s if duration_s > 0 else None
-
-
-def _latencies(
-    good: Sequence[Answer], percentiles: Sequence[float], paced: bool
-) -> dict[str, float | None]:
+def _latencies(good: Sequence[Answer], paced: bool) -> dict[str, float | None]:
     values = {
         "ttft": [answer.ttft_ms for answer in good],
         "tpot": [answer.tpot_ms for answer in good if answer.tpot_ms is not None],
@@ -140,36 +116,20 @@ def _latencies(
     }
     if paced:
         values["queueing"] = [answer.queueing_ms for answer in good]
-    figures: dict[str, float | None] = {}
-    for name, of_name in values.items():
-        for kind, figure in _statistics(of_name, percentiles).items():
-            figures[f"{kind}_{name}_ms"] = figure
-    return figures
-
-
-def _statistics(values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
-    kinds = ["mean", "median", "std", *(f"p{percent:g}" for percent in percentiles)]
-    if not values:
-        return dict.fromkeys(kinds, None)
-    mean = statistics.fmean(values)
-    std = math.sqrt(statistics.fmean((value - mean) ** 2 for value in values))
-    percents = (percentile(values, percent) for percent in percentiles)
-    return dict(zip(kinds, [mean, statistics.median(values), std, *percents], strict=True))
-
-
-def _repeat(run: RunResult) -> dict[str, Any]:
-    """Of one repeat alone: how far repeats lie apart says how far to trust their union."""
-    good = [answer for answer in run.answers if answer.failure is None]
-    medians = _latencies(good, (), paced=False)
     return {
-        "duration": run.duration_s,
-        "output_throughput": _throughput(good, run.duration_s)["output_throughput"],
-        **{name: value for name, value in medians.items() if name.startswith("median_")},
-        "client": None if run.attention is None else asdict(run.attention),
+        f"{kind}_{name}_ms": float(statistic(of_name)) if of_name else None
+        for name, of_name in values.items()
+        for kind, statistic in _STATISTICS.items()
     }
 
 
-def _worst_attention(runs: Iterable[RunResult]) -> dict[str, float] | None:
-    """The client's at its worst in any run; None where nothing was watched."""
-    watched = [asdict(run.attention) for run in runs if run.attention is not None]
-    return {name: max(each[name] for each in watched) for name in watched[0]} if watched else None
+def _repeat(run: Run) -> dict[str, Any]:
+    """Of one repeat alone: how far repeats lie apart says how far to trust their union."""
+    good = [answer for answer in run.answers if answer.failure is None]
+    latencies = _latencies(good, paced=False)
+    return {
+        "duration": run.duration_s,
+        "output_throughput": _throughput(good, run.duration_s)["output_throughput"],
+        **{name: value for name, value in latencies.items() if name.startswith("median_")},
+        "client_cpu_share": run.client_cpu_share,
+    }

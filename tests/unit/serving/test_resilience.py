@@ -64,7 +64,7 @@ def _code(watch: Any) -> Any:
     try:
         next(watch)
     except grpc.RpcError as error:
-        return error.code()  # type: ignore[attr-defined]
+        return error.code()
     return None
 
 
@@ -128,7 +128,7 @@ def test_only_an_engine_that_is_gone_for_good_has_failed() -> None:
     asyncio.run(look())
 
 
-class Failure(grpc.RpcError):
+class Failure(grpc.RpcError):  # type: ignore[misc]
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.UNAVAILABLE
 

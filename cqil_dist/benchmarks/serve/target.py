@@ -6,15 +6,15 @@ Knows connections, TLS and keys; not what is asked of the models.
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from cqil_dist.benchmarks.serve.recording import reason
-from cqil_dist.errors import CqilError, ServiceError, ServiceUnavailable, Unauthenticated
+from cqil_dist.benchmarks.serve.stream import reason
+from cqil_dist.errors import CqilError, ServiceUnavailable, Unauthenticated
 
 _LISTING_TIMEOUT_S = 30.0
 # uvicorn and llama.cpp hang up on connections that idle for 5 s: give them up first, or a request
@@ -23,7 +23,7 @@ _IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Peer:
+class Target:
     """An address, and what it takes to be let in.
 
     Attributes:
@@ -42,12 +42,13 @@ class Peer:
     ca_cert: Path | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CqilError(
-                f"{self.base_url} is no address of an HTTP server: give it as http://HOST:PORT or "
-                "https://HOST:PORT"
-            )
+        with suppress(ValueError):  # of brackets without an end, or a port that is none
+            parts = urlsplit(self.base_url)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                return
+        raise CqilError(
+            f"base_url is {self.base_url!r} but must be http://HOST:PORT or https://HOST:PORT"
+        )
 
     @property
     def root(self) -> str:
@@ -58,18 +59,12 @@ class Peer:
 
     @property
     def shown(self) -> str:
-        """The root without a password or token that the address may carry."""
+        """The root without a password that the address may carry."""
         parts = urlsplit(self.root)
-        return parts._replace(
-            netloc=parts.netloc.rpartition("@")[2], query="", fragment=""
-        ).geturl()
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     def client(self) -> httpx.AsyncClient:
-        """With as many connections as it takes, and straight to the address.
-
-        Raises:
-            CqilError: `ca_cert` cannot be read.
-        """
+        """Straight to the address. Raises CqilError if `ca_cert` cannot be read."""
         headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -78,7 +73,7 @@ class Peer:
             headers=headers,
             verify=self._verify(),
             timeout=None,  # each request has a limit as a whole
-            limits=httpx.Limits(keepalive_expiry=_IDLE_S),
+            limits=httpx.Limits(keepalive_expiry=_IDLE_S),  # as many connections as it takes
             trust_env=False,  # a proxy of the environment would be measured too
         )
 
@@ -90,13 +85,21 @@ class Peer:
         except OSError as error:  # ssl.SSLError is one
             raise CqilError(f"cannot read certificates from {self.ca_cert}: {error}") from error
 
+    def refuse_strangers(self, status: int | None) -> None:
+        """Raises Unauthenticated if this is the HTTP status of a key that does not fit."""
+        if status in (401, 403):
+            told = "asks for a key" if self.api_key is None else "does not accept the key"
+            raise Unauthenticated(
+                f"{self.shown} {told} (HTTP {status}): give its key with --api-key or CQIL_API_KEY"
+            )
+
 
 @dataclass(frozen=True)
 class Listing:
     """What /v1/models said.
 
     Attributes:
-        models: ids; empty where the peer has no such endpoint.
+        models: ids; empty where the server has no such endpoint.
         owner: of the first one, which tells servers apart ("vllm", "llamacpp", "cqil_dist").
         server: the Server header.
     """
@@ -106,7 +109,7 @@ class Listing:
     server: str | None = None
 
 
-async def list_models(client: httpx.AsyncClient, peer: Peer) -> Listing:
+async def list_models(client: httpx.AsyncClient, target: Target) -> Listing:
     """Ask for the models.
 
     Raises:
@@ -116,48 +119,17 @@ async def list_models(client: httpx.AsyncClient, peer: Peer) -> Listing:
     try:
         answer = await client.get("/v1/models", timeout=_LISTING_TIMEOUT_S)
     except (httpx.HTTPError, OSError) as error:
-        raise ServiceUnavailable(_nobody(peer, reason(error))) from error
-    refuse_strangers(peer, answer.status_code)
+        way_out = "start a server there, or give its address with --base-url"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            way_out = "name its authority with --ca-cert, or take it as it is with --insecure"
+        raise ServiceUnavailable(
+            f"cannot reach {target.shown} ({reason(error)}): {way_out}"
+        ) from error
+    target.refuse_strangers(answer.status_code)
+    server = answer.headers.get("server")
     try:
-        entries: list[dict[str, Any]] = answer.json()["data"] if answer.is_success else []
+        entries = answer.json()["data"]
         models = tuple(str(entry["id"]) for entry in entries)
+        return Listing(models, entries[0].get("owned_by"), server)
     except (ValueError, LookupError, TypeError):
-        return Listing(server=answer.headers.get("server"))
-    owner = entries[0].get("owned_by") if entries else None
-    return Listing(models, owner, answer.headers.get("server"))
-
-
-def choose_model(asked: str | None, listing: Listing, peer: Peer) -> str:
-    """The model asked for, else the first one listed. Raises ServiceError where there is neither.
-
-    A model that is not listed is not refused here: some servers answer to names they do not list.
-    """
-    if asked is not None:
-        return asked
-    if not listing.models:
-        raise ServiceError(
-            f"{peer.shown}/v1/models lists no models: name one with --model, and look whether this "
-            "is the address of an OpenAI-compatible server"
-        )
-    return listing.models[0]
-
-
-def refuse_strangers(peer: Peer, status: int | None) -> None:
-    """Raises Unauthenticated if this is the HTTP status of a key that does not fit."""
-    if status in (401, 403):
-        told = "asks for a key" if peer.api_key is None else "does not accept the key"
-        raise Unauthenticated(
-            f"{peer.shown} {told} (HTTP {status}): give its key with --api-key or CQIL_API_KEY"
-        )
-
-
-def _nobody(peer: Peer, why: str) -> str:
-    if "CERTIFICATE_VERIFY_FAILED" in why:
-        return (
-            f"{peer.shown} has a certificate that is not believed ({why}): name its authority with "
-            "--ca-cert, or take it as it is with --insecure"
-        )
-    return (
-        f"nobody answers at {peer.shown} ({why}): start a server there, or give its address with "
-        "--base-url"
-    )
+        return Listing(server=server)
