@@ -20,9 +20,11 @@ import psutil
 import pytest
 from commands import cqil, start_cqil
 from tiny_models import TinyModel, TinyModelFactory, tiny_config
+from typer.testing import CliRunner
 from watching import wait_for
 
 from cqil_dist import Client
+from cqil_dist.cli.app import app
 
 KEY = "a key for the tests"
 MAX_LEN = 400
@@ -241,7 +243,14 @@ def test_on_sigterm_it_finishes_what_runs_and_leaves_nothing(service: Serving) -
 def test_mistakes_are_said_before_anything_starts(
     model: TinyModel, arguments: list[str], message: str
 ) -> None:
-    result = cqil("serve", str(model.path), *arguments)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    result = CliRunner().invoke(app, ["serve", str(model.path), *arguments])
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_an_empty_key_is_no_open_door(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret that did not arrive is not the wish to let everybody in."""
+    monkeypatch.setenv("CQIL_API_KEY", "")
+    result = CliRunner().invoke(app, ["serve", str(model.path)])
+    assert result.exit_code == 1
+    assert "CQIL_API_KEY is empty" in result.output
