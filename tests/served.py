@@ -16,9 +16,9 @@ from tiny_models import TinyModel
 from torch import Tensor
 
 from cqil_dist.client import AsyncClient, Client
+from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.model.step import Step
 from cqil_dist.runtime.engine import Engine
-from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.serving.serve_config import ServeConfig
 from cqil_dist.serving.server import Addresses, Service
 from cqil_dist.status import ModelInfo, RankStatus, Status
