@@ -147,7 +147,7 @@ def test_values_are_also_checked_by_the_coordinator(engine: cqil.RunningEngine) 
     connection: Any = engine.client._connections[-1]
     request = pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(top_p=7))
     with pytest.raises(grpc.RpcError) as raised:
-        list(connection.call(connection.stub.Generate, request, timeout_s=None))
+        list(connection.call("Generate", request, timeout_s=None))
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "top_p is 7" in raised.value.details()
 

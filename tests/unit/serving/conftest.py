@@ -1,0 +1,60 @@
+"""A service over a tiny engine, and the `openai` package's client of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from observed_engine import (
+    PLAN,
+    ObservedModel,
+    serving,
+)
+from openai import OpenAI
+from openai_calls import ORIGINAL, PACE_S, openai_of
+from served import MODEL, PacedModel, Served, served
+from tiny_models import TinyModel, TinyModelFactory
+from watching import wait_for
+
+from cqil_dist.runtime.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def engine(model: TinyModel) -> Iterator[Engine]:
+    steps = ObservedModel(model, model.plan(PLAN), 4, compare=model.plan("sequential"))
+    with serving(model, steps) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def service(engine: Engine) -> Iterator[Served]:
+    with served(engine, [MODEL, ORIGINAL]) as service:
+        yield service
+        wait_for(lambda: service.idle, "no request is left")
+
+
+@pytest.fixture(scope="module")
+def client(service: Served) -> Iterator[OpenAI]:
+    with openai_of(service) as client:
+        yield client
+
+
+@pytest.fixture
+def paced(model: TinyModel) -> PacedModel:
+    return PacedModel(model, 2, PACE_S)
+
+
+@pytest.fixture
+def slow(model: TinyModel, paced: PacedModel) -> Iterator[Served]:
+    """Two slots, and one more may wait; everything takes a while."""
+    with (
+        serving(model, paced, slots=2, max_waiting=1) as engine,
+        served(engine, drain_timeout_s=20) as service,
+    ):
+        yield service
+        wait_for(lambda: service.idle, "no request is left")
