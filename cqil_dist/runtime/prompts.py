@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Tokenizers may drop characters (runs of blanks, compositions) before they count tokens.
+_NORMALISED = 2
+
+
 class PromptEncoder:
     """Turns prompts into token ids.
 
@@ -23,6 +27,9 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_len = max_len
+        # Longer texts have too many tokens, whatever they are: to find out how many takes seconds.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._max_characters = _NORMALISED * max_len * longest
 
     def encode(self, prompt: Prompt, max_tokens: int) -> list[int]:
         """Token ids of a text, of token ids, or of a conversation laid out by the chat template.
@@ -35,6 +42,7 @@ class PromptEncoder:
                 conversation that the model's chat template does not take.
         """
         if isinstance(prompt, str):
+            self._check_length(prompt)
             ids: list[int] = self._tokenizer(prompt)["input_ids"]
         elif prompt and isinstance(prompt[0], dict):
             ids = self._encode_chat(prompt)
@@ -64,7 +72,16 @@ class PromptEncoder:
                 f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"
             )
 
+    def _check_length(self, text: str) -> None:
+        if len(text) > self._max_characters:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, which cannot be the {self._max_len} "
+                "tokens that prompt and completion together may have; shorten the prompt, or "
+                "launch with a larger max_len"
+            )
+
     def _encode_chat(self, messages: Any) -> list[int]:
+        self._check_length("".join(message.get("content", "") for message in messages))
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True

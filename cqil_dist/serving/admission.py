@@ -20,12 +20,13 @@ class Admission:
         limit: most requests within.
 
     Attributes:
+        limit: as given.
         draining: nobody is let in any more.
     """
 
     def __init__(self, limit: int) -> None:
         self.draining = False
-        self._limit = limit
+        self.limit = limit
         # By name: one that resumes may come in before its former self is out.
         self._within: Counter[str] = Counter()
         self._sent_away = False
@@ -45,8 +46,8 @@ class Admission:
         """
         if self.draining:
             raise ServiceUnavailable("the server is ending; ask another, or again in a while")
-        if self.within >= self._limit:
-            raise QueueFull(f"{self._limit} requests run and wait here; try again later")
+        if self.within >= self.limit:
+            raise QueueFull(f"{self.limit} requests run and wait here; try again later")
         self._within[request_id] += 1
         try:
             yield

@@ -78,7 +78,8 @@ class Backend:
     async def status(self) -> Status:
         """By which ranks it is served. Raises ServiceUnavailable if that is not known soon."""
         try:
-            return await asyncio.wait_for(self.client.status(), _ANSWER_S)
+            async with asyncio.timeout(_ANSWER_S):
+                return await self.client.status()
         except TimeoutError:
             raise ServiceUnavailable("the coordinator does not answer; it may be restarting") from (
                 None

@@ -24,7 +24,8 @@ async def cluster_metrics() -> str:
         ServiceUnavailable: Ray's head does not answer.
     """
     try:
-        nodes = await asyncio.wait_for(in_thread(ray.nodes), _ANSWER_S)
+        async with asyncio.timeout(_ANSWER_S):
+            nodes = await in_thread(ray.nodes)
     except TimeoutError:
         raise ServiceUnavailable("Ray's head does not say which nodes there are") from None
     addresses = [

@@ -40,7 +40,9 @@ class HealthWatch:
     async def look(self) -> None:
         """Ask; to be done every `INTERVAL_S`."""
         try:
-            status = await asyncio.wait_for(self._client.status(), _ANSWER_S)
+            # Not wait_for, which on Python 3.11 may swallow that the watch is cancelled.
+            async with asyncio.timeout(_ANSWER_S):
+                status = await self._client.status()
             state, detail = str(status.state), status.state_detail
         except (LaunchError, RankUnavailable) as error:
             state, detail = "failed", str(error)  # it is gone for good

@@ -79,7 +79,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
-        answer = error_response(error.status_code, f"{request.url.path}: {error.detail}")
+        answer = error_response(error.status_code, f"{request.url.path[:200]}: {error.detail}")
         answer.headers.update(error.headers or {})
         return answer
 

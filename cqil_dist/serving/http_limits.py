@@ -16,6 +16,8 @@ from cqil_dist.serving.http_errors import error_response
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_PATH = 200  # in the log
+
 
 class RequireKey:
     """Refuses requests under `prefixes` that do not carry the key."""
@@ -119,7 +121,7 @@ class RequestLog:
             logger.info(
                 "%s %r %s %.0f ms",
                 scope["method"],
-                scope["path"],
+                scope["path"][:_LONGEST_PATH],
                 status or "no answer",
                 1000 * (time.monotonic() - started),
             )

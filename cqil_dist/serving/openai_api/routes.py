@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from cqil_dist.errors import CqilError
+from cqil_dist.errors import CqilError, RequestError
 from cqil_dist.outputs import Chunk, Completion, Usage
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.serving.backend import Backend
@@ -103,6 +103,11 @@ def _model(info: ModelInfo) -> schema.Model:
 
 
 async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response:
+    if len(asked.requests) > backend.admission.limit:
+        raise RequestError(
+            f"{len(asked.requests)} choices are more than the {backend.admission.limit} requests "
+            "that run and wait here at most; send several requests"
+        )
     if not asked.body.stream:
         return await until_disconnected(request, _whole(backend, asked))
     events = _events(backend, asked)
@@ -128,7 +133,8 @@ class _Events(StreamingResponse):
     """Server-sent events, for so many seconds at most, also to a client that does not read."""
 
     def __init__(self, events: AsyncIterator[str], timeout_s: float) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass it on
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
+from statistics import median
 from typing import Any
 
 import httpx
@@ -51,7 +52,8 @@ def nothing_unexpected(service: Served, caplog: pytest.LogCaptureFixture) -> Ite
     """After whatever came, a good request is answered; and no error was logged."""
     yield
     assert ask(service, completion())[0] == 200
-    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    logged = caplog.get_records("call")
+    errors = [record for record in logged if record.levelno >= logging.ERROR]
     assert not errors, errors[0].getMessage()
 
 
@@ -91,7 +93,7 @@ def test_an_answer_does_not_wait_for_acknowledgements(service: Served) -> None:
             sock.sendall(request("GET", "/health"))
             assert sock.answer()[0] == 200
             times.append(time.monotonic() - began)
-    assert min(times) < 0.03
+    assert median(times) < 0.03
 
 
 def test_headers_must_come_in_time(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
