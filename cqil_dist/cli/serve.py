@@ -84,8 +84,6 @@ def serve(
     from cqil_dist.api import launch
     from cqil_dist.serving.logs import configure_logging
 
-    configure_logging(log_json)
-
     def announce(where: Addresses) -> None:
         typer.echo(f"gRPC {where.grpc}; HTTP {where.http}", err=True)
         if config.is_public and config.api_key is None:
@@ -98,6 +96,7 @@ def serve(
             typer.echo("reachable from this machine alone (--host 0.0.0.0 opens it)", err=True)
 
     with launch(model, plan, ranks, progress=ConsoleProgress(), **launching) as engine:
+        configure_logging(log_json)
         asyncio.run(_serve(engine, config, announce))
 
 

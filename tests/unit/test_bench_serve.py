@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -383,7 +384,11 @@ def test_a_run_without_any_answer_fails(behave: Behave, tmp_path: Path) -> None:
 
 def test_ctrl_c_reports_what_there_is(behave: Behave, tmp_path: Path) -> None:
     server = behave(faults={8: "ctrl-c"})
-    result = invoked(server, tmp_path, "--num-prompts 1000 --max-concurrency 2")
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # as programs start with
+    try:
+        result = invoked(server, tmp_path, "--num-prompts 1000 --max-concurrency 2")
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert result.exit_code == 130, result.output
     assert "Interrupted" in result.output
     written = json.loads((tmp_path / "serve.json").read_text())

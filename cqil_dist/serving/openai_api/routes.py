@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -33,8 +32,6 @@ from cqil_dist.serving.openai_api.answers import (
 )
 from cqil_dist.serving.openai_api.requests import chat_requests, completion_requests
 from cqil_dist.status import ModelInfo
-
-logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _READ_AHEAD = 1024
@@ -121,7 +118,6 @@ async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response
                 async for event in events:
                     yield _sse(event)
             except CqilError as error:
-                logger.warning("stream %s failed: %s", asked.requests[0].request_id, error)
                 yield _sse(error_body(error))
                 return
             yield "data: [DONE]\n\n"
