@@ -27,10 +27,10 @@ from ray.util.scheduling_strategies import (
 )
 
 from cqil_dist.client import AsyncClient, Client
-from cqil_dist.client.threads import in_thread
 from cqil_dist.coordinator.actor import Coordinator
 from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
+from cqil_dist.in_thread import in_thread
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import Progress
 from cqil_dist.resolved_launch import ResolvedLaunch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,36 @@ from cqil_dist.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure latency and throughput.")
 
-_DEFAULTS = Load()
+# By field of Load.
+_LOAD: dict[str, Any] = {
+    "model": Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the first of /v1/models.")
+    ],
+    "endpoint": Annotated[Endpoint, typer.Option(help="Prompts as they are, or as chat messages.")],
+    "num_prompts": Annotated[int, typer.Option(help="Requests of a run.")],
+    "request_rate": Annotated[
+        float, typer.Option(help="Requests per second; inf sends all at once.")
+    ],
+    "burstiness": Annotated[
+        float, typer.Option(help="Of arrivals: 1 is a Poisson process, less comes in bursts.")
+    ],
+    "repeats": Annotated[int, typer.Option(help="Interleaved repeats.")],
+    "output_len": Annotated[int, typer.Option(help="Most tokens of an answer.")],
+    "ignore_eos": Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end token, if the server can.")
+    ],
+    "usage": Annotated[
+        bool,
+        typer.Option("--usage/--no-usage", help="Ask for token counts, or count events instead."),
+    ],
+    "temperature": Annotated[float, typer.Option(help="0 is greedy.")],
+    "seed": Annotated[int, typer.Option(help="Of the prompts' order and of arrivals.")],
+    "num_warmups": Annotated[int, typer.Option(help="Requests that are not counted.")],
+    "unique_prompts": Annotated[
+        bool, typer.Option("--unique-prompts", help="Keep prompts out of prefix caches.")
+    ],
+    "timeout_s": Annotated[float, typer.Option(help="Most seconds of one answer.")],
+}
 
 
 @app.command()
@@ -75,51 +104,16 @@ def latency(
 
 
 @app.command()
+@options.options_of(Load, _LOAD, "asked")
 def serve(
+    asked: dict[str, Any],
     base_url: Annotated[
         str, typer.Option(help="Of any OpenAI-compatible server, with or without /v1.")
     ] = "http://127.0.0.1:8000",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Default: the first of /v1/models.")
-    ] = _DEFAULTS.model,
-    endpoint: Annotated[
-        Endpoint, typer.Option(help="Prompts as they are, or as chat messages.")
-    ] = _DEFAULTS.endpoint,
-    num_prompts: Annotated[int, typer.Option(help="Requests of a run.")] = _DEFAULTS.num_prompts,
-    request_rate: Annotated[
-        float, typer.Option(help="Requests per second; inf sends all at once.")
-    ] = _DEFAULTS.request_rate,
-    burstiness: Annotated[
-        float, typer.Option(help="Of arrivals: 1 is a Poisson process, less comes in bursts.")
-    ] = _DEFAULTS.burstiness,
     max_concurrency: Annotated[
         list[str] | None,
         typer.Option(help="Most requests at once: 8, or 1,4,16 in turns; default: any."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = _DEFAULTS.repeats,
-    output_len: Annotated[
-        int, typer.Option(help="Most tokens of an answer.")
-    ] = _DEFAULTS.output_len,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end token, if the server can.")
-    ] = _DEFAULTS.ignore_eos,
-    usage: Annotated[
-        bool,
-        typer.Option("--usage/--no-usage", help="Ask for token counts, or count events instead."),
-    ] = _DEFAULTS.usage,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULTS.temperature,
-    seed: Annotated[
-        int, typer.Option(help="Of the prompts' order and of arrivals.")
-    ] = _DEFAULTS.seed,
-    num_warmups: Annotated[
-        int, typer.Option(help="Requests that are not counted.")
-    ] = _DEFAULTS.num_warmups,
-    unique_prompts: Annotated[
-        bool, typer.Option("--unique-prompts", help="Keep prompts out of prefix caches.")
-    ] = _DEFAULTS.unique_prompts,
-    timeout_s: Annotated[
-        float, typer.Option(help="Most seconds of one answer.")
-    ] = _DEFAULTS.timeout_s,
     api_key: Annotated[
         str | None, typer.Option(envvar="CQIL_API_KEY", show_envvar=True, help="Bearer token.")
     ] = None,
@@ -150,23 +144,7 @@ def serve(
     from cqil_dist.progress import ConsoleProgress
 
     target = Target(base_url, api_key, insecure, ca_cert)
-    load = Load(
-        endpoint=endpoint,
-        model=model,
-        num_prompts=num_prompts,
-        request_rate=request_rate,
-        burstiness=burstiness,
-        max_concurrency=_bounds(max_concurrency),
-        repeats=repeats,
-        output_len=output_len,
-        ignore_eos=ignore_eos,
-        usage=usage,
-        temperature=temperature,
-        seed=seed,
-        num_warmups=num_warmups,
-        unique_prompts=unique_prompts,
-        timeout_s=timeout_s,
-    )
+    load = Load(max_concurrency=_bounds(max_concurrency), **asked)
     measurement = measure(target, load, ConsoleProgress())
     found = report(target, load, measurement, machine("cpu"))
     print_report(found, Console())
@@ -186,4 +164,4 @@ def _bounds(given: list[str] | None) -> tuple[int | None, ...]:
         raise typer.BadParameter(
             f"--max-concurrency takes whole numbers by comma: {error}"
         ) from error
-    return bounds or _DEFAULTS.max_concurrency
+    return bounds or (None,)

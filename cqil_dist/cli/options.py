@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from typing import Annotated, Any
@@ -95,35 +95,44 @@ _SERVING: dict[str, Any] = {
     ],
 }
 
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-def launch_options(
-    *left_out: str, serving: bool = False
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each of these fields of `LaunchConfig`, with its default.
 
-    The command's parameter `launching` gets them in one dict, by field.
+def launch_options(*left_out: str, serving: bool = False) -> Decorator:
+    """Give a command the options of a launch, in its parameter `launching`.
 
     Args:
-        left_out: fields that the command decides.
+        left_out: fields of `LaunchConfig` that the command decides.
         serving: with those that only a service has.
     """
     known = _LAUNCHING | (_SERVING if serving else {})
-    options = {name: kind for name, kind in known.items() if name not in left_out}
-    defaults = {field.name: field.default for field in fields(LaunchConfig)}
+    kinds = {name: kind for name, kind in known.items() if name not in left_out}
+    return options_of(LaunchConfig, kinds, "launching")
+
+
+def options_of(config: type[Any], kinds: Mapping[str, Any], parameter: str) -> Decorator:
+    """Give a command an option for each of these fields of a config, with the field's default.
+
+    Args:
+        config: a dataclass.
+        kinds: annotations for typer, by field.
+        parameter: of the command, which gets what was given in one dict, by field.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**given: Any) -> None:
-            command(launching={name: given.pop(name) for name in options}, **given)
+            command(**{parameter: {name: given.pop(name) for name in kinds}}, **given)
 
         signature = inspect.signature(command, eval_str=True)
         parameters = [
-            *(p for name, p in signature.parameters.items() if name != "launching"),
+            *(p for name, p in signature.parameters.items() if name != parameter),
             *(
                 inspect.Parameter(
                     name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
                 )
-                for name, kind in options.items()
+                for name, kind in kinds.items()
             ),
         ]
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -20,64 +20,55 @@ if TYPE_CHECKING:
     from cqil_dist.api import RunningEngine
     from cqil_dist.serving.server import Addresses
 
-_DEFAULTS = ServeConfig()
-
-
-@options.launch_options(serving=True)
-def serve(
-    launching: dict[str, Any],
-    model: Annotated[
-        str,
-        typer.Argument(help="Built-in name, local directory, GGUF file, or hub id (org/name)."),
-    ],
-    plan: options.PlanText = "sequential",
-    ranks: options.Ranks = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
-    ] = _DEFAULTS.host,
-    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = _DEFAULTS.grpc_port,
-    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = _DEFAULTS.http_port,
-    api_key: Annotated[
+# By field of ServeConfig.
+_FACING: dict[str, Any] = {
+    "host": Annotated[str, typer.Option(help="Listen here; 0.0.0.0 lets other machines in.")],
+    "grpc_port": Annotated[int, typer.Option(help="0 takes a free one.")],
+    "http_port": Annotated[int, typer.Option(help="0 takes a free one.")],
+    "api_key": Annotated[
         str | None,
         typer.Option(
             envvar="CQIL_API_KEY",
             show_envvar=True,
             help="Every request must carry it; the environment hides it from process lists.",
         ),
-    ] = None,
+    ],
+    "request_timeout_s": Annotated[
+        float, typer.Option(help="Most seconds that a request may take.")
+    ],
+    "drain_timeout_s": Annotated[
+        float, typer.Option(help="Seconds for running requests to finish at the end.")
+    ],
+    "recovery_bound_s": Annotated[
+        float, typer.Option(help="Seconds of recovering until unhealthy.")
+    ],
+    "max_body_bytes": Annotated[int, typer.Option(help="Largest request.")],
+}
+
+
+@options.launch_options(serving=True)
+@options.options_of(ServeConfig, _FACING, "facing")
+def serve(
+    launching: dict[str, Any],
+    facing: dict[str, Any],
+    model: Annotated[
+        str,
+        typer.Argument(help="Built-in name, local directory, GGUF file, or hub id (org/name)."),
+    ],
+    plan: options.PlanText = "sequential",
+    ranks: options.Ranks = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file; serves with TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
-    request_timeout_s: Annotated[
-        float, typer.Option(help="Most seconds that a request may take.")
-    ] = _DEFAULTS.request_timeout_s,
-    drain_timeout_s: Annotated[
-        float, typer.Option(help="Seconds for running requests to finish at the end.")
-    ] = _DEFAULTS.drain_timeout_s,
-    recovery_bound_s: Annotated[
-        float, typer.Option(help="Seconds of recovering until unhealthy.")
-    ] = _DEFAULTS.recovery_bound_s,
-    max_body_bytes: Annotated[
-        int, typer.Option(help="Largest request.")
-    ] = _DEFAULTS.max_body_bytes,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C, then finish what is running."""
-    if api_key is None and "CQIL_API_KEY" in os.environ:
+    if facing["api_key"] is None and "CQIL_API_KEY" in os.environ:
         # An empty variable is a secret that did not arrive, not the wish to let everybody in.
         raise LaunchError("CQIL_API_KEY is empty; give it a key, or unset it to let everybody in")
     if (tls_cert is None) != (tls_key is None):
         raise LaunchError("tls_cert and tls_key belong together: give both or neither")
-    config = ServeConfig(
-        host=host,
-        grpc_port=grpc_port,
-        http_port=http_port,
-        api_key=api_key,
-        tls=Tls(tls_cert, tls_key) if tls_cert and tls_key else None,
-        request_timeout_s=request_timeout_s,
-        drain_timeout_s=drain_timeout_s,
-        recovery_bound_s=recovery_bound_s,
-        max_body_bytes=max_body_bytes,
-    )
+    tls = Tls(tls_cert, tls_key) if tls_cert and tls_key else None
+    config = ServeConfig(tls=tls, **facing)
     LaunchConfig(model, plan, ranks, **launching)  # these, too, before anything is started
     if config.tls is not None:
         config.tls.pair()

@@ -24,6 +24,7 @@ from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.generation_defaults import default_sampling
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.tokenizer import load_tokenizer
+from cqil_dist.rpc.options import OTHER_CALLS
 from cqil_dist.runtime.assembly import RankPool
 from cqil_dist.runtime.engine import Engine
 from cqil_dist.runtime.meeting import ConnectedRanks
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Calls beside the streams that run and wait: questions, and streams that are about to be refused.
-_OTHER_CALLS = 32
 
 
 class Coordinator:
@@ -159,7 +157,7 @@ class Coordinator:
             EngineServicer(self._engine, models, self.status, self._metrics.note_completion),
             host_addresses()[ray.get_runtime_context().get_node_id()],
             self._secret.hex(),
-            spec.slots + spec.max_waiting + _OTHER_CALLS,
+            spec.slots + spec.max_waiting + OTHER_CALLS,
         )
         return address
 

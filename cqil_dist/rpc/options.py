@@ -18,6 +18,9 @@ RECONNECTING = (
 DIRECT = (("grpc.enable_http_proxy", 0),)
 
 
+OTHER_CALLS = 32
+"""Calls that a coordinator takes beside its requests: questions, and requests to be refused."""
+
 # Initial metadata of a call whose request has been let in: where it breaks, somebody was there.
 LET_IN = ("cqil-let-in", "1")
 

@@ -30,9 +30,6 @@ class TimedProtocol(H11Protocol):
     _headers_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        # Else what is small, as events are, waits for the client's acknowledgement of what was
-        # before it: 40 ms. asyncio sees to that only for sockets that name their protocol.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self._expect_headers()
 

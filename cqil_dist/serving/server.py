@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cqil_dist.client import AsyncClient
 from cqil_dist.errors import LaunchError, RankUnavailable
+from cqil_dist.rpc.options import OTHER_CALLS
 from cqil_dist.serving.admission import Admission
 from cqil_dist.serving.backend import Backend
 from cqil_dist.serving.grpc_front import GrpcServer
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 _WARM_UP_TOKENS = 8
 # Requests on their way to the engine, which refuses what it has no room for. Beyond them the front
 # refuses itself, so that its own questions to the coordinator are always answered.
-_TO_BE_REFUSED = 16
+_TO_BE_REFUSED = OTHER_CALLS // 2
 _MOST_FILES = 65536
 
 
@@ -183,9 +184,12 @@ def _listening(config: ServeConfig) -> socket.socket:
     both = ":" in config.host and socket.has_dualstack_ipv6()  # as gRPC does
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server(
+        sock = socket.create_server(
             (config.host, config.http_port), family=family, backlog=1024, dualstack_ipv6=both
         )
+        # asyncio turns Nagle's algorithm off for sockets that name their protocol, and only those.
+        # With it what is small, as events are, waits 40 ms for what was before to be acknowledged.
+        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, sock.detach())
     except OSError as error:
         address = config.address(config.http_port)
         raise LaunchError(f"cannot serve HTTP at {address}: {error}; is the port taken?") from error

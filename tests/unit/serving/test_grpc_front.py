@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -35,6 +37,7 @@ from cqil_dist.errors import (
 from cqil_dist.outputs import Chunk
 from cqil_dist.runtime.engine import StepModel
 from cqil_dist.serving.grpc_front import GENERATION_SERVICE
+from cqil_dist.serving.serve_config import Tls
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -320,6 +323,21 @@ def test_tls_is_spoken_and_the_certificate_checked(
             client.status()
         with service.client(patience_s=0.5) as client, pytest.raises(ServiceUnavailable):
             client.status()
+        check_https(service.addresses.http, tls, other)
+
+
+def check_https(url: str, tls: Tls, other: Tls) -> None:
+    """The HTTP port speaks TLS as well, streams included, and nothing else."""
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    trusted = ssl.create_default_context(cafile=str(tls.cert))
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, verify=trusted) as answer:
+        events = [line for line in answer.iter_lines() if line]
+    assert len(events) == 4
+    assert events[-1] == "data: [DONE]"
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{url}/health", verify=ssl.create_default_context(cafile=str(other.cert)))
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url.replace("https", "http") + "/health")
 
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
