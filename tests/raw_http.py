@@ -10,6 +10,10 @@ from typing import Any
 
 from served import MODEL, Served
 
+MAX_BODY = 100_000
+JSON = "Content-Type: application/json"
+CHUNKED = "Transfer-Encoding: chunked"
+
 
 class Connection(socket.socket):
     """To the service's HTTP port."""

@@ -11,6 +11,7 @@ import torch
 from commands import cqil, start_cqil
 from tiny_models import TinyModel, TinyModelFactory
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 
@@ -79,16 +80,15 @@ def test_generate_streams_text_to_standard_output_alone(model: TinyModel) -> Non
         (["--prompt", "x", "--plan", "P2 S4 E7 D0"], "E is 7 but the model has 6 layers"),
     ],
 )
-def test_mistakes_get_one_line_and_a_failing_exit(
+def test_mistakes_are_said_before_anything_starts(
     model: TinyModel, arguments: list[str], message: str
 ) -> None:
-    result = cqil("generate", "--model", str(model.path), *arguments)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    result = CliRunner().invoke(app, ["generate", "--model", str(model.path), *arguments])
+    assert result.exit_code == 1
+    assert message in result.output
 
 
-def test_an_unknown_model_names_the_ways_out() -> None:
+def test_a_mistake_gets_one_line_and_a_failing_exit() -> None:
     result = cqil("generate", "--model", "no-such-model", "--prompt", "x")
     assert result.returncode == 1
     assert "no-such-model" in result.stderr
@@ -97,17 +97,15 @@ def test_an_unknown_model_names_the_ways_out() -> None:
 
 
 def test_plan_show_tells_depth_exchanges_and_shares(model: TinyModel) -> None:
-    result = cqil(
-        "plan", "show", "P2 S0 E6 D1", "--model", str(model.path), "--ranks", "2", "--json"
-    )
-    assert result.returncode == 0, result.stderr
+    arguments = ["plan", "show", "P2 S0 E6 D1", "--model", str(model.path), "--ranks", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert shown["depth"] == 3
     assert shown["ideal_reduction"] == 0.5
     assert shown["exchanges_per_token"] == 6
     assert [rank["layers"] for rank in shown["ranks"]] == [[0, 2, 4], [1, 3, 5]]
-    table = cqil("plan", "show", "P2 S0 E6 D1", "--model", str(model.path))
-    assert "serial depth 3 of 6 layers" in table.stdout
+    assert "serial depth 3 of 6 layers" in CliRunner().invoke(app, arguments).output
 
 
 def test_verify_passes_and_says_what_it_compared(model: TinyModel) -> None:

@@ -6,26 +6,15 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from playwright.sync_api import (
-    Browser,
-    Locator,
-    Page,
-    Request,
-    Response,
-    Route,
-    ViewportSize,
-    sync_playwright,
-)
+from commands import cqil_serve
+from page_tab import ANSWER_MS, Tab, attributes, choices
+from playwright.sync_api import Browser, Locator, Route, ViewportSize, sync_playwright
 from watching import wait_for
 
 pytestmark = pytest.mark.real_model
@@ -37,68 +26,8 @@ GROUPS = {"left": 30, "right": 22}
 RANKS = 2
 PROMPT = "The capital of France is"
 MAX_TOKENS = 48
-ANSWER_MS = 120_000
 KIND_OF_WORK = ["attention", "feed forward", "head"]
 MARKUP = '<img src=x onerror="window.hurt = true"><b>bold</b> & <script>window.hurt = true</script>'
-
-
-@dataclass
-class Tab:
-    """A page that notes what it asked for and what it complained of."""
-
-    page: Page
-    url: str
-    complaints: list[str] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    completions: list[Response] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("request", lambda request: self.requests.append(request))
-        self.page.on("response", self._note_response)
-
-    def _note_response(self, response: Response) -> None:
-        if response.url.endswith("/v1/completions"):
-            self.completions.append(response)
-
-    def open(self) -> None:
-        self.page.goto(self.url)
-        self.page.wait_for_selector("#generate:enabled")
-
-    def ask(self, prompt: str, max_tokens: int) -> None:
-        self.page.fill("#prompt", prompt)
-        self.page.fill("#max-tokens", str(max_tokens))
-        self.page.click("#generate")
-
-    def wait(self, state: str) -> None:
-        """Until this is the state of both sides."""
-        for side in MODELS:
-            self.page.wait_for_selector(f"#{side}[data-state={state}]", timeout=ANSWER_MS)
-
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).text_content() or ""
-
-    def tokens(self, side: str) -> Locator:
-        return self.page.locator(f"#{side} .tokens .token")
-
-    def assert_undisturbed(self) -> None:
-        """Nothing was wrong, and nothing was asked for but what the page is made of."""
-        assert self.complaints == []
-        assert {request.url for request in self.requests} == {
-            self.url + path
-            for path in (
-                *("/", "/page.css", "/page.js", "/drawing.js"),
-                *("/status", "/v1/completions"),
-            )
-        }
-
-
-def attributes(located: Locator, name: str) -> list[str]:
-    found: list[str] = located.evaluate_all(
-        "(elements, name) => elements.map((element) => element.getAttribute(name))", name
-    )
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -114,37 +43,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def url(
-    browser: Browser, smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def url(browser: Browser, smollm2_path: Path) -> Iterator[str]:
     """Of `cqil serve` with both plans. Needs a browser: without one nobody would look at it."""
-    said = tmp_path_factory.mktemp("serve") / "stderr"
-    arguments = ["serve", CONCURRENT, "--plan", "P2 S12 E28 D1", "--ranks", str(RANKS)]
-    arguments += ["--compare", "sequential", "--http-port", "0", "--grpc-port", "0"]
-    with said.open("w") as stderr:
-        server = subprocess.Popen(
-            [sys.executable, "-c", "from cqil_dist.cli import main; main()", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            env={**os.environ, "RAY_ADDRESS": "", "COLUMNS": "200"},
-        )
-    try:
-        yield _announced(server, said)
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        finally:
-            server.kill()
-
-
-def _announced(server: subprocess.Popen[bytes], said: Path, timeout_s: float = 180) -> str:
-    deadline = time.monotonic() + timeout_s
-    while (match := re.search(r"HTTP (http://\S+)", said.read_text(encoding="utf-8"))) is None:
-        running = server.poll() is None and time.monotonic() < deadline
-        assert running, f"the service did not start: {said.read_text(encoding='utf-8')}"
-        time.sleep(0.2)
-    return match[1]
+    with cqil_serve(
+        *(CONCURRENT, "--plan", "P2 S12 E28 D1", "--ranks", str(RANKS), "--compare", "sequential")
+    ) as service:
+        yield service.http
 
 
 @pytest.fixture
@@ -168,32 +72,19 @@ def answered(browser: Browser, url: str) -> Iterator[Tab]:
         yield tab
 
 
-def asked(url: str, path: str, **body: Any) -> Any:
-    """What the server answers to a program."""
-    data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
+def status_of(url: str) -> Any:
+    return httpx.get(f"{url}/status").json()
 
 
 def completed(url: str, side: str) -> Any:
-    answer = asked(
-        url,
-        "/v1/completions",
-        model=MODELS[side],
-        prompt=PROMPT,
-        max_tokens=MAX_TOKENS,
-        temperature=0,
-        return_token_ids=True,
-    )
-    return answer["choices"][0]
-
-
-def choices(response: Response) -> list[Any]:
-    """Of a stream that has ended, in order."""
-    events = [block.removeprefix("data: ") for block in response.text().split("\n\n") if block]
-    assert events.pop() == "[DONE]"
-    return [json.loads(event)["choices"][0] for event in events]
+    body = {
+        "model": MODELS[side],
+        "prompt": PROMPT,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
 
 
 def choices_of(tab: Tab, side: str) -> list[Any]:
@@ -297,7 +188,7 @@ def test_the_last_step_is_drawn_to_scale_for_every_rank(answered: Tab, side: str
 
 def test_ranks_are_labelled_with_where_they_run(answered: Tab, url: str) -> None:
     labels = answered.page.locator("#timeline .row[data-side=left] .rank").all_inner_texts()
-    for rank, label in zip(asked(url, "/status")["ranks"], labels, strict=True):
+    for rank, label in zip(status_of(url)["ranks"], labels, strict=True):
         for told in (f"rank {rank['rank']}", rank["address"], rank["device"]):
             assert told in label
 
@@ -339,14 +230,14 @@ def test_stop_ends_both_streams_and_frees_their_slots(tab: Tab, url: str) -> Non
     tab.ask("Once upon a time", 4000)
     for side in MODELS:
         tab.tokens(side).nth(2).wait_for(state="attached", timeout=ANSWER_MS)
-    status = asked(url, "/status")
+    status = status_of(url)
     assert status["free_slots"] == status["slots"] - 2
     tab.page.click("#generate")
     tab.wait("stopped")
     assert tab.text("#generate") == "Generate"
     for side in MODELS:
         assert 3 <= tab.tokens(side).count() < 100
-    wait_for(lambda: asked(url, "/status")["free_slots"] == status["slots"], "free slots", 10)
+    wait_for(lambda: status_of(url)["free_slots"] == status["slots"], "free slots", 10)
     tab.assert_undisturbed()
 
 

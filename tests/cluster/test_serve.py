@@ -6,19 +6,15 @@ import itertools
 import json
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
-from commands import cqil, start_cqil
+from commands import Serving, cqil, cqil_serve
 from tiny_models import TinyModel, TinyModelFactory, tiny_config
 from typer.testing import CliRunner
 from watching import wait_for
@@ -33,35 +29,13 @@ PROMPT = "The harbour lies by the sea"
 LONG: dict[str, Any] = {"max_tokens": MAX_LEN - 60, "temperature": 0}
 
 
-@dataclass
-class Serving:
-    """A running `cqil serve`."""
+def openai_of(service: Serving, **options: Any) -> openai.OpenAI:
+    settings = {"api_key": KEY, "max_retries": 0, **options}
+    return openai.OpenAI(base_url=f"{service.http}/v1", **settings)
 
-    process: Any
-    grpc: str = ""
-    http: str = ""
-    errors: list[str] = field(default_factory=list)
 
-    def read_errors(self) -> None:
-        for line in self.process.stderr:
-            self.errors.append(line)
-            if match := re.match(r"gRPC (\S+); HTTP (\S+)$", line):
-                self.grpc, self.http = match.groups()
-
-    def openai(self, **options: Any) -> openai.OpenAI:
-        settings = {"api_key": KEY, "max_retries": 0, **options}
-        return openai.OpenAI(base_url=f"{self.http}/v1", **settings)
-
-    def client(self) -> Client:
-        return Client(self.grpc, api_key=KEY)
-
-    def processes(self, name: str = "") -> list[psutil.Process]:
-        """Those it has started, by a part of their command line."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if name in " ".join(child.cmdline())
-        ]
+def client_of(service: Serving) -> Client:
+    return Client(service.grpc, api_key=KEY)
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +46,13 @@ def model(tiny_model: TinyModelFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def service(model: TinyModel) -> Iterator[Serving]:
-    process = start_cqil(
-        *("serve", str(model.path), "--plan", "P2 S0 E6 D1", "--ranks", "2"),
-        *("--compare", "sequential", "--served-model-name", "tiny", "--max-len", str(MAX_LEN)),
-        *("--grpc-port", "0", "--http-port", "0", "--log-json", "--step-deadline-s", "2"),
+    with cqil_serve(
+        *(str(model.path), "--plan", "P2 S0 E6 D1", "--ranks", "2", "--compare", "sequential"),
+        *("--served-model-name", "tiny", "--max-len", str(MAX_LEN)),
+        *("--log-json", "--step-deadline-s", "2"),
         CQIL_API_KEY=KEY,
-    )
-    serving = Serving(process)
-    reading = threading.Thread(target=serving.read_errors, daemon=True)
-    reading.start()
-    try:
-        wait_for(lambda: bool(serving.http) or process.poll() is not None, "it serves")
-        assert serving.http, "".join(serving.errors)
-        yield serving
-    finally:
-        if process.poll() is None:
-            for each in serving.processes():
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.kill()
-        reading.join(10)
+    ) as service:
+        yield service
 
 
 def test_it_says_where_and_for_whom(service: Serving) -> None:
@@ -102,7 +63,7 @@ def test_it_says_where_and_for_whom(service: Serving) -> None:
 
 def test_both_plans_answer_as_their_references_do(service: Serving, model: TinyModel) -> None:
     ids = model.tokenizer(PROMPT)["input_ids"]
-    client = service.openai()
+    client = openai_of(service)
     assert [each.id for each in client.models.list()] == ["tiny", "tiny:sequential"]
     for name, plan in (("tiny", "P2 S0 E6 D1"), ("tiny:sequential", "sequential")):
         answer = client.completions.create(
@@ -127,20 +88,20 @@ def test_status_tells_plans_ranks_and_load(service: Serving) -> None:
 @pytest.mark.parametrize("victim", ["ray::Coordinator", "ray::LayerActor"])
 def test_streams_of_any_kind_outlive_what_computes_them(service: Serving, victim: str) -> None:
     """Over HTTP as well, whose clients could not take a stream up again."""
-    expected = service.openai().completions.create(
+    expected = openai_of(service).completions.create(
         model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}
     )
-    events = service.openai().completions.create(
+    events = openai_of(service).completions.create(
         model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
     )
-    with service.client() as client:
+    with client_of(service) as client:
         chunks = client.generate(PROMPT, **LONG, ignore_eos=True, stream=True)
         texts = [next(events).choices[0].text, next(chunks).text]
         service.processes(victim)[0].kill()
         over_http = texts[0] + "".join(event.choices[0].text for event in events)
         over_grpc = texts[1] + "".join(chunk.text for chunk in chunks)
     assert over_http == over_grpc == expected.choices[0].text
-    with service.client() as client:
+    with client_of(service) as client:
         wait_for(lambda: client.status().free_slots == 8, "all slots are free")
     assert httpx.get(f"{service.http}/health").text == "ok"
 
@@ -155,7 +116,7 @@ def test_the_dashboard_shows_metrics_that_there_are(service: Serving) -> None:
         for name in re.findall(r"ray_cqil_\w+", target["expr"])
     }
     assert len(shown) > 10
-    service.openai().completions.create(model="tiny", prompt=PROMPT, max_tokens=4)
+    openai_of(service).completions.create(model="tiny", prompt=PROMPT, max_tokens=4)
 
     def missing() -> set[str]:
         lines = httpx.get(f"{service.http}/metrics", timeout=30).text.splitlines()
@@ -201,9 +162,9 @@ def test_a_trace_holds_every_part_of_every_group_on_every_rank(
 
 
 def test_the_log_is_json_and_keeps_secrets(service: Serving) -> None:
-    service.openai().completions.create(model="tiny", prompt="a private matter", max_tokens=2)
+    openai_of(service).completions.create(model="tiny", prompt="a private matter", max_tokens=2)
     with pytest.raises(openai.AuthenticationError):
-        service.openai(api_key="a wrong key").models.list()
+        openai_of(service, api_key="a wrong key").models.list()
     wait_for(lambda: "401" in service.errors[-1], "the refusal is logged")
     lines = [line for line in service.errors if line.startswith("{")]
     entries = [json.loads(line) for line in lines]
@@ -214,7 +175,7 @@ def test_the_log_is_json_and_keeps_secrets(service: Serving) -> None:
 
 def test_on_sigterm_it_finishes_what_runs_and_leaves_nothing(service: Serving) -> None:
     """The last test of this service."""
-    events = service.openai().completions.create(
+    events = openai_of(service).completions.create(
         model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
     )
     next(events)

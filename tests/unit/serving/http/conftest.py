@@ -1,0 +1,30 @@
+"""The HTTP port of a service over a tiny engine, which each test must leave as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from raw_http import MAX_BODY, ask, completion
+from served import Served, served
+from watching import wait_for
+
+from cqil_dist.runtime.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def service(engine: Engine) -> Iterator[Served]:
+    with served(engine, max_body_bytes=MAX_BODY) as service:
+        yield service
+        wait_for(lambda: service.idle, "no request is left")
+
+
+@pytest.fixture(autouse=True)
+def nothing_unexpected(service: Served, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """After whatever came, a good request is answered; and no error was logged."""
+    yield
+    assert ask(service, completion())[0] == 200
+    logged = caplog.get_records("call")
+    errors = [record for record in logged if record.levelno >= logging.ERROR]
+    assert not errors, errors[0].getMessage()
