@@ -125,4 +125,4 @@ def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
         if name in ("", model.name):
             return model
     served = ", ".join(model.name for model in models)
-    raise ModelNotFound(f"model {name!r} is not served here; {served} is")
+    raise ModelNotFound(f"model {name!r} is not served here; served: {served}")

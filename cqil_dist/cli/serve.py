@@ -70,8 +70,7 @@ def serve(
     tls = Tls(tls_cert, tls_key) if tls_cert and tls_key else None
     config = ServeConfig(tls=tls, **facing)
     LaunchConfig(model, plan, ranks, **launching)  # these, too, before anything is started
-    if config.tls is not None:
-        config.tls.pair()
+    config.check()
     from cqil_dist.api import launch
     from cqil_dist.serving.logs import configure_logging
 

@@ -161,6 +161,6 @@ class GrpcServer:
                 self._server.add_secure_port(address, grpc.ssl_server_credentials([tls.pair()]))
             )
         except RuntimeError as error:
-            raise LaunchError(f"cannot serve gRPC at {address}: {error}; is the port taken?") from (
+            raise LaunchError(f"cannot serve at {address}: {error}; is the port taken?") from (
                 error
             )

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import resource
 import signal
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -79,7 +78,7 @@ class Service:
         backend = Backend(self._client, models, self._admission, config.request_timeout_s)
         self._grpc = GrpcServer(backend, config)
         self._http = HttpServer(create_app(backend, self.health, config, self._metrics), config.tls)
-        sock = _listening(config)
+        sock = config.listen(config.http_port)
         await self._grpc.start()
         self._serving = asyncio.create_task(self._http.run_on(sock))
         await _warm_up(backend)
@@ -178,21 +177,6 @@ def _allow_many_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-
-
-def _listening(config: ServeConfig) -> socket.socket:
-    both = ":" in config.host and socket.has_dualstack_ipv6()  # as gRPC does
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        sock = socket.create_server(
-            (config.host, config.http_port), family=family, backlog=1024, dualstack_ipv6=both
-        )
-        # asyncio turns Nagle's algorithm off for sockets that name their protocol, and only those.
-        # With it what is small, as events are, waits 40 ms for what was before to be acknowledged.
-        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, sock.detach())
-    except OSError as error:
-        address = config.address(config.http_port)
-        raise LaunchError(f"cannot serve HTTP at {address}: {error}; is the port taken?") from error
 
 
 class _Signals:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,15 @@ def test_mistakes_are_said_before_anything_starts(
     result = CliRunner().invoke(app, ["serve", str(model.path), *arguments])
     assert result.exit_code == 1
     assert message in result.output
+
+
+@pytest.mark.parametrize("option", ["--grpc-port", "--http-port"])
+def test_a_taken_port_is_said_before_anything_starts(model: TinyModel, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", str(model.path), option, str(port)])
+    assert result.exit_code == 1
+    assert f"cannot serve at 127.0.0.1:{port}" in result.output
 
 
 def test_an_empty_key_is_no_open_door(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_request_is_said_and_harms_no_other(
 
 
 def test_a_model_that_is_not_served_is_not_found(service: Served) -> None:
-    with service.client() as client, pytest.raises(ModelNotFound, match="tiny is"):
+    with service.client() as client, pytest.raises(ModelNotFound, match="served: tiny"):
         client.generate("x", model="another")
 
 
@@ -345,7 +345,7 @@ def test_a_port_that_is_taken_is_said(service: Served, kind: str) -> None:
     port = int(getattr(service.addresses, kind).rpartition(":")[2])
     http = port if kind == "http" else 0
     with (
-        pytest.raises(LaunchError, match=f"(?i)cannot serve {kind} at 127.0.0.1:{port}"),
+        pytest.raises(LaunchError, match=f"cannot serve at 127.0.0.1:{port}"),
         served(service.engine, grpc_port=port if kind == "grpc" else 0, http_port=http),
     ):
         raise AssertionError("it started")

@@ -54,7 +54,9 @@ def test_a_model_that_is_not_served_is_not_found(client: OpenAI) -> None:
         lambda: complete(client, TEXT, model="another"),
         lambda: chat(client, MESSAGES, model="another"),
     ):
-        with pytest.raises(openai.NotFoundError, match="'another' is not served here; tiny, tiny-"):
+        with pytest.raises(
+            openai.NotFoundError, match="'another' is not served here; served: tiny, tiny-"
+        ):
             call()
 
 
