@@ -109,6 +109,7 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         model_path=resolved.path,
         config=model,
         assignments=resolved.assignments,
+        adapter=resolved.adapter,
         dtype=config.dtype_for(model, on_gpu),
         slots=config.slots,
         max_len=max_len,

@@ -174,7 +174,8 @@ def _memory(
     dtype = config.dtype_for(model, on_gpu)
     free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
     sizes = sorted(
-        footprint(assignments, rank, model, dtype).total(tokens) for rank in range(world)
+        footprint(assignments, rank, model, dtype, adapted=wanted.adapter is not None).total(tokens)
+        for rank in range(world)
     )
     together = 1 if "SPREAD" in config.strategy else min(room, world)
     needed = sum(_PROCESS_BYTES + size for size in sizes[-together:])

@@ -6,6 +6,7 @@ CqilError
 │   ├── ModelNotFound      no such name, directory, file or hub id; or not served
 │   ├── UnsupportedModel   a structure this runtime does not compute
 │   └── CheckpointError    a tensor or file that is missing, misshapen or damaged
+├── TextError          text or a task to measure with that cannot be used
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
 ├── ServiceError       a service that was asked does not answer the request
 │   ├── QueueFull           too many requests wait already
@@ -47,6 +48,10 @@ class UnsupportedModel(ModelError):
 
 class CheckpointError(ModelError):
     """A tensor or a file of the checkpoint is missing, misshapen or damaged."""
+
+
+class TextError(CqilError, ValueError):
+    """Text, or an evaluation task, cannot be used: unreadable, too short, or of another form."""
 
 
 class RequestError(CqilError, ValueError):

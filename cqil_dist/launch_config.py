@@ -6,6 +6,7 @@ Plain values, checked before anything is started; imports neither Ray nor torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cqil_dist.errors import LaunchError
@@ -28,8 +29,12 @@ class LaunchConfig:
     Attributes:
         model: built-in name, directory, GGUF file or hub id. On a cluster a directory or file must
             lie at the same path on every node; others are fetched where they are missing.
-        plan: anything `Plan.parse` reads.
-        compare: a second plan to serve over the same ranks, as a model of its own; None for none.
+        plan: anything `Plan.parse` reads, or for the built-in model "fast", "balanced" or
+            "careful".
+        compare: a second plan to serve over the same ranks, as a model of its own, without the
+            adapter; None for none.
+        adapter: directory of a LoRA adapter in peft's format, merged into the weights that run
+            under `plan`; at the same path on every node.
         served_model_name: what requests call the model; None for `model`.
         ranks: how many layer actors; None for as many as the plan's largest group has layers.
         address: of a Ray cluster that this machine is a node of; None takes RAY_ADDRESS, else
@@ -62,6 +67,7 @@ class LaunchConfig:
     plan: PlanSource = "sequential"
     ranks: int | None = None
     compare: PlanSource | None = None
+    adapter: str | Path | None = None
     served_model_name: str | None = None
     address: str | None = None
     strategy: str = "PACK"

@@ -22,6 +22,9 @@ _NOTATION = re.compile(
     r"P(?P<P>\d+)\s+S(?P<S>\d+)\s+E(?P<E>\d+)\s+D(?P<D>\d+|full|parallel)", re.IGNORECASE
 )
 
+# "measured" is for people: what a search found of the plan.
+_KEYS = {"groups", "num_layers", "measured"}
+
 
 @dataclass(frozen=True)
 class Bypass:
@@ -227,8 +230,10 @@ class Plan:
             raise PlanError(
                 f"a plan in JSON is a list of groups, or has one as 'groups': {decoded!r}"
             )
-        if unknown := sorted(set(decoded) - {"groups", "num_layers"}):
-            raise PlanError(f"the plan has unknown keys {unknown}; known: 'groups', 'num_layers'")
+        if unknown := sorted(set(decoded) - _KEYS):
+            raise PlanError(
+                f"the plan has unknown keys {unknown}; known: {', '.join(sorted(_KEYS))}"
+            )
         entries = decoded["groups"]
         stated = decoded.get("num_layers", num_layers)
         if stated != num_layers:

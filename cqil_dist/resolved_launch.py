@@ -9,10 +9,11 @@ from typing import Self
 from cqil_dist.assignment import Assignment, assign, follow
 from cqil_dist.errors import PlanError
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
-from cqil_dist.plan import Plan
 from cqil_dist.progress import Progress
+from cqil_dist.recommended import plan_for
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class ResolvedLaunch:
 
     Attributes:
         path: the model's directory on this machine.
+        adapter: the adapter's directory, or None.
         assignments: of the plan and, where there is one, of that to compare it with.
     """
 
     config: LaunchConfig
     model: ModelConfig
     path: Path
+    adapter: Path | None
     assignments: tuple[Assignment, ...]
 
     @property
@@ -55,12 +58,15 @@ class ResolvedLaunch:
         """
         path = resolve(config.model, progress)
         model = ModelConfig.from_directory(path)
-        plan = Plan.parse(config.plan, model.num_layers)
+        plan = plan_for(config.plan, config.model, model.num_layers)
+        adapter = None if config.adapter is None else Path(config.adapter).expanduser().resolve()
+        if adapter is not None:
+            Adapter(adapter).check(model)
         world = config.ranks or max(group.size for group in plan.groups)
         assignments = [assign(plan, world, model.vocab_size)]
         if config.compare is not None:
-            other = Plan.parse(config.compare, model.num_layers)
-            if other == plan:
+            other = plan_for(config.compare, config.model, model.num_layers)
+            if other == plan and adapter is None:
                 raise PlanError(f"the plan to compare {plan} with is the same plan")
             assignments.append(follow(other, assignments[0]))
-        return cls(config, model, path, tuple(assignments))
+        return cls(config, model, path, adapter, tuple(assignments))

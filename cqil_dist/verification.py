@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cqil_dist.errors import LaunchError
+from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.reference import ReferenceModel
@@ -48,14 +49,17 @@ class Check:
     detail: str
 
 
-def verify_exactness(engine: RunningEngine, path: Path) -> Iterator[Check]:
+def verify_exactness(
+    engine: RunningEngine, path: Path, adapter: Path | None = None
+) -> Iterator[Check]:
     """All comparisons for a running float32 engine, as they are made.
 
     Args:
         path: directory of the same model.
+        adapter: that of its adapter.
     """
     yield verify_reference(path)
-    yield from verify_ranks(engine, path)
+    yield from verify_ranks(engine, path, adapter)
 
 
 def verify_reference(path: Path) -> Check:
@@ -82,9 +86,10 @@ def verify_reference(path: Path) -> Check:
     )
 
 
-def verify_ranks(engine: RunningEngine, path: Path) -> Iterator[Check]:
-    """Compare a running float32 engine with the reference under its plan."""
-    reference = ReferenceModel(ModelConfig.from_directory(path), Checkpoint(path), engine.plan)
+def verify_ranks(engine: RunningEngine, path: Path, adapter: Path | None = None) -> Iterator[Check]:
+    """Compare a running float32 engine with the reference under its plan, and with its adapter."""
+    checkpoint = Checkpoint(path, None if adapter is None else Adapter(adapter))
+    reference = ReferenceModel(ModelConfig.from_directory(path), checkpoint, engine.plan)
     prompts = _prompts(path, engine.status().max_len)
     alone = [_complete(engine, prompt_ids) for prompt_ids in prompts]
     yield _against_reference("one request at a time", engine, reference, alone)

@@ -43,7 +43,15 @@ class Ranks:
         self._steps = 0
         shape = CacheShape(SLOTS, MAX_LEN)
         self.programs = [
-            RankProgram(rank, assignments, model.config, model.checkpoint, shape, dtype, CPU)
+            RankProgram(
+                rank,
+                assignments,
+                model.config,
+                [model.checkpoint] * len(assignments),
+                shape,
+                dtype,
+                CPU,
+            )
             for rank in range(assignments[0].world)
         ]
 

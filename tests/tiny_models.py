@@ -206,6 +206,7 @@ class LocalModel:
 
     Args:
         compare: a second plan that steps may walk, as plan 1.
+        checkpoints: what each plan is read from; None for the model's own.
     """
 
     def __init__(
@@ -217,13 +218,15 @@ class LocalModel:
         dtype: torch.dtype = torch.float32,
         *,
         compare: Plan | None = None,
+        checkpoints: Sequence[Checkpoint] | None = None,
     ) -> None:
         config, checkpoint = model.config, model.checkpoint
         assignments = [assign(plan, 1, config.vocab_size)]
         if compare is not None:
             assignments.append(follow(compare, assignments[0]))
         shape = CacheShape(slots, max_len)
-        self.program = RankProgram(0, assignments, config, checkpoint, shape, dtype, CPU)
+        checkpoints = checkpoints or [checkpoint] * len(assignments)
+        self.program = RankProgram(0, assignments, config, checkpoints, shape, dtype, CPU)
         self._embedding = Embedding(config, checkpoint, dtype)
         self._exchange = TcpExchange(0, {}, {}, dtype, CPU, max_bytes=1 << 20)
 
@@ -244,17 +247,21 @@ class LocalModel:
         hidden = self._embedding(step.token_ids)
         return self.program.step(step.segments, hidden, self._exchange, step.plan)
 
-    def forward(self, segments: Sequence[Segment], token_ids: Sequence[int]) -> Tensor:
-        return self.compute(Step(tuple(segments), tuple(token_ids)))
+    def forward(
+        self, segments: Sequence[Segment], token_ids: Sequence[int], plan: int = 0
+    ) -> Tensor:
+        return self.compute(Step(tuple(segments), tuple(token_ids), plan))
 
-    def logits(self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0) -> Tensor:
+    def logits(
+        self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0, plan: int = 0
+    ) -> Tensor:
         """Logits after the last token of each chunk, when computed in chunks of `cuts` tokens."""
         assert sum(cuts) == len(token_ids)
         rows: list[Tensor] = []
         start = 0
         for count in cuts:
             chunk = token_ids[start : start + count]
-            rows.append(self.forward([Segment(slot, start, count, 1)], chunk))
+            rows.append(self.forward([Segment(slot, start, count, 1)], chunk, plan))
             start += count
         return torch.cat(rows)
 

@@ -140,7 +140,7 @@ def prepare_layers(path: Path, world: int) -> Measurement:
     device = torch.device("cpu")
     sequential = assign(Plan.sequential(config.num_layers), 1, config.vocab_size)
     cache = CacheShape(slots=1, max_len=config.max_positions)
-    program = RankProgram(0, [sequential], config, checkpoint, cache, torch.float32, device)
+    program = RankProgram(0, [sequential], config, [checkpoint], cache, torch.float32, device)
     exchange = TcpExchange(0, {}, {}, torch.float32, device, max_bytes=0)
     rows = assign(sequential.plan, world, config.vocab_size).head_rows[0]
     head = HeadShard.load(config, checkpoint, rows, torch.float32, device)

@@ -8,7 +8,19 @@ from typing import Any
 
 import typer
 
-from cqil_dist.cli import bench, demo, doctor, generate, model, plan, serve, trace, verify
+from cqil_dist.cli import (
+    bench,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    generate,
+    model,
+    plan,
+    serve,
+    trace,
+    verify,
+)
 from cqil_dist.errors import CqilError
 
 # Ray reads these when it is imported; set later, they would contradict what Ray has read.
@@ -46,6 +58,8 @@ app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
+app.command("distill")(distill.distill)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plan.app, name="plan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,19 +19,7 @@ MODEL = "smollm2-135m"
 RANKS = 2
 PROMPT = "The capital of France is"
 
-# Pairs of smollm2-135m's layers that lose little when they run concurrently, each with the bypass
-# that suits it, chosen by the KL divergence measured for every pair. Perplexity on WikiText-2
-# (512-token windows) is 36.7 under this plan and 29.2 under the original.
-CONCURRENT_PLAN: dict[str, Any] = {
-    "groups": [
-        {"layers": [3, 4], "bypass": 1},
-        {"layers": [7, 8], "bypass": 0},
-        {"layers": [14, 15], "bypass": 0},
-        {"layers": [17, 18], "bypass": 1},
-        {"layers": [24, 25], "bypass": 1},
-        {"layers": [26, 27], "bypass": 1},
-    ]
-}
+PLAN = "balanced"
 
 
 @dataclass(frozen=True)
@@ -58,14 +46,14 @@ def demo(
         pin = local and (os.cpu_count() or 1) >= RANKS
         outcomes = [
             _run(name, plan, prompt, max_tokens, pin, progress, console)
-            for name, plan in (("original", "sequential"), ("concurrent", CONCURRENT_PLAN))
+            for name, plan in (("original", "sequential"), ("concurrent", PLAN))
         ]
     console.print(_table(outcomes))
 
 
 def _run(
     name: str,
-    plan: str | dict[str, Any],
+    plan: str,
     prompt: str,
     max_tokens: int,
     pin: bool,

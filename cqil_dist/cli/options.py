@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,12 +24,19 @@ PlanText = Annotated[
     typer.Option(
         "--plan",
         "-p",
-        help="'sequential', 'P2 S12 E28 D1' (D: 0, 1, ..., full, parallel), JSON, or a JSON file.",
+        help="'sequential', 'P2 S12 E28 D1' (D: 0, 1, ..., full, parallel), JSON, a JSON file; or "
+        "fast, balanced, careful for the built-in model.",
     ),
 ]
 Ranks = Annotated[
     int | None,
     typer.Option("--ranks", "-r", help="Layer actors; default: layers of the largest group."),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", help="Directory of a LoRA adapter made for the plan (peft's format)."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -42,14 +50,26 @@ Strategy = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs.")]
 
+# Of what is measured in one process, and on which text.
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Text file to measure on; again for more. Default: the model's."),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text to measure on.")]
+Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
+MaxGroup = Annotated[int, typer.Option("--max-group", min=2, help="Layers of the largest groups.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
 # By field of LaunchConfig.
 _LAUNCHING: dict[str, Any] = {
+    "adapter": Adapter,
     "address": Address,
     "strategy": Strategy,
     "threads_per_rank": Annotated[
         int, typer.Option("--threads-per-rank", help="Compute threads of a rank on a CPU.")
     ],
-    "device": Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")],
+    "device": Device,
     "gpus_per_rank": Annotated[
         float, typer.Option("--gpus-per-rank", help="Below 1 lets ranks share a GPU.")
     ],

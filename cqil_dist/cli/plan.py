@@ -1,9 +1,10 @@
-"""`cqil plan`: what a plan means for a model and its ranks."""
+"""`cqil plan`: what a plan means for a model and its ranks, and which plan to take."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,12 +16,135 @@ from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress
 
-app = typer.Typer(no_args_is_help=True, help="Inspect plans.")
+app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
 
-@app.callback()
-def _plan() -> None:
-    """Keeps `show` a subcommand while it is the only one."""
+@app.command()
+def analyze(
+    model: options.Model,
+    text: options.Text = None,
+    tokens: options.Tokens = 2048,
+    window: options.Window = 256,
+    seed: options.Seed = 0,
+    max_group: options.MaxGroup = 3,
+    device: options.Device = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("plans"),
+) -> None:
+    """How alike layers' inputs are, and what running each group concurrently costs.
+
+    Measured on text that the model itself says, or on --text. An interrupted run goes on where it
+    was; `cqil plan search` on the same text begins with what was measured here.
+    """
+    from cqil_dist.planning.analysis import analyze as analyze_model
+    from cqil_dist.planning.plots import plot_sensitivity, plot_similarity
+    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.report import write_report
+    from cqil_dist.planning.study import Study
+
+    study = Study.of(model, device, ConsoleProgress())
+    original = study.original(study.windows(text or [], window, tokens, seed))
+    analysis = analyze_model(study, original, max_group)
+    record = analysis.to_json()
+    write_record(output / "analysis.json", record)
+    plot_similarity(record, output / "similarity.png")
+    plot_sensitivity(record, output / "sensitivity.png")
+    typer.echo(f"written: {write_report(output)}", err=True)
+
+
+@app.command()
+def search(
+    model: options.Model,
+    depth: Annotated[int | None, typer.Option("--depth", help="Groups of the plan.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
+    ] = None,
+    max_loss: Annotated[
+        str | None, typer.Option("--max-loss", help="Most rise of perplexity, as 5%.")
+    ] = None,
+    max_latency_us: Annotated[
+        float | None, typer.Option("--max-latency-us", help="Of a token, by the cost model.")
+    ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="That share the groups.")] = 2,
+    link_us: Annotated[
+        float, typer.Option("--link-us", min=0, help="An exchange between two of them.")
+    ] = 50.0,
+    text: options.Text = None,
+    tokens: options.Tokens = 2048,
+    window: options.Window = 256,
+    seed: options.Seed = 0,
+    max_group: options.MaxGroup = 3,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="To refine by measuring whole plans.")
+    ] = 600.0,
+    device: options.Device = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File.")] = Path("plan.json"),
+) -> None:
+    """The best plan for one goal: --depth, --max-kl, --max-loss or --max-latency-us.
+
+    Groups are measured one by one, as `cqil plan analyze` does; dynamic programming finds the plan
+    with the least sum, and local search goes on from there by measuring whole plans. Beside the
+    plan is written what depth costs: searched plans, the paper's, and removed layers.
+    """
+    from cqil_dist.planning.analysis import analyze as analyze_model
+    from cqil_dist.planning.front import Goal, PlanFinder
+    from cqil_dist.planning.latency import measure_cost
+    from cqil_dist.planning.plots import plot_front
+    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.report import write_report
+    from cqil_dist.planning.study import Study
+
+    goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
+    progress = ConsoleProgress()
+    study = Study.of(model, device, progress)
+    cost = measure_cost(study.path, ranks, link_us)
+    original = study.original(study.windows(text or [], window, tokens, seed))
+    analysis = analyze_model(study, original, max_group)
+    finder = PlanFinder(original, analysis.sensitivities, cost, seconds, progress)
+    found = finder.find(goal)
+    write_record(output, found.plan_json(original.perplexity, analysis.text))
+    typer.echo(f"written: {output} ({found.describe(original.perplexity)})", err=True)
+    front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
+    beside = output.with_name(f"{output.stem}-front")
+    record = {
+        **{"model": model, "text": analysis.text, "tokens": analysis.tokens},
+        **{"perplexity": original.perplexity, "cost": asdict(cost)},
+        "measured": [each.to_json() for each in front],
+    }
+    write_record(beside.with_suffix(".json"), record)
+    plot_front(record, beside.with_suffix(".png"))
+    typer.echo(f"written: {write_report(output.parent)}", err=True)
+
+
+@app.command()
+def compensate(
+    model: options.Model,
+    plan: options.PlanText,
+    text: options.Text = None,
+    tokens: options.Tokens = 16_384,
+    window: options.Window = 512,
+    seed: options.Seed = 0,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each group's change.")] = 32,
+    ridge: Annotated[
+        float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
+    ] = 0.01,
+    device: options.Device = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
+) -> None:
+    """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
+
+    Changes down projections alone, and costs nothing at run time. `cqil distill --init` goes on
+    from there.
+    """
+    from cqil_dist.model.adapter import write_adapter
+    from cqil_dist.planning.compensation import compensate as fit
+    from cqil_dist.planning.study import Study
+
+    study = Study.of(model, device, ConsoleProgress())
+    parsed = study.plan(plan)
+    windows = study.windows(text or [], window, tokens, seed)
+    changes = fit(study.model, parsed, windows, study.progress, rank=rank, ridge=ridge)
+    write_adapter(output, changes, model, parsed.to_json())
+    typer.echo(f"written: {output}", err=True)
 
 
 @app.command()
@@ -57,6 +181,16 @@ def show(
         f"{parsed.ideal_reduction:.1%}, {assignment.rounds} exchanges per token on "
         f"{assignment.world} ranks"
     )
+
+
+def _part(percentage: str | None) -> float | None:
+    """5% as 0.05."""
+    if percentage is None:
+        return None
+    try:
+        return float(percentage.removesuffix("%")) / 100
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-loss takes a percentage such as 5%: {error}") from error
 
 
 def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[str, Any]:

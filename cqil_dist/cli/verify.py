@@ -39,7 +39,7 @@ def verify(
         **launching,
     ) as engine:
         typer.echo(f"{model}, plan {engine.plan}, {engine.assignment.world} ranks, float32")
-        for check in verify_exactness(engine, path):
+        for check in verify_exactness(engine, path, launching["adapter"]):
             typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
             failed += not check.passed
     if failed:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cqil_dist.errors import CheckpointError
+from cqil_dist.model.adapter import Adapter
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -31,12 +32,16 @@ def layer_tensor(layer: int, part: str) -> str:
 class Checkpoint:
     """The safetensors files of a model directory.
 
+    Args:
+        adapter: changes that every tensor is read with.
+
     Raises:
         CheckpointError: no safetensors file, an unreadable index, or a shard that is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Adapter | None = None) -> None:
         self.path = path
+        self.adapter = adapter
         self._files = _locate_tensors(path)
 
     def __contains__(self, name: str) -> bool:
@@ -80,6 +85,8 @@ class TensorReader:
     ) -> Tensor:
         """One tensor, or the part of it in `rows` or in `columns`, in the checkpoint's own dtype.
 
+        In float32 where an adapter changes it.
+
         Args:
             name: full tensor name.
             shape: the whole tensor's expected shape.
@@ -110,6 +117,9 @@ class TensorReader:
                 f"tensor {name} in {path} has dtype {tensor.dtype}; weights must be float32, "
                 "float16 or bfloat16"
             )
+        adapter = self._checkpoint.adapter
+        if adapter is not None and (change := adapter.change(name, rows, columns)) is not None:
+            return tensor.float() + change
         return tensor
 
     def _handle(self, path: Path) -> Any:

@@ -133,6 +133,20 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @cached_property
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of each projection of a layer, by its name within the layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, self.hidden_size),
+            "self_attn.k_proj": (kv, self.hidden_size),
+            "self_attn.v_proj": (kv, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, q),
+            "mlp.gate_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.up_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    @cached_property
     def attention_parameters(self) -> int:
         """Numbers a rank keeps for one attention part; the norm before it is folded in."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

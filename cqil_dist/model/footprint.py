@@ -22,19 +22,35 @@ class Footprint:
 
 
 def footprint(
-    assignments: Sequence[Assignment], rank: int, config: ModelConfig, dtype: str
+    assignments: Sequence[Assignment],
+    rank: int,
+    config: ModelConfig,
+    dtype: str,
+    *,
+    adapted: bool = False,
 ) -> Footprint:
     """What `rank` holds in `dtype`: "float32", "float16" or "bfloat16".
 
     Plans that have it compute the same pieces together share them.
+
+    Args:
+        adapted: the first plan has an adapter, hence weights of its own.
     """
     bytes_per_value = 4 if dtype == "float32" else 2
-    stages = [stage for assignment in assignments for stage in assignment.stages]
-    attentions = {stage.attention_bundles(rank) for stage in stages}
-    feed_forwards = {bundle for stage in stages for bundle in stage.feed_forward_bundles(rank)}
-    caches = {stage.pieces[rank] for stage in stages}
-    attention_layers = sum(len(bundle) for bundles in attentions for bundle in bundles)
-    feed_forward_layers = sum(len(bundle) for bundle in feed_forwards)
+    stages = [
+        (adapted and index == 0, stage)
+        for index, assignment in enumerate(assignments)
+        for stage in assignment.stages
+    ]
+    attentions = {(changed, stage.attention_bundles(rank)) for changed, stage in stages}
+    feed_forwards = {
+        (changed, bundle)
+        for changed, stage in stages
+        for bundle in stage.feed_forward_bundles(rank)
+    }
+    caches = {stage.pieces[rank] for _, stage in stages}
+    attention_layers = sum(len(bundle) for _, bundles in attentions for bundle in bundles)
+    feed_forward_layers = sum(len(bundle) for _, bundle in feed_forwards)
     weights = len(assignments[0].head_rows[rank]) * config.hidden_size
     weights += attention_layers * config.attention_parameters
     weights += feed_forward_layers * config.feed_forward_parameters

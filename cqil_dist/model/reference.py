@@ -130,17 +130,12 @@ def _read_all(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -
 
 
 def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    projections = {
-        "self_attn.q_proj": (q, hidden, config.qkv_bias),
-        "self_attn.k_proj": (kv, hidden, config.qkv_bias),
-        "self_attn.v_proj": (kv, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, q, config.o_bias),
-        "mlp.gate_proj": (wide, hidden, config.mlp_bias),
-        "mlp.up_proj": (wide, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, wide, config.mlp_bias),
-    }
+    hidden = config.hidden_size
+    biases = {"self_attn.o_proj": config.o_bias}
+    biases |= dict.fromkeys(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias
+    )
+    biases |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), config.mlp_bias)
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
@@ -153,8 +148,8 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         for part, width in norms.items():
             shapes[layer_tensor(layer, f"{part}.weight")] = (width,)
-        for part, (out, inner, has_bias) in projections.items():
+        for part, (out, inner) in config.projection_shapes.items():
             shapes[layer_tensor(layer, f"{part}.weight")] = (out, inner)
-            if has_bias:
+            if biases[part]:
                 shapes[layer_tensor(layer, f"{part}.bias")] = (out,)
     return shapes

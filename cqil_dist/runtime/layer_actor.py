@@ -28,9 +28,9 @@ from cqil_dist.exchange.listener import Listener, connect_mesh
 from cqil_dist.exchange.sockets import format_address
 from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
-from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
+from cqil_dist.model.checkpoint import parse_dtype
 from cqil_dist.model.footprint import footprint
-from cqil_dist.runtime.model_files import model_directory
+from cqil_dist.runtime.model_files import checkpoints_of, model_directory
 from cqil_dist.runtime.rank import RankProgram
 from cqil_dist.runtime.rank_group import serve_steps
 from cqil_dist.runtime.rank_metrics import RankMetrics
@@ -142,7 +142,13 @@ class LayerActor:
                     return
                 if rank in self._programs:
                     continue
-                share = footprint(spec.assignments, rank, spec.config, spec.dtype)
+                share = footprint(
+                    spec.assignments,
+                    rank,
+                    spec.config,
+                    spec.dtype,
+                    adapted=spec.adapter is not None,
+                )
                 needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
                 free = available_bytes(self._device)
                 if free < needed:
@@ -168,7 +174,7 @@ class LayerActor:
                 rank,
                 spec.assignments,
                 spec.config,
-                Checkpoint(path),
+                checkpoints_of(spec, path),
                 spec.cache_shape,
                 parse_dtype(spec.dtype),
                 self._device,

@@ -9,6 +9,9 @@ from pathlib import Path
 import ray
 
 from cqil_dist.errors import ModelNotFound
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.model.checkpoint import Checkpoint
+from cqil_dist.runtime.spec import EngineSpec
 
 _FETCH_S = 3600
 _RESOLVE = """
@@ -54,3 +57,22 @@ def model_directory(name: str, path: Path) -> Path:
             f"{name}: {found.stderr.strip()[-500:]}; fetch or copy the model there"
         )
     return Path(found.stdout.strip().splitlines()[-1])
+
+
+def checkpoints_of(spec: EngineSpec, path: Path) -> list[Checkpoint]:
+    """What each plan of an engine is read from.
+
+    Args:
+        path: the model's directory on this node.
+
+    Raises:
+        ModelNotFound: the adapter is not on this node.
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    original = Checkpoint(path)
+    if spec.adapter is None:
+        return [original] * len(spec.assignments)
+    if not spec.adapter.is_dir():
+        node = ray.util.get_node_ip_address()
+        raise ModelNotFound(f"node {node} has no directory {spec.adapter}; copy the adapter there")
+    return [Checkpoint(path, Adapter(spec.adapter)), *[original] * (len(spec.assignments) - 1)]

@@ -58,8 +58,9 @@ class RankProgram:
 
     Args:
         assignments: one for each plan it can walk, over the same ranks. Where two have the rank
-            compute the same pieces together, they share weights and cache: a slot belongs to one
-            sequence, and a sequence to one plan.
+            compute the same pieces together, they share a cache, for a slot belongs to one
+            sequence, and a sequence to one plan; and weights, where they have one checkpoint.
+        checkpoints: one for each plan; they differ in nothing but adapters.
 
     Attributes:
         clock: where its time goes.
@@ -73,7 +74,7 @@ class RankProgram:
         rank: int,
         assignments: Sequence[Assignment],
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoints: Sequence[Checkpoint],
         cache_shape: CacheShape,
         dtype: torch.dtype,
         device: torch.device,
@@ -87,28 +88,30 @@ class RankProgram:
         self._rotary = RotaryTable(config, cache_shape.max_len, dtype, device)
         self._cache_shape = cache_shape
         self._caches: dict[tuple[Piece, ...], KVCache] = {}
-        self._loader = PartLoader(config, checkpoint, dtype, device)
+        self._loaders = {
+            checkpoint: PartLoader(config, checkpoint, dtype, device) for checkpoint in checkpoints
+        }
         self._plans: list[list[LocalStage]] = []
-        for assignment in assignments:
+        for assignment, checkpoint in zip(assignments, checkpoints, strict=True):
             self._plans.append([])
             for group, stage in enumerate(assignment.stages):
-                self._plans[-1].append(self._local(group, stage))
+                self._plans[-1].append(self._local(group, stage, self._loaders[checkpoint]))
                 on_stage_loaded()
         self.head_rows = assignments[0].head_rows[rank]
-        self._head = HeadShard.load(config, checkpoint, self.head_rows, dtype, device)
+        self._head = HeadShard.load(config, checkpoints[0], self.head_rows, dtype, device)
 
     @property
     def weight_bytes(self) -> int:
-        return self._loader.nbytes + self._head.nbytes
+        return sum(loader.nbytes for loader in self._loaders.values()) + self._head.nbytes
 
     @property
     def kv_bytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches.values())
 
-    def _local(self, group: int, stage: Stage) -> LocalStage:
+    def _local(self, group: int, stage: Stage, loader: PartLoader) -> LocalStage:
         parts = cache = None
         if pieces := stage.pieces[self.rank]:
-            parts = self._loader.load(stage, self.rank)
+            parts = loader.load(stage, self.rank)
             if (cache := self._caches.get(pieces)) is None:
                 cache = self._caches[pieces] = self._cache(parts.kv_heads)
         bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}

@@ -20,6 +20,7 @@ class EngineSpec:
         model_path: directory of the checkpoint on the node that launches.
         dtype: "float32", "float16" or "bfloat16".
         assignments: one for each plan, over the same ranks.
+        adapter: directory of the first plan's adapter, on every node; the others have none.
         slots: requests that run at the same time.
         max_waiting: most requests that wait for a slot.
         max_len: most tokens of a prompt and its completion.
@@ -36,6 +37,7 @@ class EngineSpec:
     model_path: Path
     config: ModelConfig
     assignments: tuple[Assignment, ...]
+    adapter: Path | None
     dtype: str
     slots: int
     max_len: int

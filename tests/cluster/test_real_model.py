@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import cqil_dist as cqil
-from cqil_dist.cli.demo import CONCURRENT_PLAN
 from cqil_dist.verification import PREFILL_TOKENS, verify_ranks, verify_reference
 
 pytestmark = pytest.mark.real_model
@@ -37,7 +36,7 @@ def test_ranks_are_the_reference(cluster: None, smollm2_path: Path, plan: str, r
 
 
 def test_the_demo_plan_keeps_the_answer(cluster: None, smollm2_path: Path) -> None:
-    with cqil.launch("smollm2-135m", CONCURRENT_PLAN, ranks=2, max_len=128) as engine:
+    with cqil.launch("smollm2-135m", "balanced", ranks=2, max_len=128) as engine:
         completion = engine.complete("The capital of France is", max_tokens=8, temperature=0)
     assert "Paris" in completion.text
 

@@ -42,7 +42,7 @@ def test_one_rank_with_an_nccl_world_of_one(model: TinyModel, dtype: str) -> Non
         0,
         [assign(plan, 1, model.config.vocab_size)],
         model.config,
-        model.checkpoint,
+        [model.checkpoint],
         CacheShape(2, 64),
         torch_dtype,
         device,

@@ -69,7 +69,7 @@ def load_rank(path: Path, rank: int = 0, world: int = 1, plan: str = "sequential
     assignment = assign(model.plan(plan), world, model.config.vocab_size)
     shape = CacheShape(1, 8)
     return RankProgram(
-        rank, [assignment], model.config, model.checkpoint, shape, torch.float32, CPU
+        rank, [assignment], model.config, [model.checkpoint], shape, torch.float32, CPU
     )
 
 

@@ -1,0 +1,77 @@
+"""`cqil distill`: teach a model under a plan to say what it says without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cqil_dist.cli import options
+from cqil_dist.planning.schedule import Schedule
+from cqil_dist.progress import ConsoleProgress
+
+# By field of Schedule.
+_TRAINING: dict[str, Any] = {
+    "steps": Annotated[int, typer.Option(help="Of the optimizer.")],
+    "batch": Annotated[int, typer.Option(help="Windows of text a step.")],
+    "learning_rate": Annotated[float, typer.Option(help="At its highest.")],
+    "warmup": Annotated[int, typer.Option(help="Steps over which the learning rate rises.")],
+    "rank": Annotated[int, typer.Option(help="Of LoRA.")],
+    "alpha": Annotated[int, typer.Option(help="Of LoRA.")],
+    "seed": Annotated[int, typer.Option(help="Of the adapter's beginning and the text's order.")],
+    "checkpoint_every": Annotated[int, typer.Option(help="Steps between two saved states.")],
+    "evaluate_every": Annotated[
+        int, typer.Option(help="Steps between two looks at held-out text.")
+    ],
+    "gradient_checkpointing": Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ],
+}
+
+
+@options.options_of(Schedule, _TRAINING, "training")
+def distill(
+    training: dict[str, Any],
+    model: options.Model,
+    plan: options.PlanText,
+    text: options.Text = None,
+    tokens: options.Tokens = 262_144,
+    window: options.Window = 512,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Windows that are not trained on.")
+    ] = 8,
+    init: Annotated[
+        Path | None, typer.Option("--init", help="Adapter to begin with (cqil plan compensate).")
+    ] = None,
+    device: options.Device = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
+) -> None:
+    """Train a LoRA adapter for a plan; the model without adapter and plan is the teacher.
+
+    Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
+    goes on with a run that was interrupted, and ends as if it had not been.
+    """
+    from cqil_dist.model.adapter import Adapter
+    from cqil_dist.planning.distillation import Course
+    from cqil_dist.planning.distillation import distill as train_adapter
+    from cqil_dist.planning.plots import plot_course
+    from cqil_dist.planning.study import Study
+
+    progress = ConsoleProgress()
+    schedule = Schedule(**training)
+    study = Study.of(model, device, progress)
+    parsed = study.plan(plan)
+    start = None if init is None else Adapter(init)
+    windows = study.windows(text or [], window, tokens, schedule.seed)
+    train, kept = windows.split(held_out)
+
+    def show(course: Course) -> None:
+        plot_course(course, output / "loss.png")
+        steps, kl = max(course.held_out.items())
+        progress.note(f"after {steps} steps: held-out KL {kl:.4f} nats a token")
+
+    train_adapter(
+        study.model, parsed, train, kept, schedule, output, progress, start=start, on_progress=show
+    )
+    typer.echo(f"written: {output}", err=True)

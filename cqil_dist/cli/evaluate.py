@@ -1,0 +1,103 @@
+"""`cqil eval`: how good a model is under a plan, beside the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cqil_dist.cli import options
+from cqil_dist.errors import TextError
+from cqil_dist.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from cqil_dist.planning.evaluation.evaluate import Evaluation
+
+
+def evaluate(
+    model: options.Model,
+    plan: options.PlanText = "sequential",
+    adapter: options.Adapter = None,
+    ppl: Annotated[
+        list[Path] | None, typer.Option("--ppl", help="Text file for perplexity; again for more.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="By comma: files NAME.jsonl, or names of such in --task-dir."),
+    ] = None,
+    task_dir: Annotated[
+        Path, typer.Option("--task-dir", help="Folder of tasks.", envvar="CQIL_TASK_DIR")
+    ] = Path(),
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Items of each task; default: all.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="Of each text, at random; default: all.")
+    ] = None,
+    window: options.Window = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
+) -> None:
+    """Perplexity and task accuracy of a plan and of the original on the same items.
+
+    Intervals are of 95 %; the last column compares item by item, which is sharper than comparing
+    the two before it.
+    """
+    from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
+    from cqil_dist.planning.evaluation.tasks import read_task
+    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.report import write_report
+    from cqil_dist.planning.study import Study
+    from cqil_dist.planning.texts import read_windows
+
+    if not ppl and not tasks:
+        raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
+    wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
+    read = [read_task(file, limit) for file in wanted]
+    study = Study.of(model, device, ConsoleProgress())
+    texts = [read_windows([file], study.tokenizer, window, windows, seed) for file in ppl or []]
+    parsed = study.plan(plan)
+    evaluation = evaluate_plan(study, parsed, adapter, texts, read)
+    Console().print(_table(evaluation))
+    if output is not None:
+        write_record(output, evaluation.to_json())
+        typer.echo(f"written: {output}, {write_report(output.parent)}", err=True)
+
+
+def _task_file(name: str, folder: Path) -> Path:
+    file = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
+    if not file.is_file():
+        raise TextError(
+            f"no task {name!r}: there is no file {file}; name the folder of your tasks with "
+            "--task-dir, or use lm-eval with the model class cqil_dist.planning.evaluation.lm_eval"
+        )
+    return file
+
+
+def _table(evaluation: Evaluation) -> Table:
+    adapter = f", adapter {evaluation.adapter}" if evaluation.adapter else ""
+    table = Table(
+        "measure",
+        "of",
+        "items",
+        "original",
+        "plan",
+        "plan against original",
+        title=f"{evaluation.model}, {evaluation.plan}{adapter}",
+    )
+    for result in evaluation.results:
+        paired = result.paired
+        sign = "x" if result.measure == "perplexity" else ""
+        table.add_row(
+            result.measure,
+            result.of,
+            str(result.items),
+            str(paired.original),
+            str(paired.other),
+            f"{sign}{paired.difference}",
+        )
+    return table

@@ -1,0 +1,232 @@
+"""LoRA adapters in peft's format, read part by part: what a rank merges into its own tensors.
+
+    adapter_config.json         rank, alpha, target modules
+    adapter_model.safetensors   lora_A [r, in] and lora_B [out, r] of each
+    plan.json                   the plan that it was made for
+
+W' = W + (alpha / r) B A. Knows peft's files, nothing of ranks or training; peft itself is needed
+where adapters are trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cqil_dist.errors import CheckpointError, UnsupportedModel
+from cqil_dist.model.config import ModelConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PLAN = "plan.json"
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# What else peft can add to a model; each would change what is computed.
+_UNSUPPORTED = {
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The change B A of one weight matrix.
+
+    Attributes:
+        a_RI: [r, in].
+        b_OR: [out, r].
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
+
+
+class Adapter:
+    """The adapter in a directory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UnsupportedModel: it is not LoRA alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._config = _read_config(path)
+        self._file = path / WEIGHTS
+        if not self._file.is_file():
+            raise CheckpointError(f"no {WEIGHTS} in {path}; is it the directory of an adapter?")
+        self._modules = self._locate()
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan that it was made for, as `Plan.parse` takes it; None where it has none."""
+        try:
+            plan: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.path / PLAN}: {error}") from error
+        return plan
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its weights."""
+        return hashlib.sha256(self._file.read_bytes()).hexdigest()
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises CheckpointError where it was made for a model of another shape."""
+        shapes = config.projection_shapes
+        for module, parts in self._modules.items():
+            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+            if match is None or int(match[1]) >= config.num_layers or match[2] not in shapes:
+                raise CheckpointError(
+                    f"the adapter in {self.path} changes {module}, which is no projection of a "
+                    f"layer of this model of {config.num_layers} layers"
+                )
+            out, inner = shapes[match[2]]
+            (rank, found_in), (found_out, other_rank) = parts["A"], parts["B"]
+            if (found_in, found_out, rank) != (inner, out, other_rank):
+                raise CheckpointError(
+                    f"the adapter in {self.path} changes {module} by [{found_out}, {other_rank}] x "
+                    f"[{rank}, {found_in}] but the model's weight is [{out}, {inner}]"
+                )
+
+    def change(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> Tensor | None:
+        """What it adds to a tensor, or to the part of it in `rows` or `columns`, in float32.
+
+        None where it leaves the tensor as it is.
+        """
+        module = name.removesuffix(".weight")
+        if module not in self._modules:
+            return None
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                a_RI, b_OR = (
+                    file.get_slice(f"{_PREFIX}{module}.lora_{part}.weight") for part in "AB"
+                )
+                a = a_RI[:, columns.start : columns.stop] if columns is not None else a_RI[:]
+                b = b_OR[rows.start : rows.stop] if rows is not None else b_OR[:]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {module} from {self._file}: {error}") from error
+        change: Tensor = self._scale(module, a.shape[0]) * (b.float() @ a.float())
+        return change
+
+    def changes(self) -> dict[str, Lora]:
+        """All of it, by module; scales are in B."""
+        found: dict[str, Lora] = {}
+        with safe_open(self._file, framework="pt") as file:
+            for module in self._modules:
+                a_RI, b_OR = (
+                    file.get_tensor(f"{_PREFIX}{module}.lora_{part}.weight").float()
+                    for part in "AB"
+                )
+                found[module] = Lora(a_RI, self._scale(module, len(a_RI)) * b_OR)
+        return found
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = _of_pattern(self._config.get("alpha_pattern") or {}, module)
+        alpha = self._config.get("lora_alpha", 8) if alpha is None else alpha  # 8: peft's default
+        return float(alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
+
+    def _locate(self) -> dict[str, dict[str, tuple[int, int]]]:
+        modules: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    if (match := _TENSOR.fullmatch(key)) is None:
+                        raise UnsupportedModel(
+                            f"{self._file} holds {key}, which is not a LoRA factor of a module"
+                        )
+                    shape = tuple(file.get_slice(key).get_shape())
+                    modules.setdefault(match["module"], {})[match["part"]] = shape
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._file} is truncated or damaged: {error}") from error
+        if odd := [module for module, parts in modules.items() if set(parts) != {"A", "B"}]:
+            raise CheckpointError(f"{self._file} lacks one factor of {odd[0]}")
+        return modules
+
+
+def write_adapter(
+    path: Path, changes: Mapping[str, Lora], base_model: str, plan: Mapping[str, Any]
+) -> None:
+    """Write changes, by module as "model.layers.3.mlp.down_proj", for peft and for `Adapter`."""
+    path.mkdir(parents=True, exist_ok=True)
+    ranks = {module: lora.rank for module, lora in changes.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": usual,
+        "lora_alpha": usual,  # scale 1
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {module: rank for module, rank in ranks.items() if rank != usual},
+        "target_modules": sorted(changes),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for module, lora in changes.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora.a_RI.contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora.b_OR.contiguous()
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_plan(path, plan)
+
+
+def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
+    """Put the plan that an adapter was made for beside it."""
+    (path / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except FileNotFoundError:
+        raise CheckpointError(f"no {CONFIG} in {path}; is it the directory of an adapter?") from (
+            None
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / CONFIG} is not an adapter's config: {error!r}") from error
+    if kind != "LORA":
+        raise UnsupportedModel(f"the adapter in {path} is of type {kind}; only LORA can be merged")
+    for key, neutral in _UNSUPPORTED.items():
+        if (value := config.get(key, neutral)) not in (neutral, None, False, []):
+            raise UnsupportedModel(
+                f"the adapter in {path} has {key} = {value!r}, which cannot be merged; only plain "
+                "LoRA of the layers' projections can"
+            )
+    return config
+
+
+def _of_pattern(pattern: Mapping[str, float], module: str) -> float | None:
+    """A module's own value, as peft matches names."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return None

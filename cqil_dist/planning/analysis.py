@@ -1,0 +1,66 @@
+"""Which layers could run together: how alike their inputs are, and what each group costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cqil_dist.plan import Bypass, Group
+from cqil_dist.planning.original import Original
+from cqil_dist.planning.similarity import input_similarity
+from cqil_dist.planning.study import Study
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model on one calibration text.
+
+    Attributes:
+        similarity_LL: cosine similarity of layers' inputs.
+        sensitivities: KL divergence of each group by itself, nats a token.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    perplexity: float
+    similarity_LL: Tensor
+    sensitivities: dict[Group, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "text": self.text,
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "similarity": [[round(v, 5) for v in row] for row in self.similarity_LL.tolist()],
+            "sensitivities": [
+                {**group.to_json(), "kl": kl} for group, kl in self.sensitivities.items()
+            ],
+        }
+
+
+def analyze(study: Study, original: Original, largest: int) -> Analysis:
+    """Measure a model on the text of `original`; what was measured before is not again.
+
+    Args:
+        largest: layers of the largest groups.
+    """
+    return Analysis(
+        study.name,
+        original.windows.source,
+        original.windows.tokens,
+        original.perplexity,
+        input_similarity(original),
+        study.sensitivities(original, largest),
+    )
+
+
+def sensitivities_of(record: dict[str, Any]) -> dict[Group, float]:
+    """Those in an analysis that was written as JSON."""
+    return {
+        Group(tuple(entry["layers"]), Bypass.parse(entry["bypass"])): entry["kl"]
+        for entry in record["sensitivities"]
+    }

@@ -1,0 +1,141 @@
+"""What groups get wrong, taken back by linear regression: no training, no cost at run time.
+
+A group's output is linear in what its members' down projections are given. On calibration text,
+ridge regression finds the changes of those projections with which the group's output comes closest
+to the original's. Group after group, so that each takes back as well what those before it have
+left. Of each group's change the directions that explain most are kept: a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cqil_dist.model.adapter import Lora
+from cqil_dist.model.checkpoint import layer_tensor
+from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.grouped_model import hidden_after
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROJECTION = "mlp.down_proj"
+
+
+@torch.inference_mode()
+def compensate(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Windows,
+    progress: Progress,
+    *,
+    rank: int = 32,
+    ridge: float = 0.01,
+) -> dict[str, Lora]:
+    """Changes of down projections, by module, for every group from the first with several layers.
+
+    Args:
+        windows: calibration text; some ten times as many tokens as a group has activations.
+        rank: of each group's change.
+        ridge: penalty on the change, as a part of the activations' mean square.
+    """
+    decoder: Any = model.get_decoder()
+    weights = {name: p.clone() for name, p in decoder.named_parameters() if PROJECTION in name}
+    embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
+    taught, said = embedded, embedded
+    changes: dict[str, Lora] = {}
+    begun = False
+    with progress.task("Fitting groups", plan.depth, "groups") as task, _restored(decoder, weights):
+        for group in plan.groups:
+            begun = begun or group.size > 1
+            alone = [Group((layer,)) for layer in group.layers]
+            taught = [hidden_after(model, alone, x) for x in taught]
+            if begun:
+                found = _fit(model, group, said, taught, ridge, rank)
+                for layer, lora in found.items():
+                    weight = decoder.layers[layer].mlp.down_proj.weight
+                    weight += (lora.b_OR @ lora.a_RI).to(weight.dtype)
+                    changes[layer_tensor(layer, PROJECTION)] = lora
+            said = [hidden_after(model, [group], x) for x in said]
+            task.advance()
+    return changes
+
+
+def _fit(
+    model: PreTrainedModel,
+    group: Group,
+    said: Sequence[Tensor],
+    taught: Sequence[Tensor],
+    ridge: float,
+    rank: int,
+) -> dict[int, Lora]:
+    """Changes by layer."""
+    decoder: Any = model.get_decoder()
+    inputs: dict[int, Tensor] = {}
+    normal: _Normal | None = None
+    hooks = [
+        decoder.layers[layer].mlp.down_proj.register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs.__setitem__(layer, args[0][0].float())
+        )
+        for layer in group.layers
+    ]
+    try:
+        for x, target in zip(said, taught, strict=True):
+            residual_TD = (target - hidden_after(model, [group], x))[0].float()
+            inputs_TK = torch.cat([inputs[layer] for layer in group.layers], dim=1)
+            if normal is None:
+                normal = _Normal.empty(inputs_TK.shape[1], residual_TD.shape[1], x.device)
+            normal.add(inputs_TK, residual_TD)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert normal is not None, "there is text"
+    b_DR, a_RK = normal.solve(ridge, rank)
+    parts = a_RK.chunk(group.size, dim=1)
+    return {layer: Lora(a, b_DR) for layer, a in zip(group.layers, parts, strict=True)}
+
+
+@contextmanager
+def _restored(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+@dataclass
+class _Normal:
+    """Normal equations of a regression of outputs [D] on inputs [K], summed up over tokens."""
+
+    gram_KK: Tensor
+    cross_KD: Tensor
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> _Normal:
+        return cls(
+            torch.zeros(inputs, inputs, dtype=torch.float64, device=device),
+            torch.zeros(inputs, outputs, dtype=torch.float64, device=device),
+        )
+
+    def add(self, inputs_NK: Tensor, residual_ND: Tensor) -> None:
+        self.gram_KK += inputs_NK.T @ inputs_NK
+        self.cross_KD += inputs_NK.T @ residual_ND
+
+    def solve(self, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors [D, rank] and [rank, K] of the change that takes most of the residual away."""
+        damped_KK = self.gram_KK.clone()
+        damped_KK.diagonal().add_(ridge * self.gram_KK.diagonal().mean())
+        change_KD = torch.cholesky_solve(self.cross_KD, torch.linalg.cholesky(damped_KK))
+        # Of what the full change explains, the directions of the output that have most of it.
+        explained_DD = change_KD.T @ self.gram_KK @ change_KD
+        directions_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -rank:]
+        return directions_DR.float(), (change_KD @ directions_DR).T.float().contiguous()

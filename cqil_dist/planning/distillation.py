@@ -1,0 +1,255 @@
+"""Teaches a model under a plan to say what it says without: LoRA, the model its own teacher.
+
+Teacher and student are one model in one process: the teacher walks the layers one by one with the
+adapter off, the student walks the plan's groups with it on. What is learnt is the KL divergence of
+the next token. Every step follows from its number and the seed, so that a run that was interrupted
+goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cqil_dist.errors import LaunchError
+from cqil_dist.model.adapter import Adapter, Lora, write_plan
+from cqil_dist.plan import Plan
+from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.schedule import Schedule
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_STATE = "training.pt"
+# Positions whose distributions over the vocabulary are held at once.
+_ROWS_AT_ONCE = 512
+
+
+@dataclass
+class Course:
+    """What a training run has shown so far.
+
+    Attributes:
+        losses: KL divergence of each step's windows, nats a token.
+        held_out: by number of steps done, that of the held-out windows.
+        seconds: spent on training.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def distill(
+    model: PreTrainedModel,
+    plan: Plan,
+    train: Windows,
+    held_out: Windows,
+    schedule: Schedule,
+    output: Path,
+    progress: Progress,
+    *,
+    start: Adapter | None = None,
+    on_progress: Callable[[Course], None] = lambda course: None,
+) -> Course:
+    """Train an adapter for a plan, and write it to `output` in peft's format, the plan with it.
+
+    Args:
+        start: changes to begin with, of at most the schedule's rank.
+        on_progress: called after each look at the held-out windows.
+
+    Raises:
+        LaunchError: `output` holds a run of another plan, text or schedule.
+    """
+    student = _student(model, schedule, start)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
+    identity = _identity(plan, train, schedule, start)
+    course = _resume(output, identity, student, optimizer)
+
+    def note_held_out() -> None:
+        course.held_out[len(course.losses)] = _held_out_kl(student, plan, held_out)
+        on_progress(course)
+
+    with progress.task("Distilling", schedule.steps, "steps") as task:
+        task.update(len(course.losses))
+        if not course.losses:
+            note_held_out()
+        for step in range(len(course.losses), schedule.steps):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            course.losses.append(_train_on(student, plan, _batch(train, schedule, step), schedule))
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            course.seconds += time.perf_counter() - began
+            task.advance()
+            done = step + 1
+            if done % schedule.evaluate_every == 0 or done == schedule.steps:
+                note_held_out()
+            if done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                _save_state(output, identity, student, optimizer, course)
+    _save_adapter(student, plan, output)
+    _save_state(output, identity, student, optimizer, course)
+    return course
+
+
+def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(schedule.seed)
+    config = LoraConfig(
+        r=schedule.rank,
+        lora_alpha=schedule.alpha,
+        target_modules=list(PROJECTIONS),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    student: Any = get_peft_model(model, config)
+    if start is not None:
+        for module, lora in start.changes().items():
+            _begin_with(student.get_submodule(f"base_model.model.{module}"), lora, schedule)
+    return student  # type: ignore[no-any-return]
+
+
+def _begin_with(module: Any, lora: Lora, schedule: Schedule) -> None:
+    if lora.rank > schedule.rank:
+        raise LaunchError(
+            f"the adapter to begin with has rank {lora.rank} but training has rank "
+            f"{schedule.rank}; give --rank {lora.rank}"
+        )
+    with torch.no_grad():
+        module.lora_A["default"].weight[: lora.rank] = lora.a_RI
+        scale = schedule.rank / schedule.alpha
+        module.lora_B["default"].weight[:, : lora.rank] = scale * lora.b_OR
+
+
+def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
+    """Add a batch's gradients; its loss. A window at a time: batches cost time, not memory."""
+    total = 0.0
+    for tokens_T in tokens_BT.to(student.device):
+        with torch.no_grad(), student.disable_adapter():
+            taught_TD = _hidden(student, tokens_T)
+        with grouped(student, plan.groups, checkpointing=schedule.gradient_checkpointing):
+            said_TD = _hidden(student, tokens_T)
+            loss = _divergence(student, taught_TD, said_TD)
+            (loss / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total / len(tokens_BT)
+
+
+@torch.no_grad()
+def _held_out_kl(student: PeftModel, plan: Plan, windows: Windows) -> float:
+    total = 0.0
+    for tokens_T in windows.token_ids_WT.to(student.device):
+        with student.disable_adapter():
+            taught_TD = _hidden(student, tokens_T)
+        with grouped(student, plan.groups):
+            total += float(_divergence(student, taught_TD, _hidden(student, tokens_T)))
+    return total / len(windows.token_ids_WT)
+
+
+def _hidden(student: Any, tokens_T: Tensor) -> Tensor:
+    hidden: Tensor = student.get_decoder()(tokens_T[None], use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def _divergence(student: Any, taught_TD: Tensor, said_TD: Tensor) -> Tensor:
+    """KL(teacher || student) of the next token, nats, mean over positions."""
+    head = student.get_output_embeddings()
+    total = said_TD.new_zeros((), dtype=torch.float32)
+    for first in range(0, len(said_TD), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        taught_RV = head(taught_TD[rows]).float().log_softmax(-1)
+        said_RV = head(said_TD[rows]).float().log_softmax(-1)
+        total = total + F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
+    return total / len(said_TD)
+
+
+def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:
+    """A step's windows: every window once in each epoch, in an order of the epoch's own."""
+    count = len(windows.token_ids_WT)
+    return windows.token_ids_WT[list(_indices(count, schedule, step))]
+
+
+def _indices(count: int, schedule: Schedule, step: int) -> Iterator[int]:
+    for number in range(step * schedule.batch, (step + 1) * schedule.batch):
+        epoch, position = divmod(number, count)
+        generator = torch.Generator().manual_seed(schedule.seed + 1_000_003 * epoch)
+        yield int(torch.randperm(count, generator=generator)[position])
+
+
+def _identity(
+    plan: Plan, train: Windows, schedule: Schedule, start: Adapter | None
+) -> dict[str, Any]:
+    return {
+        "plan": plan.to_json(),
+        "text": train.digest,
+        "schedule": asdict(schedule),
+        "start": None if start is None else start.digest,
+    }
+
+
+def _resume(
+    output: Path, identity: Mapping[str, Any], student: PeftModel, optimizer: torch.optim.Optimizer
+) -> Course:
+    from peft import set_peft_model_state_dict
+
+    if not (file := output / _STATE).is_file():
+        return Course()
+    state = torch.load(file, map_location=student.device, weights_only=True)
+    earlier, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    if earlier != now:
+        changed = [key for key, value in earlier.items() if value != now[key]]
+        raise LaunchError(
+            f"{output} holds a run with another {', '.join(changed)}; choose another folder, or "
+            "remove that one to begin anew"
+        )
+    set_peft_model_state_dict(student, state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    held_out = {int(step): kl for step, kl in state["held_out"].items()}
+    return Course(list(state["losses"]), held_out, state["seconds"])
+
+
+def _save_state(
+    output: Path,
+    identity: Mapping[str, Any],
+    student: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    course: Course,
+) -> None:
+    from peft import get_peft_model_state_dict
+
+    output.mkdir(parents=True, exist_ok=True)
+    state = {
+        "identity": json.dumps(identity),
+        "adapter": get_peft_model_state_dict(student),
+        "optimizer": optimizer.state_dict(),
+        "losses": course.losses,
+        "held_out": {str(step): kl for step, kl in course.held_out.items()},
+        "seconds": course.seconds,
+    }
+    temporary = output / f".{_STATE}.{os.getpid()}"
+    torch.save(state, temporary)
+    temporary.replace(output / _STATE)
+
+
+def _save_adapter(student: PeftModel, plan: Plan, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    student.save_pretrained(str(output))
+    write_plan(output, plan.to_json())

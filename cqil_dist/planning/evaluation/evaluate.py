@@ -1,0 +1,180 @@
+"""A plan beside the original, on the same text and the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.plan import Plan
+from cqil_dist.planning.evaluation.intervals import (
+    Paired,
+    compare_means,
+    compare_perplexities,
+    mean_of,
+)
+from cqil_dist.planning.evaluation.scoring import likelihoods, loss_by_window
+from cqil_dist.planning.evaluation.tasks import Task
+from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.study import Study, merge
+from cqil_dist.planning.texts import Windows
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, a lighthouse keeper",
+    "To make bread, you first",
+    "Water boils at a temperature of",
+)
+_SAMPLED_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measure of both models.
+
+    Attributes:
+        measure: "perplexity", "acc" or "acc_norm".
+        of: the text or the task.
+        items: windows or questions.
+    """
+
+    measure: str
+    of: str
+    items: int
+    paired: Paired
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "measure": self.measure,
+            "of": self.of,
+            "items": self.items,
+            **{name: asdict(interval) for name, interval in vars(self.paired).items()},
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What both models say after a prompt, greedily."""
+
+    prompt: str
+    original: str
+    other: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was measured of a plan."""
+
+    model: str
+    plan: Plan
+    adapter: Path | None
+    results: tuple[Result, ...]
+    samples: tuple[Sample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "plan": self.plan.to_json(),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "results": [result.to_json() for result in self.results],
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def evaluate(
+    study: Study,
+    plan: Plan,
+    adapter: Path | None,
+    texts: Sequence[Windows],
+    tasks: Sequence[Task],
+    prompts: Sequence[str] = PROMPTS,
+) -> Evaluation:
+    """Score the original, then the plan with its adapter.
+
+    The adapter stays merged into the study's model.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or made for another model.
+    """
+    original = _score(study, nullcontext(), texts, tasks, prompts)
+    if adapter is not None:
+        merge(study.model, Adapter(adapter))
+    other = _score(study, grouped(study.model, plan.groups), texts, tasks, prompts)
+    results = [
+        Result("perplexity", text.source, len(text.token_ids_WT), compare_perplexities(a, b))
+        for text, a, b in zip(texts, original.losses, other.losses, strict=True)
+    ]
+    for measure in ("acc", "acc_norm"):
+        pairs = zip(original.accuracies[measure], other.accuracies[measure], strict=True)
+        scored = [
+            Result(measure, task.name, len(task.items), compare_means(a, b))
+            for task, (a, b) in zip(tasks, pairs, strict=True)
+        ]
+        results += scored
+        if len(scored) > 1:
+            items = sum(each.items for each in scored)
+            paired = mean_of([each.paired for each in scored])
+            results.append(Result(measure, f"mean of {len(scored)}", items, paired))
+    said = zip(prompts, original.said, other.said, strict=True)
+    return Evaluation(
+        study.name, plan, adapter, tuple(results), tuple(Sample(*each) for each in said)
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One model's: losses by text and window, accuracies by measure, task and item; answers."""
+
+    losses: list[list[float]]
+    accuracies: dict[str, list[list[float]]]
+    said: list[str]
+
+
+def _score(
+    study: Study,
+    computing: AbstractContextManager[None],
+    texts: Sequence[Windows],
+    tasks: Sequence[Task],
+    prompts: Sequence[str],
+) -> _Scores:
+    scores = _Scores([], {"acc": [], "acc_norm": []}, [])
+    with computing:
+        for text in texts:
+            scores.losses.append(loss_by_window(study.model, text, study.progress))
+        for task in tasks:
+            asked = [each for item in task.items for each in item.asked]
+            found = likelihoods(
+                study.model,
+                study.tokenizer,
+                asked,
+                study.model.config.max_position_embeddings,
+                study.progress,
+                f"Scoring {task.name}",
+            )
+            answers = iter(found)
+            answered = [(item, [next(answers) for _ in item.asked]) for item in task.items]
+            scores.accuracies["acc"].append([item.accuracy(each) for item, each in answered])
+            scores.accuracies["acc_norm"].append(
+                [item.normalized_accuracy(each) for item, each in answered]
+            )
+        scores.said.extend(_completion(study, prompt) for prompt in prompts)
+    return scores
+
+
+@torch.inference_mode()
+def _completion(study: Study, prompt: str) -> str:
+    ids: Any = study.tokenizer(prompt)["input_ids"]
+    given = torch.tensor([ids], device=study.device)
+    said = study.model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=_SAMPLED_TOKENS,
+        do_sample=False,
+    )
+    text = study.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
+    return str(text)

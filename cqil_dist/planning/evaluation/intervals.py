@@ -1,0 +1,81 @@
+"""Means, how sure they are, and how two models differ on the same items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Self
+
+_Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_mean(cls, values: Sequence[float]) -> Self:
+        """Of a mean over independent items, by the normal approximation."""
+        mean = fmean(values)
+        half = _Z95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(mean, mean - half, mean + half)
+
+    def map(self, increasing: Callable[[float], float]) -> Interval:
+        """Of an increasing function of the estimate."""
+        return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One measure of the original and of another model, on the same items.
+
+    Attributes:
+        difference: of the other from the original, or its ratio to it: narrower than the two
+            intervals, since items that are hard for one are hard for the other.
+    """
+
+    original: Interval
+    other: Interval
+    difference: Interval
+
+
+def compare_means(original: Sequence[float], other: Sequence[float]) -> Paired:
+    """Means, and the difference of the second from the first."""
+    differences = [b - a for a, b in zip(original, other, strict=True)]
+    return Paired(
+        Interval.of_mean(original), Interval.of_mean(other), Interval.of_mean(differences)
+    )
+
+
+def compare_perplexities(original: Sequence[float], other: Sequence[float]) -> Paired:
+    """Perplexities from losses (nats a token) by window, and the ratio of the second's."""
+    losses = compare_means(original, other)
+    return Paired(losses.original.map(_exp), losses.other.map(_exp), losses.difference.map(_exp))
+
+
+def mean_of(results: Sequence[Paired]) -> Paired:
+    """The mean of independent results, each with the same weight."""
+    return Paired(
+        _mean([each.original for each in results]),
+        _mean([each.other for each in results]),
+        _mean([each.difference for each in results]),
+    )
+
+
+def _mean(intervals: Sequence[Interval]) -> Interval:
+    mean = fmean([each.value for each in intervals])
+    half = math.sqrt(sum((each.high - each.value) ** 2 for each in intervals)) / len(intervals)
+    return Interval(mean, mean - half, mean + half)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,51 @@
+"""lm-eval's view of a model under a plan: its own Hugging Face class, with the layers grouped.
+
+import cqil_dist.planning.evaluation.lm_eval  # registers "cqil"
+lm_eval.simple_evaluate("cqil", model_args={"pretrained": ..., "plan": ...}, tasks=[...])
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.plan import PlanSource
+from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.study import Study, merge
+from cqil_dist.progress import ConsoleProgress
+
+
+@register_model("cqil")
+class GroupedLM(HFLM):  # type: ignore[misc]
+    """A model under a plan, for lm-eval 0.4.13.
+
+    Args:
+        pretrained: whatever `--model` may be.
+        plan: anything `Plan.parse` reads.
+        adapter: directory of the plan's adapter.
+        options: of lm-eval's `HFLM`, such as `batch_size`.
+
+    Raises:
+        CqilError: the model, the plan or the adapter cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        plan: PlanSource = "sequential",
+        adapter: str | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> None:
+        study = Study.of(pretrained, device, ConsoleProgress())
+        if adapter is not None:
+            merge(study.model, Adapter(Path(adapter)))
+        super().__init__(pretrained=study.model, tokenizer=study.tokenizer, **options)
+        self._computing = ExitStack()
+        groups = study.plan(plan).groups
+        self._computing.enter_context(grouped(study.model, groups))

@@ -1,0 +1,138 @@
+"""Log likelihoods of continuations, many at a time, as lm-eval defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cqil_dist.errors import TextError
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens that are computed at once, padding included.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A continuation after a context."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation: its log likelihood, and whether each token was the most likely one."""
+
+    logprob: float
+    greedy: bool
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of its continuation, as lm-eval splits them.
+
+    The two are encoded together, so that the tokens are those of running text. Blanks at the
+    context's end belong to the continuation; an empty context is the end of an earlier text.
+
+    Raises:
+        TextError: the continuation is empty.
+    """
+    context = asked.context.rstrip()
+    blanks = asked.context[len(context) :]
+    ids: Any = tokenizer(context)["input_ids"]
+    whole: Any = tokenizer(context + blanks + asked.continuation)["input_ids"]
+    if not (following := whole[len(ids) :]):
+        raise TextError(f"nothing follows the context {context[-60:]!r}; a continuation is needed")
+    return ids or [tokenizer.eos_token_id], following
+
+
+@torch.inference_mode()
+def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress) -> list[float]:
+    """Cross entropy of each window's tokens after the first, nats a token."""
+    losses: list[float] = []
+    with progress.task("Computing perplexity", len(windows.token_ids_WT), "windows") as task:
+        for tokens_T in windows.token_ids_WT:
+            hidden_TD = _hidden(model, tokens_T[None])[0]
+            logits_TV = _logits(model, hidden_TD[:-1])
+            losses.append(float(F.cross_entropy(logits_TV, tokens_T[1:].to(logits_TV.device))))
+            task.advance()
+    return losses
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    max_len: int,
+    progress: Progress,
+    description: str,
+) -> list[Likelihood]:
+    """The likelihood of each continuation after its context, in order.
+
+    Args:
+        max_len: tokens the model takes; of a longer context the end is kept.
+    """
+    pairs = [encode(tokenizer, each) for each in asked]
+    cut = [(ids[-(max_len + 1 - len(following)) :], following) for ids, following in pairs]
+    found: dict[int, Likelihood] = {}
+    with progress.task(description, len(asked), "continuations") as task:
+        for batch in _batches([len(ids) + len(following) for ids, following in cut]):
+            rows = [cut[index] for index in batch]
+            found |= dict(zip(batch, _likelihoods(model, rows), strict=True))
+            task.advance(len(batch))
+    return [found[index] for index in range(len(asked))]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of about the same length, longest first: what does not fit shows soon."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        count = max(1, _BATCH_TOKENS // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
+
+
+def _likelihoods(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]
+) -> list[Likelihood]:
+    longest = max(len(ids) + len(following) for ids, following in rows)
+    # Padding comes after what is asked for, and attention is causal: no mask is needed.
+    tokens_BT = torch.zeros(len(rows), longest - 1, dtype=torch.long)
+    for row, (ids, following) in enumerate(rows):
+        given = (ids + following)[:-1]
+        tokens_BT[row, : len(given)] = torch.tensor(given)
+    hidden_BTD = _hidden(model, tokens_BT)
+    spans = [slice(len(ids) - 1, len(ids) + len(following) - 1) for ids, following in rows]
+    hidden_ND = torch.cat([hidden_BTD[row, span] for row, span in enumerate(spans)])
+    logprobs_NV = _logits(model, hidden_ND).log_softmax(-1)
+    found: list[Likelihood] = []
+    first = 0
+    for _, following in rows:
+        part_CV = logprobs_NV[first : first + len(following)]
+        targets_C = torch.tensor(following, device=part_CV.device)
+        first += len(following)
+        logprob = float(part_CV.gather(1, targets_C[:, None]).sum())
+        found.append(Likelihood(logprob, bool((part_CV.argmax(-1) == targets_C).all())))
+    return found
+
+
+def _hidden(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    decoder: Any = model.get_decoder()
+    hidden: Tensor = decoder(tokens_BT.to(model.device), use_cache=False).last_hidden_state
+    return hidden
+
+
+def _logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    head: Any = model.get_output_embeddings()
+    logits: Tensor = head(hidden_ND).float()
+    return logits

@@ -1,0 +1,98 @@
+"""Tasks in JSON lines: multiple choice, which of two contexts, and the last word.
+
+    {"context": ..., "choices": [...], "gold": i}
+    {"contexts": [...], "continuation": ..., "gold": i}
+    {"context": ..., "continuation": ...}
+
+Choices and continuations begin with the blank that sets them off from the context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqil_dist.errors import TextError
+from cqil_dist.planning.evaluation.scoring import Asked, Likelihood
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        asked: whose likelihoods decide.
+        gold: which of them is right; None where the one continuation has to be the most likely.
+    """
+
+    asked: tuple[Asked, ...]
+    gold: int | None
+
+    def accuracy(self, found: Sequence[Likelihood]) -> float:
+        """1 where the most likely one is right (lm-eval's `acc`)."""
+        if self.gold is None:
+            return float(found[0].greedy)
+        return float(_best([each.logprob for each in found]) == self.gold)
+
+    def normalized_accuracy(self, found: Sequence[Likelihood]) -> float:
+        """By likelihood a character of the continuation (lm-eval's `acc_norm`)."""
+        if self.gold is None:
+            return self.accuracy(found)
+        lengths = [len(each.continuation.lstrip()) for each in self.asked]
+        scores = [each.logprob / length for each, length in zip(found, lengths, strict=True)]
+        return float(_best(scores) == self.gold)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of questions."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+def read_task(path: Path, limit: int | None = None) -> Task:
+    """The task in a file, or the first `limit` items of it.
+
+    Raises:
+        TextError: naming the line that is of none of the forms above.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"cannot read a task from {path}: {error}") from error
+    items: list[Item] = []
+    for number, line in enumerate(lines[:limit], start=1):
+        try:
+            items.append(_item(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TextError(
+                f"{path}, line {number}: not an item of a task ({error!r}); items are "
+                '{"context", "choices", "gold"}, {"contexts", "continuation", "gold"} or '
+                '{"context", "continuation"}'
+            ) from error
+    if not items:
+        raise TextError(f"{path} holds no item")
+    return Task(path.stem, tuple(items))
+
+
+def _item(entry: Any) -> Item:
+    if "choices" in entry:
+        context = str(entry["context"])
+        asked = tuple(Asked(context, str(choice)) for choice in entry["choices"])
+    elif "contexts" in entry:
+        continuation = str(entry["continuation"])
+        asked = tuple(Asked(str(context), continuation) for context in entry["contexts"])
+    else:
+        return Item((Asked(str(entry["context"]), str(entry["continuation"])),), None)
+    gold = int(entry["gold"])
+    if not 0 <= gold < len(asked):
+        raise ValueError(f"gold is {gold} of {len(asked)}")
+    return Item(asked, gold)
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)

@@ -1,0 +1,196 @@
+"""Depth against quality: searched plans, and beside them the paper's and removed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cqil_dist.errors import PlanError
+from cqil_dist.plan import Bypass, Plan
+from cqil_dist.planning.latency import CostModel
+from cqil_dist.planning.original import Divergence, Original
+from cqil_dist.planning.search import PlanSearch, additive_front
+from cqil_dist.planning.sensitivity import Sensitivities
+from cqil_dist.planning.similarity import regular_plan, without_layers
+from cqil_dist.progress import Progress
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a plan has to keep to; the best that does is looked for.
+
+    Attributes:
+        depth: number of groups.
+        max_kl: nats a token, on the calibration text.
+        max_loss: rise of perplexity there: 0.05 is 5 %.
+        max_latency_us: of a token, by the cost model.
+
+    Raises:
+        PlanError: not exactly one of them is given.
+    """
+
+    depth: int | None = None
+    max_kl: float | None = None
+    max_loss: float | None = None
+    max_latency_us: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in vars(self).values()) != 1:
+            raise PlanError("give one goal: a depth, a KL divergence, a loss or a latency")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model that was measured on the calibration text.
+
+    Attributes:
+        kind: "search", "CQIL D0", "CQIL D1" or "layers removed".
+        plan: None where layers were removed.
+    """
+
+    kind: str
+    depth: int
+    divergence: Divergence
+    plan: Plan | None
+    latency_us: float | None
+    exchanges: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "depth": self.depth,
+            "kl": self.divergence.kl,
+            "perplexity": self.divergence.perplexity,
+            "latency_us": self.latency_us,
+            "exchanges": self.exchanges,
+            "plan": None if self.plan is None else self.plan.to_json(),
+        }
+
+    def plan_json(self, original_perplexity: float, text: str) -> dict[str, Any]:
+        """The plan, as `Plan.parse` reads it, and what was measured of it."""
+        assert self.plan is not None, "a plan was found"
+        measured = {
+            "kl": self.divergence.kl,
+            "perplexity": self.divergence.perplexity,
+            "original_perplexity": original_perplexity,
+            "text": text,
+        }
+        return {**self.plan.to_json(), "measured": measured}
+
+    def describe(self, original_perplexity: float) -> str:
+        ratio = self.divergence.perplexity / original_perplexity
+        return (
+            f"{self.depth} groups, KL {self.divergence.kl:.3f} nats a token, perplexity "
+            f"{ratio:.3f}x on the calibration text"
+        )
+
+
+class PlanFinder:
+    """Finds the best plan for a goal, and measures what it is to be compared with."""
+
+    def __init__(
+        self,
+        original: Original,
+        sensitivities: Sensitivities,
+        cost: CostModel,
+        seconds: float,
+        progress: Progress,
+    ) -> None:
+        self._original = original
+        self._cost = cost
+        self._progress = progress
+        self._divergences: dict[Plan, Divergence] = {}
+        self._search = PlanSearch(
+            original.num_layers, sensitivities, self._measure, seconds, progress
+        )
+        self._reachable = additive_front(original.num_layers, sensitivities)
+
+    def find(self, goal: Goal) -> Measured:
+        """The best plan for a goal.
+
+        Raises:
+            PlanError: no plan of the known groups keeps to it.
+        """
+        if goal.depth is not None:
+            return self._measured(self._search.refine(goal.depth))
+        if goal.max_latency_us is not None:
+            return self._measured(self._search.refine(self._depth_within(goal.max_latency_us)))
+        return self._shallowest(lambda plan: self._keeps_to(plan, goal))
+
+    def front(self) -> list[Measured]:
+        """The best plan of every depth from half the layers on."""
+        half = self._original.num_layers // 2
+        wanted = [plan for depth, plan in self._reachable.items() if depth >= half]
+        self._measure_all("Measuring the front", wanted)
+        return [self._measured(p) for p in self._search.front().values() if p.depth >= half]
+
+    def baselines(self, similarity_LL: Tensor) -> Iterator[Measured]:
+        """Regular plans by similarity of inputs, and removed layers, at the same depths."""
+        layers = self._original.num_layers
+        with self._progress.task("Measuring baselines", layers - layers // 2, "depths") as task:
+            for depth in range(layers - 1, layers // 2 - 1, -1):
+                for bypass in ("0", "1"):
+                    plan = regular_plan(similarity_LL, 2, depth, Bypass.parse(bypass))
+                    if plan is not None:
+                        divergence = self._original.compare(plan.groups)
+                        yield self._of_plan(f"CQIL D{bypass}", plan, divergence)
+                divergence = self._original.compare(without_layers(similarity_LL, depth))
+                yield Measured("layers removed", depth, divergence, None, None, None)
+                task.advance()
+
+    def _shallowest(self, keeps_to: Callable[[Plan], bool]) -> Measured:
+        """Down from the original, as far as the goal allows; refined where a plan falls short."""
+        best: Plan | None = None
+        for depth in sorted(self._reachable, reverse=True)[1:]:
+            plan = self._reachable[depth]
+            if not keeps_to(plan) and not keeps_to(plan := self._search.refine(depth)):
+                break
+            best = plan
+        if best is None:
+            raise PlanError(
+                "no two layers can run together within this bound; allow more, or measure larger "
+                "groups (--max-group)"
+            )
+        return self._measured(self._search.refine(best.depth))
+
+    def _keeps_to(self, plan: Plan, goal: Goal) -> bool:
+        self._search.kl(plan)
+        divergence = self._divergences[plan]
+        if goal.max_kl is not None:
+            return divergence.kl <= goal.max_kl
+        assert goal.max_loss is not None, "one of a goal's bounds is given"
+        return divergence.perplexity <= (1 + goal.max_loss) * self._original.perplexity
+
+    def _depth_within(self, max_latency_us: float) -> int:
+        within = [
+            depth
+            for depth, plan in self._reachable.items()
+            if self._cost.latency_us(plan) <= max_latency_us
+        ]
+        if not within:
+            fastest = min(map(self._cost.latency_us, self._reachable.values()))
+            raise PlanError(
+                f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
+                f"{fastest:.0f} us on {self._cost.ranks} ranks"
+            )
+        return max(within)
+
+    def _measure_all(self, description: str, plans: list[Plan]) -> None:
+        with self._progress.task(description, len(plans), "plans") as task:
+            for plan in plans:
+                self._search.kl(plan)
+                task.advance()
+
+    def _measure(self, plan: Plan) -> float:
+        self._divergences[plan] = self._original.compare(plan.groups)
+        return self._divergences[plan].kl
+
+    def _measured(self, plan: Plan) -> Measured:
+        return self._of_plan("search", plan, self._divergences[plan])
+
+    def _of_plan(self, kind: str, plan: Plan, divergence: Divergence) -> Measured:
+        latency_us, exchanges = self._cost.latency_us(plan), self._cost.exchanges(plan)
+        return Measured(kind, plan.depth, divergence, plan, latency_us, exchanges)

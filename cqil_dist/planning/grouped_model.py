@@ -1,0 +1,134 @@
+"""A transformers model that computes its layers in a plan's groups.
+
+What measuring and training plans takes: batches of whole sequences, gradients, peft's adapters,
+`generate` with its cache. The group equations are the reference's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cqil_dist.errors import PlanError
+from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.reference import group_output
+from cqil_dist.plan import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in a directory, for evaluation.
+
+    Raises:
+        UnsupportedModel: its structure is not one whose layers can be grouped.
+        CheckpointError: its files are damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    ModelConfig.from_directory(path)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa"
+    )
+    return model.to(device).eval()
+
+
+@contextmanager
+def grouped(
+    model: PreTrainedModel, groups: Sequence[Group], *, checkpointing: bool = False
+) -> Iterator[None]:
+    """Within the block the model computes these groups, in order.
+
+    Layers that no group names pass their input on: computing can begin in the midst of the model,
+    or leave layers out. Whatever runs the model's backward pass does so within the block too.
+
+    Args:
+        model: of a supported family, with an adapter or without.
+        checkpointing: keep nothing but the groups' inputs for the backward pass.
+
+    Raises:
+        PlanError: a group names a layer that the model lacks.
+    """
+    decoder: Any = model.get_decoder()
+    layers = decoder.layers
+    standing_in = [_Passing(layer) for layer in layers]
+    for group in groups:
+        if group.layers[-1] >= len(layers):
+            raise PlanError(
+                f"a group names layer {group.layers[-1]} but the model has {len(layers)} layers"
+            )
+        members = [standing_in[layer] for layer in group.layers]
+        members[-1].group = _GroupOfLayers(group, members, checkpointing)
+    decoder.layers = nn.ModuleList(standing_in)
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Tensor) -> Tensor:
+    """What these groups make of the first one's input; the final norm is not applied."""
+    decoder: Any = model.get_decoder()
+    outputs: list[Tensor] = []
+    hook = decoder.norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    try:
+        with grouped(model, groups):
+            decoder(inputs_embeds=hidden_BTD, use_cache=False)
+    finally:
+        hook.remove()
+    return outputs[0]
+
+
+class _Passing(nn.Module):
+    """Stands in for one layer: passes its input on, unless it is the last member of a group.
+
+    The model hands every layer masks of its own kind: each member remembers what it was handed.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+        self.group: _GroupOfLayers | None = None
+        self.handed: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **handed: Any) -> Tensor:
+        self.handed = handed
+        return hidden_states if self.group is None else self.group(hidden_states)
+
+
+class _GroupOfLayers:
+    """The members of one group, computed together. Not a module: the members are, already."""
+
+    def __init__(self, group: Group, members: Sequence[_Passing], checkpointing: bool) -> None:
+        self._group = group
+        self._members = dict(zip(group.layers, members, strict=True))
+        self._checkpointing = checkpointing
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._checkpointing and torch.is_grad_enabled():
+            output: Tensor = checkpoint(self._compute, x, use_reentrant=False)
+            return output
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        return group_output(x, self._group, self._attention, self._feed_forward)
+
+    def _attention(self, index: int, x: Tensor) -> Tensor:
+        member = self._members[index]
+        output: Tensor
+        output, _ = member.layer.self_attn(
+            hidden_states=member.layer.input_layernorm(x), **member.handed
+        )
+        return output
+
+    def _feed_forward(self, index: int, u: Tensor) -> Tensor:
+        layer = self._members[index].layer
+        output: Tensor = layer.mlp(layer.post_attention_layernorm(u))
+        return output

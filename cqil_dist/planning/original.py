@@ -1,0 +1,135 @@
+"""The unchanged model on some text, remembered: what every plan is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a changed model is from the original, on W windows of T tokens.
+
+    Attributes:
+        kl_W: KL(original || changed) of the next token, nats, mean over each window.
+        loss_W: the changed model's cross entropy on the text itself, nats a token.
+    """
+
+    kl_W: Tensor
+    loss_W: Tensor
+
+    @property
+    def kl(self) -> float:
+        return float(self.kl_W.mean())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.loss_W.mean()))
+
+
+class Original:
+    """A model's inputs to every layer, and its next-token distributions, on some text.
+
+    Layers before the first that a plan changes are not computed again. Holds 4 bytes a token and
+    vocabulary entry, and a hidden state a token and layer.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, windows: Windows, progress: Progress) -> None:
+        self.model = model
+        self.windows = windows
+        self.num_layers: int = model.config.num_hidden_layers
+        self._decoder: Any = model.get_decoder()
+        self._inputs_LWTD: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
+        self._logprobs_WTV: list[Tensor] = []
+        losses: list[Tensor] = []
+        with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
+            for tokens_T in windows.token_ids_WT:
+                logprobs_TV = self._record(tokens_T)
+                self._logprobs_WTV.append(logprobs_TV)
+                losses.append(_loss(logprobs_TV, tokens_T))
+                task.advance()
+        self.loss_W = torch.stack(losses)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.loss_W.mean()))
+
+    @property
+    def inputs_LWTD(self) -> Sequence[Sequence[Tensor]]:
+        """Hidden states [T, D] by layer and window: what each layer takes."""
+        return self._inputs_LWTD
+
+    @torch.inference_mode()
+    def compare(self, groups: Sequence[Group]) -> Divergence:
+        """Run these groups in place of the original's layers.
+
+        Layers that no group names are left out of the model.
+        """
+        changed = (
+            index
+            for index, group in enumerate(groups)
+            if group.layers != (index,) or list(group.visible(0)) != [0]
+        )
+        start = next(changed, min(len(groups), self.num_layers - 1))
+        kls: list[Tensor] = []
+        losses: list[Tensor] = []
+        with grouped(self.model, groups[start:]):
+            for window, tokens_T in enumerate(self.windows.token_ids_WT):
+                logprobs_TV = self._logprobs(self._inputs_LWTD[start][window])
+                original_TV = self._logprobs_WTV[window]
+                kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
+                kls.append(kl.cpu() / len(tokens_T))
+                losses.append(_loss(logprobs_TV, tokens_T))
+        return Divergence(torch.stack(kls), torch.stack(losses))
+
+    def compare_group(self, group: Group) -> Divergence:
+        """Run this one group, and every other layer as it is."""
+        return self.compare(Plan.covering([group], self.num_layers).groups)
+
+    def _record(self, tokens_T: Tensor) -> Tensor:
+        """Log probabilities [T, V]; notes every layer's input on the way."""
+
+        def note(index: int, x: Tensor) -> None:
+            self._inputs_LWTD[index].append(x[0])
+
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, index=index: note(
+                    index, args[0] if args else kwargs["hidden_states"]
+                ),
+                with_kwargs=True,
+            )
+            for index, layer in enumerate(self._decoder.layers)
+        ]
+        try:
+            embedded = self._decoder.embed_tokens(tokens_T.to(self.model.device))
+            return self._logprobs(embedded)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _logprobs(self, x_TD: Tensor) -> Tensor:
+        """Log probabilities [T, V] of what the model makes of a first layer's input."""
+        decoded = self._decoder(inputs_embeds=x_TD[None], use_cache=False)
+        head: Any = self.model.get_output_embeddings()
+        logits: Tensor = head(decoded.last_hidden_state[0])
+        return logits.float().log_softmax(-1)
+
+
+def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    return F.nll_loss(logprobs_TV[:-1].cpu(), tokens_T[1:])

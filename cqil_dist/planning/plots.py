@@ -1,0 +1,100 @@
+"""Pictures of what was measured, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cqil_dist.planning.distillation import Course
+
+_SMOOTHED = 20
+
+
+def plot_course(course: Course, path: Path) -> None:
+    """Loss of every step, its running mean, and that of the held-out text."""
+    with _axes(path) as axes:
+        losses = course.losses
+        axes.plot(losses, color="#c9c9c9", linewidth=0.8, label="a step's windows")
+        means = [
+            sum(part) / len(part)
+            for end in range(len(losses))
+            if (part := losses[max(0, end + 1 - _SMOOTHED) : end + 1])
+        ]
+        axes.plot(means, color="#4477aa", label=f"mean of {_SMOOTHED} steps")
+        axes.plot(
+            list(course.held_out),
+            list(course.held_out.values()),
+            "o-",
+            color="#cc3311",
+            label="held-out text",
+        )
+        axes.set(xlabel="step", ylabel="KL divergence, nats a token")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+
+def plot_similarity(record: dict[str, Any], path: Path) -> None:
+    """Cosine similarity of every two layers' inputs, of an analysis (CQIL, figure 2)."""
+    from numpy import array
+
+    similarity = array(record["similarity"])
+    with _axes(path, 5.5, 4.8) as axes:
+        drawn = axes.imshow(similarity, cmap="viridis", vmin=max(0.0, similarity.min()), vmax=1)
+        axes.figure.colorbar(drawn, label="cosine similarity")
+        axes.set(xlabel="layer", ylabel="layer", title="Similarity of layers' inputs")
+
+
+def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
+    """What each group of an analysis costs: a row a size and bypass, a column a first layer."""
+    from matplotlib.colors import LogNorm
+    from numpy import full, nan
+
+    entries = record["sensitivities"]
+    kinds = sorted({(len(e["layers"]), str(e["bypass"])) for e in entries})
+    layers = len(record["similarity"])
+    kl = full((len(kinds), layers), nan)
+    for e in entries:
+        kl[kinds.index((len(e["layers"]), str(e["bypass"]))), e["layers"][0]] = max(e["kl"], 1e-4)
+    with _axes(path, 9, 0.9 + 0.3 * len(kinds)) as axes:
+        drawn = axes.imshow(kl, cmap="magma_r", norm=LogNorm(), aspect="auto")
+        axes.figure.colorbar(drawn, label="KL, nats a token")
+        axes.set_yticks(range(len(kinds)), [f"{size} layers, {bypass}" for size, bypass in kinds])
+        axes.set(xlabel="first layer", title="What a group costs by itself")
+
+
+_KINDS = {
+    "search": ("o-", "#4477aa"),
+    "CQIL D0": ("s--", "#cc3311"),
+    "CQIL D1": ("^--", "#ee7733"),
+    "layers removed": ("x:", "#777777"),
+}
+
+
+def plot_front(record: dict[str, Any], path: Path) -> None:
+    """Divergence by depth, of the kinds of plans in what `cqil plan search` has written."""
+    with _axes(path) as axes:
+        for kind, (marks, colour) in _KINDS.items():
+            points = sorted((m["depth"], m["kl"]) for m in record["measured"] if m["kind"] == kind)
+            if points:
+                axes.plot(*zip(*points, strict=True), marks, color=colour, label=kind, markersize=4)
+        axes.set(xlabel="groups one after another", ylabel="KL divergence, nats a token")
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.legend()
+        axes.set_title(record["model"])
+
+
+@contextmanager
+def _axes(path: Path, width: float = 7, height: float = 4.5) -> Iterator[Any]:
+    """Axes of a figure that is saved at the end of the block."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

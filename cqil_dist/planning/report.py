@@ -1,0 +1,81 @@
+"""One page of all that a folder holds: analysis, fronts, evaluations. Nothing outside is needed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqil_dist.plan import Plan
+
+REPORT = "report.html"
+_TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The records of a folder, by kind, each with the file that it is in."""
+
+    analyses: list[tuple[Path, dict[str, Any]]]
+    fronts: list[tuple[Path, dict[str, Any]]]
+    evaluations: list[tuple[Path, dict[str, Any]]]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` from the folder's JSON and PNG files; returns its path."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cqil_dist.planning", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"interval": _interval, "picture": _picture, "plan": _plan_text}
+    found = _records(folder)
+    page = environment.get_template(_TEMPLATE).render(
+        analyses=found.analyses, fronts=found.fronts, evaluations=found.evaluations
+    )
+    (folder / REPORT).write_text(page, encoding="utf-8")
+    return folder / REPORT
+
+
+def _records(folder: Path) -> _Found:
+    found = _Found([], [], [])
+    for path, record in _read_all(folder):
+        if "similarity" in record:
+            found.analyses.append((path, record))
+        elif "cost" in record and "measured" in record:
+            found.fronts.append((path, record))
+        elif "results" in record and "samples" in record:
+            found.evaluations.append((path, record))
+    return found
+
+
+def _read_all(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # not ours
+        if isinstance(record, dict):
+            yield path, record
+
+
+def _interval(interval: dict[str, float]) -> str:
+    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+
+
+def _picture(path: Path) -> str:
+    """A PNG as a data URI; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    return str(Plan.parse(plan, plan["num_layers"]))

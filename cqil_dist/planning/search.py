@@ -1,0 +1,159 @@
+"""The best irregular plan of each depth: dynamic programming, then local search by measurement.
+
+Knows groups, what each costs by itself, and something that measures whole plans; nothing of models
+or tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from cqil_dist.errors import PlanError
+from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
+from cqil_dist.progress import Progress, SilentProgress
+
+# Of the plans one group deeper, from how many to go on; and from each, how many plans to measure.
+_LOOSENED = 3
+_TIGHTENED = 8
+
+
+def additive_front(num_layers: int, sensitivities: Sensitivities) -> dict[int, Plan]:
+    """The plan of each depth whose groups' sensitivities have the least sum.
+
+    That sum is not the plan's divergence, but orders plans well enough to begin with.
+    """
+    best = best_bypasses(sensitivities)
+    ending: dict[int, list[Group]] = {last: [Group((last,))] for last in range(num_layers)}
+    for group in best.values():
+        ending[group.layers[-1]].append(group)
+    # fronts[n][d]: least sum, and groups, of the first n layers in d groups.
+    fronts: list[dict[int, tuple[float, tuple[Group, ...]]]] = [{0: (0.0, ())}]
+    for last in range(num_layers):
+        front: dict[int, tuple[float, tuple[Group, ...]]] = {}
+        for group in ending[last]:
+            for depth, (cost, groups) in fronts[group.layers[0]].items():
+                total = cost + sensitivities.get(group, 0.0)
+                if depth + 1 not in front or total < front[depth + 1][0]:
+                    front[depth + 1] = (total, (*groups, group))
+        fronts.append(front)
+    return {depth: Plan(groups, num_layers) for depth, (_, groups) in sorted(fronts[-1].items())}
+
+
+@dataclass
+class PlanSearch:
+    """Searches among plans of the groups whose sensitivity is known.
+
+    Attributes:
+        measure: the divergence of a whole plan.
+        measured: all that has been measured so far.
+        seconds: how long to search from now on; what is begun is finished.
+    """
+
+    num_layers: int
+    sensitivities: Sensitivities
+    measure: Callable[[Plan], float]
+    seconds: float
+    progress: Progress = field(default_factory=SilentProgress)
+    measured: dict[Plan, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ends = time.monotonic() + self.seconds
+        self._best = best_bypasses(self.sensitivities)
+        self._bypasses: dict[tuple[int, ...], list[Group]] = {}
+        for group in self.sensitivities:
+            self._bypasses.setdefault(group.layers, []).append(group)
+
+    def kl(self, plan: Plan) -> float:
+        """The divergence of a whole plan, measured once."""
+        if plan not in self.measured:
+            self.measured[plan] = self.measure(plan)
+        return self.measured[plan]
+
+    def front(self) -> dict[int, Plan]:
+        """The best plan of every depth measured so far."""
+        best: dict[int, Plan] = {}
+        for plan, kl in self.measured.items():
+            if plan.depth not in best or kl < self.measured[best[plan.depth]]:
+                best[plan.depth] = plan
+        return dict(sorted(best.items()))
+
+    def refine(self, depth: int) -> Plan:
+        """The best plan of this depth that local search finds in the time that is left.
+
+        A round takes a group apart and joins two others, in the way that measures best, or changes
+        one group's bypass. Ends where no such change helps.
+
+        Raises:
+            PlanError: no plan of the known groups has this depth.
+        """
+        plans = additive_front(self.num_layers, self.sensitivities)
+        if depth not in plans:
+            raise PlanError(
+                f"depth is {depth}, but groups of the sizes that were measured reach depths "
+                f"{min(plans)} to {max(plans)}"
+            )
+        start = self.front().get(depth, plans[depth])
+        with self.progress.task(f"Refining depth {depth}", unit="plans") as task:
+            counted = len(self.measured)
+            current, kl = start, self.kl(start)
+            while time.monotonic() < self._ends:
+                for plan in self._neighbours(current):
+                    self.kl(plan)
+                    task.update(len(self.measured) - counted)
+                better = self.front()[depth]
+                if self.measured[better] >= kl:
+                    break
+                current, kl = better, self.measured[better]
+        return self.front()[depth]
+
+    def _neighbours(self, plan: Plan) -> Iterator[Plan]:
+        """Plans of the same depth that may be better, most promising first; until time is up.
+
+        Where one is, what follows begins at it: the caller has measured it by then.
+        """
+        loosened = sorted(self._loosened(plan), key=self._kl_in_time)
+        for deeper in loosened[:_LOOSENED]:
+            tightened = sorted(self._tightened(deeper), key=self._sum)
+            for found in [each for each in tightened if each != plan][:_TIGHTENED]:
+                if time.monotonic() > self._ends:
+                    return
+                yield found
+        for found in self._other_bypasses(self.front()[plan.depth]):
+            if time.monotonic() > self._ends:
+                return
+            yield found
+
+    def _loosened(self, plan: Plan) -> Iterator[Plan]:
+        """Every plan in which one group is two."""
+        for index, group in enumerate(plan.groups):
+            for cut in range(1, group.size):
+                parts = (group.layers[:cut], group.layers[cut:])
+                yield self._replaced(plan, index, 1, [self._group(layers) for layers in parts])
+
+    def _tightened(self, plan: Plan) -> Iterator[Plan]:
+        """Every plan in which two adjacent groups are one."""
+        for index, (group, following) in enumerate(pairwise(plan.groups)):
+            if (layers := group.layers + following.layers) in self._best:
+                yield self._replaced(plan, index, 2, [self._group(layers)])
+
+    def _other_bypasses(self, plan: Plan) -> Iterator[Plan]:
+        for index, group in enumerate(plan.groups):
+            for other in self._bypasses.get(group.layers, []):
+                if other != group:
+                    yield self._replaced(plan, index, 1, [other])
+
+    def _group(self, layers: tuple[int, ...]) -> Group:
+        return Group(layers) if len(layers) == 1 else self._best[layers]
+
+    def _replaced(self, plan: Plan, first: int, count: int, groups: Sequence[Group]) -> Plan:
+        return Plan((*plan.groups[:first], *groups, *plan.groups[first + count :]), plan.num_layers)
+
+    def _sum(self, plan: Plan) -> float:
+        return sum(self.sensitivities.get(group, 0.0) for group in plan.groups)
+
+    def _kl_in_time(self, plan: Plan) -> float:
+        return self.kl(plan) if time.monotonic() < self._ends else self._sum(plan)

@@ -1,0 +1,136 @@
+"""Text to measure plans on: windows of tokens, from files or sampled from the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cqil_dist.errors import TextError
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Sequences that are sampled at the same time. More take more memory, fewer take longer.
+_SAMPLED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text, cut into W windows of T tokens.
+
+    Attributes:
+        token_ids_WT: int64.
+        source: what it was taken from, for people.
+        files: checksums of the files it was taken from.
+    """
+
+    token_ids_WT: Tensor
+    source: str
+    files: frozenset[str] = frozenset()
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids_WT.numel()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokens: what was measured on them can be found again."""
+        return hashlib.sha256(self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
+
+    def split(self, held_out: int) -> tuple[Windows, Windows]:
+        """All but the last `held_out` windows, and those."""
+        kept = len(self.token_ids_WT) - held_out
+        return (
+            Windows(self.token_ids_WT[:kept], self.source, self.files),
+            Windows(self.token_ids_WT[kept:], self.source, self.files),
+        )
+
+
+def read_windows(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int | None = None,
+    seed: int = 0,
+) -> Windows:
+    """Windows of text files, none overlapping another.
+
+    Args:
+        length: tokens of a window.
+        count: take so many, at random; None takes all, in order.
+
+    Raises:
+        TextError: a file cannot be read, or there is not enough text.
+    """
+    texts: list[str] = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"cannot read text from {path}: {error}") from error
+    rows: list[Tensor] = []
+    for text in texts:
+        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) // length
+        rows.append(torch.tensor(ids[: whole * length], dtype=torch.long).view(whole, length))
+    windows = torch.cat(rows)
+    needed = 1 if count is None else count
+    if len(windows) < needed:
+        raise TextError(
+            f"{', '.join(map(str, paths))} hold {len(windows)} windows of {length} tokens but "
+            f"{needed} are needed; give more text, or ask for less"
+        )
+    if count is not None:
+        generator = torch.Generator().manual_seed(seed)
+        windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
+    checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return Windows(windows, ", ".join(path.name for path in paths), checksums)
+
+
+def sample_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+    progress: Progress,
+) -> Windows:
+    """Windows that the model itself says, at temperature 1.
+
+    Each begins with a token taken at random, as in LLM-QAT (arXiv 2305.17888), so that they are of
+    many kinds; none ends before it is full.
+    """
+    from transformers import GenerationConfig
+
+    special = set(tokenizer.all_special_ids)
+    # Not the model's own defaults: those make for better answers, and narrower text.
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
+    rows: list[Tensor] = []
+    with (
+        progress.task("Sampling text", count, "windows") as task,
+        torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
+        torch.inference_mode(),
+    ):
+        torch.manual_seed(seed)
+        for first in range(0, count, _SAMPLED_AT_ONCE):
+            batch = min(_SAMPLED_AT_ONCE, count - first)
+            begun = ordinary[torch.randint(len(ordinary), (batch, 1))].to(model.device)
+            rows.append(model.generate(begun, generation_config=config).cpu())
+            task.advance(batch)
+    return Windows(torch.cat(rows).clone(), f"sampled from the model, seed {seed}")

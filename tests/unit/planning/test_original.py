@@ -1,0 +1,104 @@
+"""Divergences and similarities are what their definitions say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import TinyModel, TinyModelFactory, random_tokens
+
+from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.grouped_model import load_model
+from cqil_dist.planning.original import Original
+from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
+from cqil_dist.planning.similarity import input_similarity, without_layers
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import SilentProgress
+
+TOKENS = [random_tokens(20, seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def original(tiny: TinyModel) -> Original:
+    model = load_model(tiny.path, torch.float32, torch.device("cpu"))
+    return Original(model, Windows(torch.tensor(TOKENS), "random"), SilentProgress())
+
+
+@pytest.mark.parametrize("plan", ["P2 S0 E6 D1", "P2 S4 E6 D0", "P3 S1 E4 Dfull", "sequential"])
+def test_a_plan_diverges_by_its_kl_from_transformers(
+    original: Original, tiny: TinyModel, plan: str
+) -> None:
+    found = original.compare(tiny.plan(plan).groups)
+    for window, tokens in enumerate(TOKENS):
+        given = tiny.original_logits(tokens).log_softmax(-1)
+        changed = tiny.reference_logits(tiny.plan(plan), tokens).log_softmax(-1)
+        kl = (given.exp() * (given - changed)).sum(-1).mean()
+        assert float(found.kl_W[window]) == pytest.approx(float(kl), abs=1e-4)
+        loss = F.nll_loss(changed[:-1], torch.tensor(tokens[1:]))
+        assert float(found.loss_W[window]) == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_layers_that_are_not_named_are_left_out(original: Original, tiny: TinyModel) -> None:
+    for removed in (0, 2, 5):
+        kept = [Group((layer,)) for layer in range(6) if layer != removed]
+        x = original.model.get_input_embeddings()(torch.tensor(TOKENS[0]))[None]
+        positions = torch.arange(20)[None]
+        with torch.inference_mode():
+            decoder = original.model.get_decoder()
+            rotary = decoder.rotary_emb(x, positions)
+            for layer, module in enumerate(decoder.layers):
+                if layer != removed:
+                    x = module(x, position_embeddings=rotary, attention_mask=None)
+            logits = original.model.get_output_embeddings()(decoder.norm(x))[0]
+        loss = F.cross_entropy(logits[:-1], torch.tensor(TOKENS[0][1:]))
+        assert float(original.compare(kept).loss_W[0]) == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_similarity_is_the_cosine_of_layers_inputs(original: Original, tiny: TinyModel) -> None:
+    similarity = input_similarity(original)
+    with torch.inference_mode():
+        hidden = tiny.original(torch.tensor(TOKENS), output_hidden_states=True).hidden_states
+    expected = F.cosine_similarity(hidden[1], hidden[4], dim=-1).mean()
+    assert float(similarity[1, 4]) == pytest.approx(float(expected), abs=1e-5)
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(6))
+
+
+def test_the_layer_that_changes_its_input_least_goes_first() -> None:
+    similarity = torch.eye(4)
+    for layer, alike in enumerate((0.5, 0.9, 0.7)):
+        similarity[layer, layer + 1] = alike
+    assert [g.layers[0] for g in without_layers(similarity, 3)] == [0, 2, 3]
+    assert [g.layers[0] for g in without_layers(similarity, 2)] == [0, 3]
+
+
+def test_an_interrupted_measurement_goes_on(original: Original, tmp_path: Path) -> None:
+    groups = list(candidates(6, 2))
+    known = tmp_path / "known.jsonl"
+    first = measure_sensitivities(original, groups[:5], known, SilentProgress())
+    with known.open("a", encoding="utf-8") as file:
+        file.write('{"layers": [3, 4], "byp')  # killed while it wrote
+    asked: list[Group] = []
+
+    class Watched(Original):
+        def __init__(self) -> None:
+            self.num_layers = original.num_layers
+
+        def compare_group(self, group: Group):  # type: ignore[no-untyped-def]
+            asked.append(group)
+            return original.compare_group(group)
+
+    found = measure_sensitivities(Watched(), groups, known, SilentProgress())
+    assert asked == groups[5:]
+    assert {group: found[group] for group in groups[:5]} == first
+    plan = Plan.covering([groups[7]], 6)
+    assert found[groups[7]] == pytest.approx(original.compare(plan.groups).kl)
+    asked.clear()
+    assert measure_sensitivities(Watched(), groups, known, SilentProgress()) == found
+    assert asked == []

@@ -1,0 +1,171 @@
+"""The search finds the best plan there is, where that can be known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_models import TinyModelFactory, random_tokens
+
+from cqil_dist.errors import PlanError
+from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning.front import Goal, PlanFinder
+from cqil_dist.planning.grouped_model import load_model
+from cqil_dist.planning.latency import CostModel
+from cqil_dist.planning.original import Original
+from cqil_dist.planning.search import PlanSearch, additive_front
+from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
+from cqil_dist.planning.similarity import input_similarity
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import SilentProgress
+
+LAYERS = 8
+MANY_S = 60.0
+
+
+def invented(group: Group) -> float:
+    """Anything, but the same each time; more for larger groups."""
+    mixed = sum((3 + layer) ** 3 for layer in group.layers) * (7 + len(str(group.bypass)))
+    return (1 + mixed % 101) / 100 * group.size**2
+
+
+SENSITIVITIES = {group: invented(group) for group in candidates(LAYERS, 3)}
+
+
+def every_plan() -> Iterator[Plan]:
+    """With the best bypass of each group."""
+    for cuts in itertools.product([False, True], repeat=LAYERS - 1):
+        groups: list[list[int]] = [[0]]
+        for layer, cut in enumerate(cuts, start=1):
+            if cut:
+                groups.append([layer])
+            else:
+                groups[-1].append(layer)
+        if max(map(len, groups)) <= 3:
+            chosen = [
+                min(
+                    (g for g in SENSITIVITIES if g.layers == tuple(layers)),
+                    key=SENSITIVITIES.__getitem__,
+                    default=Group(tuple(layers)),
+                )
+                for layers in groups
+            ]
+            yield Plan(tuple(chosen), LAYERS)
+
+
+def total(plan: Plan) -> float:
+    return sum(SENSITIVITIES.get(group, 0.0) for group in plan.groups)
+
+
+def test_the_front_has_the_least_sum_of_each_depth() -> None:
+    front = additive_front(LAYERS, SENSITIVITIES)
+    assert sorted(front) == list(range(3, LAYERS + 1))
+    for depth, plan in front.items():
+        least = min(total(each) for each in every_plan() if each.depth == depth)
+        assert total(plan) == pytest.approx(least)
+
+
+def test_local_search_finds_a_best_plan_that_sums_do_not_show() -> None:
+    """Two groups cost nothing together, though each is dear by itself; so does one bypass."""
+    planted = Plan.covering([Group((1, 2), Bypass("full")), Group((5, 6, 7))], LAYERS)
+
+    def measure(plan: Plan) -> float:
+        apart = len(set(plan.groups) ^ set(planted.groups))
+        return total(plan) * 0.01 + apart
+
+    search = PlanSearch(LAYERS, SENSITIVITIES, measure, MANY_S)
+    assert search.refine(planted.depth) == planted
+
+
+def test_time_bounds_the_search() -> None:
+    measured: list[Plan] = []
+
+    def measure(plan: Plan) -> float:
+        measured.append(plan)
+        return total(plan)
+
+    search = PlanSearch(LAYERS, SENSITIVITIES, measure, seconds=0.0)
+    assert search.refine(5) == additive_front(LAYERS, SENSITIVITIES)[5]
+    assert len(measured) == 1
+    with pytest.raises(PlanError, match=r"depth is 2, but .* reach depths 3 to 8"):
+        search.refine(2)
+
+
+@pytest.fixture(scope="module")
+def original(tiny_model: TinyModelFactory) -> Original:
+    """A random model in which layers 2 and 3 hardly add anything: the pair to choose."""
+    model = load_model(tiny_model().path, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for layer in (2, 3):
+            for projection in ("self_attn.o_proj", "mlp.down_proj"):
+                model.get_submodule(f"model.layers.{layer}.{projection}").weight *= 0.01
+    tokens = torch.tensor([random_tokens(24, seed) for seed in range(4)])
+    return Original(model, Windows(tokens, "random"), SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def sensitivities(
+    original: Original, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Group, float]:
+    known = tmp_path_factory.mktemp("study") / "known.jsonl"
+    return measure_sensitivities(original, list(candidates(6, 3)), known, SilentProgress())
+
+
+COST = CostModel(layer_us=100, head_us=50, link_us=10, ranks=2, vocab_size=300)
+
+
+@pytest.fixture
+def finder(original: Original, sensitivities: dict[Group, float]) -> PlanFinder:
+    return PlanFinder(original, sensitivities, COST, MANY_S, SilentProgress())
+
+
+def test_a_planted_pair_is_found(finder: PlanFinder) -> None:
+    found = finder.find(Goal(depth=5))
+    assert found.plan is not None
+    assert [g.layers for g in found.plan.groups if g.size > 1] == [(2, 3)]
+    assert found.divergence.kl < 0.01
+
+
+@pytest.mark.parametrize("goal", [Goal(max_kl=0.01), Goal(max_loss=0.002)])
+def test_the_shallowest_plan_within_a_bound_is_found(finder: PlanFinder, goal: Goal) -> None:
+    """Layers that add nothing may run beside any neighbour: no plan of fewer groups will do."""
+    found = finder.find(goal)
+    assert found.depth == 4
+    assert found.divergence.kl < 0.01
+    assert all(each.divergence.kl > 0.01 for each in finder.front() if each.depth < 4)
+
+
+def test_a_latency_bounds_the_depth(finder: PlanFinder) -> None:
+    """Five groups of 100 us and half a head are 525 us, and some exchanges; six are more."""
+    found = finder.find(Goal(max_latency_us=590))
+    assert found.depth == 5
+    assert found.latency_us is not None
+    assert 525 < found.latency_us <= 590
+    with pytest.raises(PlanError, match="no plan takes 100 us a token or less; the fastest takes"):
+        finder.find(Goal(max_latency_us=100))
+
+
+def test_goals_that_cannot_be_kept_are_said(
+    original: Original, sensitivities: dict[Group, float]
+) -> None:
+    dear = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
+    finder = PlanFinder(original, dear, COST, MANY_S, SilentProgress())
+    with pytest.raises(PlanError, match="no two layers can run together within this bound"):
+        finder.find(Goal(max_kl=1e-3))
+    for goal in ({}, {"depth": 5, "max_kl": 1.0}):
+        with pytest.raises(PlanError, match="give one goal"):
+            Goal(**goal)  # type: ignore[arg-type]
+
+
+def test_searched_plans_are_no_worse_than_regular_ones(
+    finder: PlanFinder, original: Original
+) -> None:
+    finder.find(Goal(depth=4))
+    best = {each.depth: each.divergence.kl for each in finder.front()}
+    baselines = list(finder.baselines(input_similarity(original)))
+    assert {each.kind for each in baselines} == {"CQIL D0", "CQIL D1", "layers removed"}
+    for each in baselines:
+        if each.depth == 4 and each.plan is not None:
+            assert best[4] <= each.divergence.kl

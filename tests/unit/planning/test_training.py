@@ -1,0 +1,207 @@
+"""Compensation and distillation bring a plan back towards the original, on text not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import TinyModel, TinyModelFactory, assert_near, random_tokens
+
+from cqil_dist.errors import LaunchError
+from cqil_dist.model.adapter import Adapter, write_adapter
+from cqil_dist.model.checkpoint import Checkpoint
+from cqil_dist.model.reference import ReferenceModel
+from cqil_dist.planning.compensation import compensate
+from cqil_dist.planning.distillation import Course, distill
+from cqil_dist.planning.grouped_model import grouped, load_model
+from cqil_dist.planning.schedule import Schedule
+from cqil_dist.planning.study import merge
+from cqil_dist.planning.texts import Windows
+from cqil_dist.progress import SilentProgress
+
+PLAN = "P2 S0 E6 D0"
+CPU = torch.device("cpu")
+SCHEDULE = Schedule(
+    steps=12,
+    batch=2,
+    learning_rate=0.01,
+    warmup=2,
+    rank=8,
+    alpha=8,
+    checkpoint_every=4,
+    evaluate_every=6,
+)
+
+
+def windows(count: int, seed: int, length: int = 32) -> Windows:
+    rows = [random_tokens(length, 1000 * seed + row) for row in range(count)]
+    return Windows(torch.tensor(rows), "random")
+
+
+TRAIN, HELD_OUT = windows(16, 1), windows(4, 2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+def fresh(tiny: TinyModel) -> Any:
+    return load_model(tiny.path, torch.float32, CPU)
+
+
+def held_out_kl(tiny: TinyModel, adapter: Path | None) -> float:
+    """By the reference, which knows neither peft nor gradients."""
+    plan = tiny.plan(PLAN)
+    checkpoint = Checkpoint(tiny.path, None if adapter is None else Adapter(adapter))
+    changed = ReferenceModel(tiny.config, checkpoint, plan)
+    total = 0.0
+    for tokens in HELD_OUT.token_ids_WT.tolist():
+        given = tiny.original_logits(tokens).log_softmax(-1)
+        said = changed.logits(tokens).log_softmax(-1)
+        total += float((given.exp() * (given - said)).sum(-1).mean())
+    return total / len(HELD_OUT.token_ids_WT)
+
+
+def train(tiny: TinyModel, output: Path, **changes: Any) -> Course:
+    schedule = replace(SCHEDULE, **changes)
+    return distill(
+        fresh(tiny), tiny.plan(PLAN), TRAIN, HELD_OUT, schedule, output, SilentProgress()
+    )
+
+
+def test_distillation_lowers_the_divergence_of_text_not_trained_on(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    course = train(tiny, tmp_path, steps=20)
+    before, after = held_out_kl(tiny, None), held_out_kl(tiny, tmp_path)
+    assert course.held_out[0] == pytest.approx(before, abs=1e-4)
+    assert course.held_out[20] == pytest.approx(after, abs=1e-4)
+    assert after < 0.9 * before
+    assert Adapter(tmp_path).plan == tiny.plan(PLAN).to_json()
+    Adapter(tmp_path).check(tiny.config)
+
+
+def test_a_resumed_run_is_an_unbroken_one(tiny: TinyModel, tmp_path: Path) -> None:
+    """Killed between two saved states: what came after the last is done again, and the same."""
+    unbroken = train(tiny, tmp_path / "unbroken")
+
+    class Killed(Exception):
+        pass
+
+    def kill(course: Course) -> None:
+        if len(course.losses) == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distill(
+            fresh(tiny),
+            tiny.plan(PLAN),
+            TRAIN,
+            HELD_OUT,
+            SCHEDULE,
+            tmp_path / "broken",
+            SilentProgress(),
+            on_progress=kill,
+        )
+    resumed = train(tiny, tmp_path / "broken")
+    assert resumed.losses == unbroken.losses
+    assert resumed.held_out == unbroken.held_out
+    weights = [
+        load_file(tmp_path / run / "adapter_model.safetensors") for run in ("unbroken", "broken")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert train(tiny, tmp_path / "broken").losses == unbroken.losses, "it is done already"
+
+
+def test_gradient_checkpointing_changes_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+    plain = train(tiny, tmp_path / "plain", steps=3)
+    checkpointed = train(tiny, tmp_path / "less", steps=3, gradient_checkpointing=True)
+    assert checkpointed.losses == pytest.approx(plain.losses, abs=1e-5)
+
+
+def test_a_folder_of_another_run_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
+    train(tiny, tmp_path, steps=3)
+    with pytest.raises(LaunchError, match="another schedule; choose another folder"):
+        train(tiny, tmp_path, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0 but must be at least 1"),
+        ({"warmup": 12}, "warmup is 12 but must be at least 0 and below steps, 12"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        replace(SCHEDULE, **changes)
+
+
+def test_every_epoch_sees_every_window_once(tiny: TinyModel, tmp_path: Path) -> None:
+    from cqil_dist.planning import distillation
+
+    epoch = [index for step in range(8) for index in distillation._indices(16, SCHEDULE, step)]
+    following = [
+        index for step in range(8, 16) for index in distillation._indices(16, SCHEDULE, step)
+    ]
+    assert sorted(epoch) == sorted(following) == list(range(16))
+    assert epoch != following
+
+
+def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    model = fresh(tiny)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    changes = compensate(model, tiny.plan(PLAN), windows(64, 3), SilentProgress(), rank=48)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    write_adapter(tmp_path, changes, str(tiny.path), tiny.plan(PLAN).to_json())
+    assert held_out_kl(tiny, tmp_path) < 0.9 * held_out_kl(tiny, None)
+
+
+def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Path) -> None:
+    plan = tiny.plan(PLAN)
+    changes = compensate(fresh(tiny), plan, windows(64, 3), SilentProgress(), rank=8)
+    write_adapter(tmp_path / "start", changes, str(tiny.path), plan.to_json())
+    start = Adapter(tmp_path / "start")
+    course = distill(
+        fresh(tiny),
+        plan,
+        TRAIN,
+        HELD_OUT,
+        replace(SCHEDULE, alpha=16),
+        tmp_path / "trained",
+        SilentProgress(),
+        start=start,
+    )
+    assert course.held_out[0] == pytest.approx(held_out_kl(tiny, tmp_path / "start"), abs=1e-4)
+    assert course.held_out[12] < course.held_out[0]
+    with pytest.raises(LaunchError, match="has rank 8 but training has rank 4; give --rank 8"):
+        distill(
+            fresh(tiny),
+            plan,
+            TRAIN,
+            HELD_OUT,
+            replace(SCHEDULE, rank=4),
+            tmp_path / "less",
+            SilentProgress(),
+            start=start,
+        )
+
+
+def test_a_merged_model_is_the_adapted_reference(tiny: TinyModel, tmp_path: Path) -> None:
+    train(tiny, tmp_path, steps=3)
+    model = fresh(tiny)
+    merge(model, Adapter(tmp_path))
+    plan = tiny.plan(PLAN)
+    reference = ReferenceModel(tiny.config, Checkpoint(tiny.path, Adapter(tmp_path)), plan)
+    tokens = random_tokens(11)
+    with torch.inference_mode(), grouped(model, plan.groups):
+        assert_near(model(torch.tensor([tokens])).logits[0], reference.logits(tokens))
