@@ -101,7 +101,7 @@ def search(
     analysis = analyze_model(study, original, max_group)
     finder = PlanFinder(original, analysis.sensitivities, cost, seconds, progress)
     found = finder.find(goal)
-    write_record(output, found.plan_json(original.perplexity, analysis.text))
+    write_record(output, found.plan_json(original))
     typer.echo(f"written: {output} ({found.describe(original.perplexity)})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
     beside = output.with_name(f"{output.stem}-front")
@@ -137,13 +137,14 @@ def compensate(
     """
     from cqil_dist.model.adapter import write_adapter
     from cqil_dist.planning.compensation import compensate as fit
+    from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.study import Study
 
     study = Study.of(model, device, ConsoleProgress())
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed)
     changes = fit(study.model, parsed, windows, study.progress, rank=rank, ridge=ridge)
-    write_adapter(output, changes, model, parsed.to_json())
+    write_adapter(output, changes, model, {**parsed.to_json(), "measured": made_with(windows)})
     typer.echo(f"written: {output}", err=True)
 
 

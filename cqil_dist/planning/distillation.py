@@ -24,6 +24,7 @@ from cqil_dist.errors import LaunchError
 from cqil_dist.model.adapter import Adapter, Lora, write_plan
 from cqil_dist.plan import Plan
 from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
@@ -104,7 +105,7 @@ def distill(
                 note_held_out()
             if done % schedule.checkpoint_every == 0 and done < schedule.steps:
                 _save_state(output, identity, student, optimizer, course)
-    _save_adapter(student, plan, output)
+    _save_adapter(student, {**plan.to_json(), "measured": made_with(train)}, output)
     _save_state(output, identity, student, optimizer, course)
     return course
 
@@ -249,7 +250,7 @@ def _save_state(
     temporary.replace(output / _STATE)
 
 
-def _save_adapter(student: PeftModel, plan: Plan, output: Path) -> None:
+def _save_adapter(student: PeftModel, plan: Mapping[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     student.save_pretrained(str(output))
-    write_plan(output, plan.to_json())
+    write_plan(output, plan)

@@ -12,6 +12,7 @@ from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Plan
 from cqil_dist.planning.latency import CostModel
 from cqil_dist.planning.original import Divergence, Original
+from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search import PlanSearch, additive_front
 from cqil_dist.planning.sensitivity import Sensitivities
 from cqil_dist.planning.similarity import regular_plan, without_layers
@@ -69,14 +70,14 @@ class Measured:
             "plan": None if self.plan is None else self.plan.to_json(),
         }
 
-    def plan_json(self, original_perplexity: float, text: str) -> dict[str, Any]:
+    def plan_json(self, original: Original) -> dict[str, Any]:
         """The plan, as `Plan.parse` reads it, and what was measured of it."""
         assert self.plan is not None, "a plan was found"
         measured = {
             "kl": self.divergence.kl,
             "perplexity": self.divergence.perplexity,
-            "original_perplexity": original_perplexity,
-            "text": text,
+            "original_perplexity": original.perplexity,
+            **made_with(original.windows),
         }
         return {**self.plan.to_json(), "measured": measured}
 

@@ -21,6 +21,7 @@ from cqil_dist.errors import TextError
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
 from cqil_dist.planning.evaluation.tasks import read_task
+from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.texts import Windows, read_windows
 from cqil_dist.progress import SilentProgress
@@ -223,6 +224,21 @@ def test_text_is_sampled_from_the_model_once(
     kept.unlink()
     assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
     assert study(tiny).windows([], 16, 64, seed=1).digest != first.digest
+
+
+def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
+    """Also where the file has another name; another text is welcome."""
+    seen, copied, other = (tmp_path / name for name in ("seen.txt", "copied.txt", "other.txt"))
+    for file, text in ((seen, TEXT), (copied, TEXT), (other, TEXT.swapcase())):
+        file.write_text(text, encoding="utf-8")
+    plan = tmp_path / "plan.json"
+    measured = made_with(read_windows([seen], tiny.tokenizer, 32))
+    plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
+    arguments = ["eval", "--model", str(tiny.path), "--plan", str(plan), "--window", "32"]
+    for file, code in ((seen, 1), (copied, 1), (other, 0)):
+        result = CliRunner().invoke(app, [*arguments, "--ppl", str(file), "--device", "cpu"])
+        assert result.exit_code == code, result.output
+        assert ("was made with" in result.output) == (code == 1)
 
 
 def test_nothing_to_evaluate_on_is_said(tiny: TinyModel, tmp_path: Path) -> None:
