@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RequestTimeout,
         ServiceError,
         ServiceUnavailable,
+        TextError,
         Unauthenticated,
         UnsupportedModel,
     )
@@ -68,6 +69,7 @@ _HOMES = {
         "RequestTimeout",
         "ServiceError",
         "ServiceUnavailable",
+        "TextError",
         "Unauthenticated",
         "UnsupportedModel",
     ),
@@ -117,6 +119,7 @@ __all__ = [
     "ServiceError",
     "ServiceUnavailable",
     "Status",
+    "TextError",
     "Timings",
     "TokenLogprob",
     "Unauthenticated",

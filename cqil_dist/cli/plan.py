@@ -123,10 +123,10 @@ def compensate(
     tokens: options.Tokens = 16_384,
     window: options.Window = 512,
     seed: options.Seed = 0,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each group's change.")] = 32,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each group's change.")] = 256,
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
-    ] = 0.01,
+    ] = 0.3,
     device: options.Device = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
 ) -> None:

@@ -1,9 +1,14 @@
 """What groups get wrong, taken back by linear regression: no training, no cost at run time.
 
-A group's output is linear in what its members' down projections are given. On calibration text,
-ridge regression finds the changes of those projections with which the group's output comes closest
-to the original's. Group after group, so that each takes back as well what those before it have
-left. Of each group's change the directions that explain most are kept: a LoRA adapter.
+What a member misses of those before it, their feed-forward outputs above all, it would have
+answered, to a first approximation, by a linear map J of it. On calibration text, ridge regression
+finds for each group the maps of its members' feed-forward outputs that bring the group's output
+closest to the original's; they fold into the down projections: W' = (I + J) W. Group after group,
+so that each takes back as well what those before it have left. Of each group's change the
+directions that explain most are kept: a LoRA adapter.
+
+Maps of outputs (width x width) generalise; changes of the projections themselves, which have as
+many inputs as there are activations, fit the same text better and other text worse.
 """
 
 from __future__ import annotations
@@ -36,15 +41,15 @@ def compensate(
     windows: Windows,
     progress: Progress,
     *,
-    rank: int = 32,
-    ridge: float = 0.01,
+    rank: int = 256,
+    ridge: float = 0.3,
 ) -> dict[str, Lora]:
     """Changes of down projections, by module, for every group from the first with several layers.
 
     Args:
-        windows: calibration text; some ten times as many tokens as a group has activations.
+        windows: calibration text; ten times as many tokens as the model is wide, or more.
         rank: of each group's change.
-        ridge: penalty on the change, as a part of the activations' mean square.
+        ridge: penalty on the change, as a part of the outputs' mean square.
     """
     decoder: Any = model.get_decoder()
     weights = {name: p.clone() for name, p in decoder.named_parameters() if PROJECTION in name}
@@ -78,28 +83,34 @@ def _fit(
 ) -> dict[int, Lora]:
     """Changes by layer."""
     decoder: Any = model.get_decoder()
-    inputs: dict[int, Tensor] = {}
+    projections = {layer: decoder.layers[layer].mlp.down_proj for layer in group.layers}
+    outputs: dict[int, Tensor] = {}
     normal: _Normal | None = None
     hooks = [
-        decoder.layers[layer].mlp.down_proj.register_forward_pre_hook(
-            lambda module, args, layer=layer: inputs.__setitem__(layer, args[0][0].float())
+        projection.register_forward_hook(
+            lambda module, args, output, layer=layer: outputs.__setitem__(layer, output[0].float())
         )
-        for layer in group.layers
+        for layer, projection in projections.items()
     ]
     try:
         for x, target in zip(said, taught, strict=True):
             residual_TD = (target - hidden_after(model, [group], x))[0].float()
-            inputs_TK = torch.cat([inputs[layer] for layer in group.layers], dim=1)
+            # What comes next normalises its input: a few tokens that are a thousand times larger
+            # than all others would decide everything.
+            scale_T1 = target[0].float().pow(2).mean(-1, keepdim=True).rsqrt()
+            inputs_TK = torch.cat([outputs[layer] for layer in group.layers], dim=1)
             if normal is None:
                 normal = _Normal.empty(inputs_TK.shape[1], residual_TD.shape[1], x.device)
-            normal.add(inputs_TK, residual_TD)
+            normal.add(scale_T1 * inputs_TK, scale_T1 * residual_TD)
     finally:
         for hook in hooks:
             hook.remove()
     assert normal is not None, "there is text"
-    b_DR, a_RK = normal.solve(ridge, rank)
-    parts = a_RK.chunk(group.size, dim=1)
-    return {layer: Lora(a, b_DR) for layer, a in zip(group.layers, parts, strict=True)}
+    b_DR, mixed_RK = normal.solve(ridge, rank)
+    return {
+        layer: Lora(mixed_RD @ projections[layer].weight.float(), b_DR)
+        for layer, mixed_RD in zip(group.layers, mixed_RK.chunk(group.size, dim=1), strict=True)
+    }
 
 
 @contextmanager

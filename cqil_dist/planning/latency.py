@@ -13,7 +13,7 @@ from cqil_dist.benchmarks.workers import prepare_layers
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.plan import Plan
 
-_POSITION = 128
+_CONTEXT = 128
 _WARM_UP = 3
 _REPEATS = 15
 
@@ -57,8 +57,9 @@ def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
     torch.set_num_threads(1)
     try:
         measure = prepare_layers(path, 1)
-        measure(_POSITION, _WARM_UP)
-        times_ms = measure(_POSITION, _REPEATS)
+        position = min(_CONTEXT, config.max_positions - 1)
+        measure(position, _WARM_UP)
+        times_ms = measure(position, _REPEATS)
     finally:
         torch.set_num_threads(threads)
     layer_us, head_us = (1000 * median(times_ms[part::2]) for part in (0, 1))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from tiny_models import TinyModel, TinyModelFactory, random_tokens
+from adapters import random_adapter
+from tiny_models import TinyModel, TinyModelFactory, random_tokens, tiny_config
 from watching import wait_for
 
 import cqil_dist as cqil
 from cqil_dist.client import Client
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
 
 PROMPT = random_tokens(23, seed=1)
@@ -60,6 +64,44 @@ def test_sequential_plan_is_transformers(cluster: None, model: TinyModel) -> Non
         completion = engine.complete(PROMPT, max_tokens=16, temperature=0)
     expected = model.original.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False)
     assert list(completion.token_ids) == expected[0, len(PROMPT) :].tolist()
+
+
+def test_an_adapter_runs_on_every_rank_and_the_other_plan_without(
+    cluster: None, model: TinyModel, tmp_path: Path
+) -> None:
+    adapter = random_adapter(tmp_path / "adapter", model)
+    adapted = Checkpoint(model.path, Adapter(adapter))
+    expected = ReferenceModel(model.config, adapted, model.plan(PLAN)).greedy(PROMPT, 16)
+    original = ReferenceModel(model.config, model.checkpoint, model.plan("sequential"))
+    with cqil.launch(
+        str(model.path),
+        PLAN,
+        ranks=2,
+        adapter=adapter,
+        compare="sequential",
+        served_model_name="m",
+        max_len=64,
+    ) as engine:
+        for name, tokens in (("m", expected), ("m:sequential", original.greedy(PROMPT, 16))):
+            completion = engine.complete(PROMPT, model=name, max_tokens=16, temperature=0)
+            assert list(completion.token_ids) == tokens
+        resident = sum(rank.weight_bytes for rank in engine.status().ranks)
+    assert resident > 1.5 * sum(tensor_bytes(model)), "both weights are there"
+
+
+def tensor_bytes(model: TinyModel) -> list[int]:
+    """Of the layers."""
+    config = model.config
+    return [4 * (config.attention_parameters + config.feed_forward_parameters)] * config.num_layers
+
+
+def test_an_adapter_of_another_model_is_refused(
+    model: TinyModel, tiny_model: TinyModelFactory, tmp_path: Path
+) -> None:
+    wider = tiny_model(tiny_config(intermediate_size=43))
+    adapter = random_adapter(tmp_path, wider)
+    with pytest.raises(cqil.CheckpointError, match=r"but the model's weight is \[48, 41\]"):
+        cqil.launch(str(model.path), PLAN, 2, adapter=adapter)
 
 
 def test_stream_is_the_completion_in_parts(engine: cqil.RunningEngine) -> None:

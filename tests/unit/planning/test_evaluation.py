@@ -69,7 +69,9 @@ def test_scores_are_lm_evals(
 
     adapter = random_adapter(tmp_path / "adapter", tiny)
     tasks = local_tasks(tmp_path, monkeypatch)
-    original = evaluate_with_lm_eval(tasks, "hf", pretrained=str(tiny.path), dtype="float32")
+    original = evaluate_with_lm_eval(
+        tasks, "hf", pretrained=str(tiny.path), dtype="float32", device="cpu"
+    )
     other = evaluate_with_lm_eval(
         tasks, "cqil", pretrained=str(tiny.path), plan=PLAN, adapter=str(adapter), device="cpu"
     )
@@ -102,7 +104,9 @@ def test_log_likelihoods_are_lm_evals(
     from cqil_dist.planning.evaluation.scoring import Asked, likelihoods
 
     tasks = local_tasks(tmp_path, monkeypatch)
-    expected = evaluate_with_lm_eval(tasks, "hf", pretrained=str(tiny.path), dtype="float32")
+    expected = evaluate_with_lm_eval(
+        tasks, "hf", pretrained=str(tiny.path), dtype="float32", device="cpu"
+    )
     one = study(tiny)
     asked = [
         Asked(str(question["question"]), f" {choice}")

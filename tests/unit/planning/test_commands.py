@@ -1,0 +1,116 @@
+"""The commands as a user runs them, one after another, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import sync_playwright
+from tiny_models import TinyModel, TinyModelFactory
+from typer.testing import CliRunner
+
+from cqil_dist.cli.app import app
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.plan import Plan
+
+TEXT = "The keeper of the lighthouse walks to the market to buy bread, fish and news. " * 40
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After all commands: what they have written."""
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CQIL_CACHE", str(folder / "cache"))
+        text, other = folder / "text.txt", folder / "other.txt"
+        text.write_text(TEXT, encoding="utf-8")
+        other.write_text(TEXT.replace("bread", "salt"), encoding="utf-8")
+        plan, adapter = str(folder / "plan.json"), str(folder / "adapter")
+        small = ["--tokens", "128", "--window", "32"]
+        run("plan", "analyze", tiny, *small, "--max-group", "2", "-o", str(folder))
+        run("plan", "search", tiny, *small, "--max-group", "2", "--depth", "4", "-o", plan)
+        run(
+            *("plan", "compensate", tiny, "--plan", plan, "--text", str(text), "--tokens", "512"),
+            *("--window", "32", "--rank", "4", "-o", str(folder / "start")),
+        )
+        run(
+            *("distill", tiny, "--plan", plan, "--text", str(text), "--tokens", "512"),
+            *("--window", "32", "--held-out", "2", "--steps", "4", "--warmup", "1"),
+            *("--rank", "4", "--batch", "2", "--init", str(folder / "start"), "-o", adapter),
+        )
+        run(
+            *("eval", tiny, "--plan", plan, "--adapter", adapter, "--ppl", str(other)),
+            *("--window", "32", "-o", str(folder / "eval.json")),
+        )
+    return folder
+
+
+def run(*arguments: Any) -> None:
+    words: list[str] = []
+    for argument in arguments:
+        words += ["--model", str(argument.path)] if isinstance(argument, TinyModel) else [argument]
+    result = CliRunner().invoke(app, [*words, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_the_analysis_has_every_group(folder: Path) -> None:
+    analysis = read(folder / "analysis.json")
+    assert len(analysis["similarity"]) == 6
+    assert len(analysis["sensitivities"]) == 5 * 4
+    for picture in ("similarity", "sensitivity", "plan-front"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plan_is_the_best_that_was_measured(folder: Path) -> None:
+    plan = read(folder / "plan.json")
+    assert Plan.parse(plan, 6).depth == 4
+    measured = read(folder / "plan-front.json")["measured"]
+    kls = [each["kl"] for each in measured if each["kind"] == "search" and each["depth"] == 4]
+    assert kls == [plan["measured"]["kl"]]
+    assert {each["depth"] for each in measured} == {3, 4, 5, 6}
+
+
+def test_the_adapter_is_for_the_plan(folder: Path, tiny: TinyModel) -> None:
+    adapter = Adapter(folder / "adapter")
+    adapter.check(tiny.config)
+    assert adapter.plan is not None
+    assert Plan.parse(adapter.plan, 6) == Plan.parse(read(folder / "plan.json"), 6)
+    assert (folder / "adapter" / "loss.png").is_file()
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(folder: Path) -> None:
+    """In a browser: all pictures show, and no other file or host is asked."""
+    import shutil
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if (found := next(filter(None, map(shutil.which, names)), None)) is None:
+        pytest.skip("no browser")
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        titles = page.locator("h2").all_inner_texts()
+        widths = page.eval_on_selector_all("img", "(all) => all.map((img) => img.naturalWidth)")
+        rows = page.locator("tr").count()
+        browser.close()
+    assert [url for url in asked if not url.startswith("data:")] == [
+        (folder / "report.html").as_uri()
+    ]
+    assert len(titles) == 3
+    assert len(widths) == 3
+    assert min(widths) > 300
+    # Titles; four depths; perplexity and two accuracies of no task.
+    assert rows >= 1 + 4 + 1 + 1
