@@ -77,7 +77,12 @@ def plot_front(record: dict[str, Any], path: Path) -> None:
     """Divergence by depth, of the kinds of plans in what `cqil plan search` has written."""
     with _axes(path) as axes:
         for kind, (marks, colour) in _KINDS.items():
-            points = sorted((m["depth"], m["kl"]) for m in record["measured"] if m["kind"] == kind)
+            # The original itself diverges by nothing, which has no place on this scale.
+            points = sorted(
+                (each["depth"], each["kl"])
+                for each in record["measured"]
+                if each["kind"] == kind and each["kl"] > 1e-6
+            )
             if points:
                 axes.plot(*zip(*points, strict=True), marks, color=colour, label=kind, markersize=4)
         axes.set(xlabel="groups one after another", ylabel="KL divergence, nats a token")

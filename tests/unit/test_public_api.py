@@ -69,6 +69,8 @@ def test_importing_the_package_costs_nothing() -> None:
         "outputs",
         "status",
         "timeline",
+        "recommended",
+        "planning.schedule",
     ],
 )
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:
