@@ -11,7 +11,7 @@ from cqil_dist.model.adapter import Lora, write_adapter
 from cqil_dist.model.checkpoint import layer_tensor
 
 
-def random_adapter(path: Path, model: TinyModel, rank: int = 3) -> Path:
+def random_adapter(path: Path, model: TinyModel, rank: int = 3, plan: str = "P2 S0 E6 D1") -> Path:
     """Changes every projection of every layer by far more than rounding does."""
     generator = torch.Generator().manual_seed(0)
 
@@ -23,5 +23,5 @@ def random_adapter(path: Path, model: TinyModel, rank: int = 3) -> Path:
         for layer in range(model.config.num_layers)
         for part, (out, inner) in model.config.projection_shapes.items()
     }
-    write_adapter(path, changes, str(model.path), model.plan("P2 S0 E6 D1").to_json())
+    write_adapter(path, changes, str(model.path), model.plan(plan).to_json())
     return path

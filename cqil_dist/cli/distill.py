@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.cli import options
+from cqil_dist.errors import LaunchError
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.progress import ConsoleProgress
 
@@ -36,7 +37,10 @@ def distill(
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
-    tokens: options.Tokens = 262_144,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="Default: all of --text; of the model's, 262144."),
+    ] = None,
     window: options.Window = 512,
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Windows that are not trained on.")
@@ -52,17 +56,20 @@ def distill(
     Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
     goes on with a run that was interrupted, and ends as if it had not been.
     """
-    from cqil_dist.model.adapter import Adapter
     from cqil_dist.planning.distillation import Course
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_course
+    from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
+    require_folder(output)
     progress = ConsoleProgress()
     schedule = Schedule(**training)
     study = Study.of(model, device, progress)
     parsed = study.plan(plan)
-    start = None if init is None else Adapter(init)
+    if init is not None and init.resolve() == output.resolve():
+        raise LaunchError(f"--init and --output are both {output}; write to another folder")
+    start = None if init is None else study.adapter(init, parsed)
     windows = study.windows(text or [], window, tokens, schedule.seed)
     train, kept = windows.split(held_out)
 
@@ -72,6 +79,15 @@ def distill(
         progress.note(f"after {steps} steps: held-out KL {kl:.4f} nats a token")
 
     train_adapter(
-        study.model, parsed, train, kept, schedule, output, progress, start=start, on_progress=show
+        study.model,
+        parsed,
+        train,
+        kept,
+        schedule,
+        output,
+        progress,
+        teacher=study.folder.name,
+        start=start,
+        on_progress=show,
     )
     typer.echo(f"written: {output}", err=True)

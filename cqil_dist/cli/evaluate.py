@@ -51,11 +51,13 @@ def evaluate(
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.provenance import refuse_known_text
-    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.texts import read_windows
 
+    if output is not None:
+        require_file(output)
     if not ppl and not tasks:
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
     wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]

@@ -37,10 +37,11 @@ def analyze(
     """
     from cqil_dist.planning.analysis import analyze as analyze_model
     from cqil_dist.planning.plots import plot_sensitivity, plot_similarity
-    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.records import require_folder, write_record
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
 
+    require_folder(output)
     study = Study.of(model, device, ConsoleProgress())
     original = study.original(study.windows(text or [], window, tokens, seed))
     analysis = analyze_model(study, original, max_group)
@@ -89,10 +90,11 @@ def search(
     from cqil_dist.planning.front import Goal, PlanFinder
     from cqil_dist.planning.latency import measure_cost
     from cqil_dist.planning.plots import plot_front
-    from cqil_dist.planning.records import write_record
+    from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
 
+    require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
     progress = ConsoleProgress()
     study = Study.of(model, device, progress)
@@ -106,7 +108,7 @@ def search(
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
     beside = output.with_name(f"{output.stem}-front")
     record = {
-        **{"model": model, "text": analysis.text, "tokens": analysis.tokens},
+        **{"record": "front", "model": model, "text": analysis.text, "tokens": analysis.tokens},
         **{"perplexity": original.perplexity, "cost": asdict(cost)},
         "measured": [each.to_json() for each in front],
     }
@@ -138,8 +140,10 @@ def compensate(
     from cqil_dist.model.adapter import write_adapter
     from cqil_dist.planning.compensation import compensate as fit
     from cqil_dist.planning.provenance import made_with
+    from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
+    require_folder(output)
     study = Study.of(model, device, ConsoleProgress())
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed)

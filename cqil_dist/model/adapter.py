@@ -19,12 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cqil_dist.errors import CheckpointError, UnsupportedModel
+from cqil_dist.errors import CheckpointError, PlanError, UnsupportedModel
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.plan import Plan
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -42,6 +44,12 @@ _UNSUPPORTED = {
     "lora_bias": False,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "arrow_config": None,
+    "target_parameters": None,
 }
 
 
@@ -91,8 +99,9 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Of its weights."""
-        return hashlib.sha256(self._file.read_bytes()).hexdigest()
+        """Of its weights and how they are scaled."""
+        content = self._file.read_bytes() + (self.path / CONFIG).read_bytes()
+        return hashlib.sha256(content).hexdigest()
 
     def check(self, config: ModelConfig) -> None:
         """Raises CheckpointError where it was made for a model of another shape."""
@@ -112,6 +121,16 @@ class Adapter:
                     f"[{rank}, {found_in}] but the model's weight is [{out}, {inner}]"
                 )
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raises PlanError where it was made for another plan."""
+        if (own := self.plan) is not None and (
+            made_for := Plan.parse(own, plan.num_layers)
+        ) != plan:
+            raise PlanError(
+                f"the adapter in {self.path} was made for {made_for}, not for {plan}; give "
+                f"--plan {self.path / PLAN}"
+            )
+
     def change(
         self, name: str, rows: range | None = None, columns: range | None = None
     ) -> Tensor | None:
@@ -122,6 +141,14 @@ class Adapter:
         module = name.removesuffix(".weight")
         if module not in self._modules:
             return None
+        lora = self._change(module, rows, columns)
+        return lora.b_OR @ lora.a_RI
+
+    def changes(self) -> dict[str, Lora]:
+        """All of it, by module; scales are in B."""
+        return {module: self._change(module, None, None) for module in self._modules}
+
+    def _change(self, module: str, rows: range | None, columns: range | None) -> Lora:
         try:
             with safe_open(self._file, framework="pt") as file:
                 a_RI, b_OR = (
@@ -131,20 +158,7 @@ class Adapter:
                 b = b_OR[rows.start : rows.stop] if rows is not None else b_OR[:]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {module} from {self._file}: {error}") from error
-        change: Tensor = self._scale(module, a.shape[0]) * (b.float() @ a.float())
-        return change
-
-    def changes(self) -> dict[str, Lora]:
-        """All of it, by module; scales are in B."""
-        found: dict[str, Lora] = {}
-        with safe_open(self._file, framework="pt") as file:
-            for module in self._modules:
-                a_RI, b_OR = (
-                    file.get_tensor(f"{_PREFIX}{module}.lora_{part}.weight").float()
-                    for part in "AB"
-                )
-                found[module] = Lora(a_RI, self._scale(module, len(a_RI)) * b_OR)
-        return found
+        return Lora(a.float(), self._scale(module, len(a)) * b.float())
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = _of_pattern(self._config.get("alpha_pattern") or {}, module)
@@ -191,8 +205,12 @@ def write_adapter(
     }
     tensors: dict[str, Tensor] = {}
     for module, lora in changes.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora.a_RI.contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora.b_OR.contiguous()
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora.a_RI.clone(
+            memory_format=torch.contiguous_format
+        )
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora.b_OR.clone(
+            memory_format=torch.contiguous_format
+        )
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_plan(path, plan)

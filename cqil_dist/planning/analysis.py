@@ -31,6 +31,7 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "record": "analysis",
             "model": self.model,
             "text": self.text,
             "tokens": self.tokens,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cqil_dist.errors import PlanError, TextError
 from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
@@ -50,7 +51,13 @@ def compensate(
         windows: calibration text; ten times as many tokens as the model is wide, or more.
         rank: of each group's change.
         ridge: penalty on the change, as a part of the outputs' mean square.
+
+    Raises:
+        PlanError: every layer of the plan stands alone.
+        TextError: there is too little text for so small a ridge.
     """
+    if plan.depth == plan.num_layers:
+        raise PlanError(f"plan {plan} has no group of several layers: there is nothing to fit")
     decoder: Any = model.get_decoder()
     weights = {name: p.clone() for name, p in decoder.named_parameters() if PROJECTION in name}
     embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
@@ -67,7 +74,9 @@ def compensate(
                 for layer, lora in found.items():
                     weight = decoder.layers[layer].mlp.down_proj.weight
                     weight += (lora.b_OR @ lora.a_RI).to(weight.dtype)
-                    changes[layer_tensor(layer, PROJECTION)] = lora
+                    changes[layer_tensor(layer, PROJECTION)] = Lora(
+                        lora.a_RI.cpu(), lora.b_OR.cpu()
+                    )
             said = [hidden_after(model, [group], x) for x in said]
             task.advance()
     return changes
@@ -88,7 +97,9 @@ def _fit(
     normal: _Normal | None = None
     hooks = [
         projection.register_forward_hook(
-            lambda module, args, output, layer=layer: outputs.__setitem__(layer, output[0].float())
+            lambda module, args, output, layer=layer: outputs.__setitem__(
+                layer, (output if module.bias is None else output - module.bias)[0].float()
+            )
         )
         for layer, projection in projections.items()
     ]
@@ -145,7 +156,13 @@ class _Normal:
         """Factors [D, rank] and [rank, K] of the change that takes most of the residual away."""
         damped_KK = self.gram_KK.clone()
         damped_KK.diagonal().add_(ridge * self.gram_KK.diagonal().mean())
-        change_KD = torch.cholesky_solve(self.cross_KD, torch.linalg.cholesky(damped_KK))
+        factor_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        if failed:
+            raise TextError(
+                f"the text does not determine maps of {len(damped_KK)} numbers at ridge {ridge}; "
+                "give more text, or a larger ridge"
+            )
+        change_KD = torch.cholesky_solve(self.cross_KD, factor_KK)
         # Of what the full change explains, the directions of the output that have most of it.
         explained_DD = change_KD.T @ self.gram_KK @ change_KD
         directions_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -rank:]

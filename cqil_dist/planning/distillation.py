@@ -64,12 +64,14 @@ def distill(
     output: Path,
     progress: Progress,
     *,
+    teacher: str = "",
     start: Adapter | None = None,
     on_progress: Callable[[Course], None] = lambda course: None,
 ) -> Course:
     """Train an adapter for a plan, and write it to `output` in peft's format, the plan with it.
 
     Args:
+        teacher: what tells the model's weights from others; a run of others is not gone on with.
         start: changes to begin with, of at most the schedule's rank.
         on_progress: called after each look at the held-out windows.
 
@@ -79,7 +81,7 @@ def distill(
     student = _student(model, schedule, start)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
-    identity = _identity(plan, train, schedule, start)
+    identity = _identity(teacher, plan, train, schedule, start)
     course = _resume(output, identity, student, optimizer)
 
     def note_held_out() -> None:
@@ -105,7 +107,11 @@ def distill(
                 note_held_out()
             if done % schedule.checkpoint_every == 0 and done < schedule.steps:
                 _save_state(output, identity, student, optimizer, course)
-    _save_adapter(student, {**plan.to_json(), "measured": made_with(train)}, output)
+    _save_adapter(
+        student,
+        {**plan.to_json(), "measured": made_with(train, None if start is None else start.plan)},
+        output,
+    )
     _save_state(output, identity, student, optimizer, course)
     return course
 
@@ -196,9 +202,10 @@ def _indices(count: int, schedule: Schedule, step: int) -> Iterator[int]:
 
 
 def _identity(
-    plan: Plan, train: Windows, schedule: Schedule, start: Adapter | None
+    teacher: str, plan: Plan, train: Windows, schedule: Schedule, start: Adapter | None
 ) -> dict[str, Any]:
     return {
+        "model": teacher,
         "plan": plan.to_json(),
         "text": train.digest,
         "schedule": asdict(schedule),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,12 @@ class PlanFinder:
         if goal.depth is not None:
             return self._measured(self._search.refine(goal.depth))
         if goal.max_latency_us is not None:
-            return self._measured(self._search.refine(self._depth_within(goal.max_latency_us)))
-        return self._shallowest(lambda plan: self._keeps_to(plan, goal))
+            depth = self._depth_within(goal.max_latency_us)
+        else:
+            depth = self._shallowest(goal)
+        self._search.refine(depth)
+        within = self._within(goal, depth)  # refining looks at divergence alone
+        return self._measured(min(within, key=self._search.kl))
 
     def front(self) -> list[Measured]:
         """The best plan of every depth from half the layers on."""
@@ -142,23 +146,31 @@ class PlanFinder:
                 yield Measured("layers removed", depth, divergence, None, None, None)
                 task.advance()
 
-    def _shallowest(self, keeps_to: Callable[[Plan], bool]) -> Measured:
+    def _shallowest(self, goal: Goal) -> int:
         """Down from the original, as far as the goal allows; refined where a plan falls short."""
-        best: Plan | None = None
+        best: int | None = None
         for depth in sorted(self._reachable, reverse=True)[1:]:
-            plan = self._reachable[depth]
-            if not keeps_to(plan) and not keeps_to(plan := self._search.refine(depth)):
+            self._search.kl(self._reachable[depth])
+            if not self._within(goal, depth):
+                self._search.refine(depth)
+            if not self._within(goal, depth):
                 break
-            best = plan
+            best = depth
         if best is None:
             raise PlanError(
                 "no two layers can run together within this bound; allow more, or measure larger "
                 "groups (--max-group)"
             )
-        return self._measured(self._search.refine(best.depth))
+        return best
+
+    def _within(self, goal: Goal, depth: int) -> list[Plan]:
+        """What has been measured of this depth and keeps to the goal."""
+        measured = [plan for plan in self._search.measured if plan.depth == depth]
+        return [plan for plan in measured if self._keeps_to(plan, goal)]
 
     def _keeps_to(self, plan: Plan, goal: Goal) -> bool:
-        self._search.kl(plan)
+        if goal.max_latency_us is not None:
+            return self._cost.latency_us(plan) <= goal.max_latency_us
         divergence = self._divergences[plan]
         if goal.max_kl is not None:
             return divergence.kl <= goal.max_kl
@@ -177,6 +189,7 @@ class PlanFinder:
                 f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
                 f"{fastest:.0f} us on {self._cost.ranks} ranks"
             )
+        self._search.kl(self._reachable[max(within)])
         return max(within)
 
     def _measure_all(self, description: str, plans: list[Plan]) -> None:

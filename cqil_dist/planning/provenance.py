@@ -11,9 +11,14 @@ from cqil_dist.errors import TextError
 from cqil_dist.planning.texts import Windows
 
 
-def made_with(windows: Windows) -> dict[str, Any]:
-    """What to write of a text beside what was made with it, under the key "measured"."""
-    return {"text": windows.source, "tokens": windows.tokens, "files": sorted(windows.files)}
+def made_with(windows: Windows, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What to write of a text beside what was made with it, under the key "measured".
+
+    Args:
+        earlier: the plan inside the adapter that it was made from, if any.
+    """
+    files = windows.files | _files(earlier)
+    return {"text": windows.source, "tokens": windows.tokens, "files": sorted(files)}
 
 
 def refuse_known_text(
@@ -25,10 +30,7 @@ def refuse_known_text(
         plan: as the user gave it.
         adapter_plan: what lies in the adapter.
     """
-    known: set[str] = set()
-    for record in (_record(plan), adapter_plan):
-        if record is not None:
-            known.update(record.get("measured", {}).get("files", []))
+    known = _files(_record(plan)) | _files(adapter_plan)
     for text in texts:
         if known & text.files:
             raise TextError(
@@ -37,8 +39,14 @@ def refuse_known_text(
             )
 
 
+def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
+    measured = record.get("measured") if isinstance(record, Mapping) else None
+    return frozenset(measured.get("files", []) if isinstance(measured, Mapping) else [])
+
+
 def _record(plan: str) -> Mapping[str, Any] | None:
-    if not (file := Path(plan)).is_file():
+    try:
+        found = json.loads(Path(plan).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no file: a name, notation, or JSON itself
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else None

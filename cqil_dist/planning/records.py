@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cqil_dist.errors import LaunchError
+
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace a file."""
@@ -14,3 +16,20 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def require_file(path: Path) -> None:
+    """Better before hours of work than after: raises LaunchError where no file can be written."""
+    if path.is_dir():
+        raise LaunchError(
+            f"--output {path} is a folder; name a file, such as {path / 'found.json'}"
+        )
+    require_folder(path.parent)
+
+
+def require_folder(path: Path) -> None:
+    """Make a folder to write to. Raises LaunchError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"cannot write to the folder {path}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,25 +44,19 @@ def write_report(folder: Path) -> Path:
 
 
 def _records(folder: Path) -> _Found:
-    found = _Found([], [], [])
-    for path, record in _read_all(folder):
-        if "similarity" in record:
-            found.analyses.append((path, record))
-        elif "cost" in record and "measured" in record:
-            found.fronts.append((path, record))
-        elif "results" in record and "samples" in record:
-            found.evaluations.append((path, record))
-    return found
-
-
-def _read_all(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    kinds: dict[str, list[tuple[Path, dict[str, Any]]]] = {
+        "analysis": [],
+        "front": [],
+        "evaluation": [],
+    }
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError):
             continue  # not ours
-        if isinstance(record, dict):
-            yield path, record
+        if isinstance(record, dict) and record.get("record") in kinds:
+            kinds[record["record"]].append((path, record))
+    return _Found(*kinds.values())
 
 
 def _interval(interval: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ Under the cache directory, for each model by its content:
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cqil_dist.errors import LaunchError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 
     from cqil_dist.plan import Group, Plan, PlanSource
 
-# Of a weight file: enough to tell two models apart, and read at once.
-_HEAD_BYTES = 1 << 20
+# Of each weight file so many places are read: fine-tunes of one model differ in every layer.
+_PLACES = 256
+_PLACE_BYTES = 4096
+_SAMPLED_TOKENS = 262_144
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,17 @@ class Study:
 
         Args:
             device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
+
+        Raises:
+            ModelError: the model cannot be found.
+            LaunchError: there is no such device.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cpu", "cuda"):
+            raise LaunchError(f"device {device!r} is not one of auto, cpu, cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LaunchError("device is 'cuda' but torch sees no GPU; install its CUDA build")
         return cls(name, resolve(name, progress), torch.device(device), progress)
 
     @cached_property
@@ -85,27 +97,48 @@ class Study:
         """Where what is measured of this model is kept."""
         content = hashlib.sha256()
         for file in sorted([self.path / "config.json", *self.path.glob("*.safetensors")]):
-            content.update(f"{file.name} {file.stat().st_size}\n".encode())
+            size = file.stat().st_size
+            content.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as stream:
-                content.update(stream.read(_HEAD_BYTES))
+                for place in range(_PLACES):
+                    stream.seek(size * place // _PLACES)
+                    content.update(stream.read(_PLACE_BYTES))
         return cache_dir() / "plans" / content.hexdigest()[:16]
 
-    def windows(self, files: Sequence[Path], length: int, tokens: int, seed: int) -> Windows:
+    def windows(self, files: Sequence[Path], length: int, tokens: int | None, seed: int) -> Windows:
         """Calibration text: of these files, or where there are none, of the model's own.
+
+        Args:
+            tokens: how much; None for all that the files hold, or 262,144 of the model's own.
 
         Raises:
             TextError: the files cannot be read, or hold too little.
         """
-        count = max(1, tokens // length)
+        count = None if tokens is None else max(1, tokens // length)
         if files:
             return read_windows(files, self.tokenizer, length, count, seed)
+        count = count or max(1, _SAMPLED_TOKENS // length)
         kept = self.folder / f"sampled-{length}x{count}-{seed}-{self.device.type}.pt"
         if not kept.is_file():
             sampled = sample_windows(self.model, self.tokenizer, length, count, seed, self.progress)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(sampled.token_ids_WT, kept)
+            temporary = kept.with_suffix(f".{os.getpid()}")
+            torch.save(sampled.token_ids_WT, temporary)
+            temporary.replace(kept)
         ids_WT = torch.load(kept, weights_only=True)
         return Windows(ids_WT, f"sampled from the model, seed {seed}")
+
+    def adapter(self, path: Path, plan: Plan) -> Adapter:
+        """An adapter that can be merged.
+
+        Raises:
+            CheckpointError: it is damaged, or made for a model of another shape.
+            PlanError: it was made for another plan.
+        """
+        adapter = Adapter(path)
+        adapter.check(ModelConfig.from_directory(self.path))
+        adapter.check_plan(plan)
+        return adapter
 
     def original(self, windows: Windows) -> Original:
         return Original(self.model, windows, self.progress)
@@ -119,11 +152,7 @@ class Study:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add an adapter's changes to a model's weights.
-
-    Raises:
-        CheckpointError: it was made for a model of another shape.
-    """
+    """Add an adapter's changes to a model's weights."""
     for name, parameter in model.named_parameters():
         if (change := adapter.change(name)) is not None:
             parameter += change.to(parameter.device, parameter.dtype)

@@ -46,8 +46,12 @@ class Windows:
         return hashlib.sha256(self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
-        """All but the last `held_out` windows, and those."""
-        kept = len(self.token_ids_WT) - held_out
+        """All but the last `held_out` windows, and those. Raises TextError if none are left."""
+        if (kept := len(self.token_ids_WT) - held_out) < 1:
+            raise TextError(
+                f"there are {len(self.token_ids_WT)} windows of text, of which {held_out} are to "
+                "be held out; give more text, or hold out less"
+            )
         return (
             Windows(self.token_ids_WT[:kept], self.source, self.files),
             Windows(self.token_ids_WT[kept:], self.source, self.files),
@@ -111,10 +115,14 @@ def sample_windows(
     from transformers import GenerationConfig
 
     special = set(tokenizer.all_special_ids)
-    # Not the model's own defaults: those make for better answers, and narrower text.
+    # The model's own defaults make for better answers, and narrower text; transformers takes them
+    # wherever a value is left out.
     config = GenerationConfig(
         do_sample=True,
+        temperature=1.0,
         top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
         max_new_tokens=length - 1,
         min_new_tokens=length - 1,
         eos_token_id=None,
@@ -131,6 +139,9 @@ def sample_windows(
         for first in range(0, count, _SAMPLED_AT_ONCE):
             batch = min(_SAMPLED_AT_ONCE, count - first)
             begun = ordinary[torch.randint(len(ordinary), (batch, 1))].to(model.device)
-            rows.append(model.generate(begun, generation_config=config).cpu())
+            said = model.generate(
+                begun, attention_mask=torch.ones_like(begun), generation_config=config
+            )
+            rows.append(said.cpu())
             task.advance(batch)
     return Windows(torch.cat(rows).clone(), f"sampled from the model, seed {seed}")

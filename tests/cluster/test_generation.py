@@ -69,7 +69,7 @@ def test_sequential_plan_is_transformers(cluster: None, model: TinyModel) -> Non
 def test_an_adapter_runs_on_every_rank_and_the_other_plan_without(
     cluster: None, model: TinyModel, tmp_path: Path
 ) -> None:
-    adapter = random_adapter(tmp_path / "adapter", model)
+    adapter = random_adapter(tmp_path / "adapter", model, plan=PLAN)
     adapted = Checkpoint(model.path, Adapter(adapter))
     expected = ReferenceModel(model.config, adapted, model.plan(PLAN)).greedy(PROMPT, 16)
     original = ReferenceModel(model.config, model.checkpoint, model.plan("sequential"))
@@ -99,7 +99,7 @@ def test_an_adapter_of_another_model_is_refused(
     model: TinyModel, tiny_model: TinyModelFactory, tmp_path: Path
 ) -> None:
     wider = tiny_model(tiny_config(intermediate_size=43))
-    adapter = random_adapter(tmp_path, wider)
+    adapter = random_adapter(tmp_path, wider, plan=PLAN)
     with pytest.raises(cqil.CheckpointError, match=r"but the model's weight is \[48, 41\]"):
         cqil.launch(str(model.path), PLAN, 2, adapter=adapter)
 

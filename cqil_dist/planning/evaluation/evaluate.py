@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.evaluation.intervals import (
     Paired,
@@ -78,6 +77,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "record": "evaluation",
             "model": self.model,
             "plan": self.plan.to_json(),
             "adapter": None if self.adapter is None else str(self.adapter),
@@ -99,11 +99,12 @@ def evaluate(
     The adapter stays merged into the study's model.
 
     Raises:
-        CheckpointError: the adapter is damaged, or made for another model.
+        CheckpointError, PlanError: the adapter is damaged, or made for another model or plan.
     """
+    changes = None if adapter is None else study.adapter(adapter, plan)
     original = _score(study, nullcontext(), texts, tasks, prompts)
-    if adapter is not None:
-        merge(study.model, Adapter(adapter))
+    if changes is not None:
+        merge(study.model, changes)
     other = _score(study, grouped(study.model, plan.groups), texts, tasks, prompts)
     results = [
         Result("perplexity", text.source, len(text.token_ids_WT), compare_perplexities(a, b))

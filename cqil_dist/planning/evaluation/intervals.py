@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Self
 
+from cqil_dist.errors import TextError
+
 _Z95 = 1.959964
 
 
@@ -21,9 +23,15 @@ class Interval:
 
     @classmethod
     def of_mean(cls, values: Sequence[float]) -> Self:
-        """Of a mean over independent items, by the normal approximation."""
+        """Of a mean over independent items, by the normal approximation.
+
+        Raises:
+            TextError: there is but one item.
+        """
         mean = fmean(values)
-        half = _Z95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        if len(values) < 2:
+            raise TextError("one item says nothing of how sure its score is; give two or more")
+        half = _Z95 * stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
     def map(self, increasing: Callable[[float], float]) -> Interval:

@@ -13,7 +13,6 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import PlanSource
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.study import Study, merge
@@ -43,9 +42,9 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         study = Study.of(pretrained, device, ConsoleProgress())
+        parsed = study.plan(plan)
         if adapter is not None:
-            merge(study.model, Adapter(Path(adapter)))
+            merge(study.model, study.adapter(Path(adapter), parsed))
         super().__init__(pretrained=study.model, tokenizer=study.tokenizer, **options)
         self._computing = ExitStack()
-        groups = study.plan(plan).groups
-        self._computing.enter_context(grouped(study.model, groups))
+        self._computing.enter_context(grouped(study.model, parsed.groups))

@@ -41,7 +41,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> tuple[list[int],
     """Token ids of a context and of its continuation, as lm-eval splits them.
 
     The two are encoded together, so that the tokens are those of running text. Blanks at the
-    context's end belong to the continuation; an empty context is the end of an earlier text.
+    context's end belong to the continuation; an empty context is the token that texts begin with.
 
     Raises:
         TextError: the continuation is empty.
@@ -52,7 +52,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> tuple[list[int],
     whole: Any = tokenizer(context + blanks + asked.continuation)["input_ids"]
     if not (following := whole[len(ids) :]):
         raise TextError(f"nothing follows the context {context[-60:]!r}; a continuation is needed")
-    return ids or [tokenizer.eos_token_id], following
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return ids or [first], following
 
 
 @torch.inference_mode()
@@ -81,8 +82,13 @@ def likelihoods(
 
     Args:
         max_len: tokens the model takes; of a longer context the end is kept.
+
+    Raises:
+        TextError: a continuation is empty, or too long for the model.
     """
     pairs = [encode(tokenizer, each) for each in asked]
+    if (longest := max(len(following) for _, following in pairs)) > max_len:
+        raise TextError(f"a continuation has {longest} tokens but the model takes {max_len}")
     cut = [(ids[-(max_len + 1 - len(following)) :], following) for ids, following in pairs]
     found: dict[int, Likelihood] = {}
     with progress.task(description, len(asked), "continuations") as task:

@@ -61,7 +61,8 @@ def read_task(path: Path, limit: int | None = None) -> Task:
         TextError: naming the line that is of none of the forms above.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON's strings may hold what Unicode calls the end of a line.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot read a task from {path}: {error}") from error
     items: list[Item] = []
@@ -88,6 +89,8 @@ def _item(entry: Any) -> Item:
         asked = tuple(Asked(str(context), continuation) for context in entry["contexts"])
     else:
         return Item((Asked(str(entry["context"]), str(entry["continuation"])),), None)
+    if not all(each.continuation.strip() for each in asked):
+        raise ValueError("a choice is blank")
     gold = int(entry["gold"])
     if not 0 <= gold < len(asked):
         raise ValueError(f"gold is {gold} of {len(asked)}")

@@ -21,7 +21,7 @@ from tiny_models import (
     tiny_config,
 )
 
-from cqil_dist.errors import CheckpointError, CqilError, UnsupportedModel
+from cqil_dist.errors import CheckpointError, CqilError, PlanError, UnsupportedModel
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
@@ -125,6 +125,12 @@ def test_the_plan_is_inside(model: TinyModel, adapter: Path) -> None:
     assert model.plan("P2 S0 E6 D1").to_json() == Adapter(adapter).plan
     (adapter / "plan.json").unlink()
     assert Adapter(adapter).plan is None
+
+
+def test_an_adapter_for_another_plan_is_refused(model: TinyModel, adapter: Path) -> None:
+    Adapter(adapter).check_plan(model.plan("P2 S0 E6 D1"))
+    with pytest.raises(PlanError, match=r"was made for 3 groups .*, not for sequential; give --pl"):
+        Adapter(adapter).check_plan(model.plan("sequential"))
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:

@@ -64,6 +64,19 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_outputs_that_cannot_be_written_are_said_at_once(tiny: TinyModel, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for words in (
+        ["plan", "search", "--depth", "4", "-o", str(tmp_path)],
+        ["plan", "analyze", "-o", str(file)],
+        ["distill", "--plan", "P2 S0 E6 D1", "-o", str(file)],
+    ):
+        result = CliRunner().invoke(app, [*words, "--model", str(tiny.path)])
+        assert result.exit_code == 1
+        assert "error:" in result.output
+
+
 def test_the_analysis_has_every_group(folder: Path) -> None:
     analysis = read(folder / "analysis.json")
     assert len(analysis["similarity"]) == 6

@@ -157,7 +157,7 @@ def test_which_of_two_contexts(tiny: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "which.jsonl"
     for gold in (0, 1):
         item = {"contexts": contexts, "continuation": continuation, "gold": gold}
-        file.write_text(json.dumps(item), encoding="utf-8")
+        file.write_text(f"{json.dumps(item)}\n" * 2, encoding="utf-8")
         acc, _ = evaluated(tiny, PLAN, [file]).results
         assert acc.paired.original.value == float(totals[gold] == max(totals))
 
@@ -202,6 +202,14 @@ def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None
         read_windows([file], tiny.tokenizer, 32)
     with pytest.raises(TextError, match="cannot read text"):
         read_windows([tmp_path / "absent.txt"], tiny.tokenizer, 32)
+
+
+def test_all_text_cannot_be_held_out() -> None:
+    windows = Windows(torch.zeros(4, 8, dtype=torch.long), "zeros")
+    train, kept = windows.split(3)
+    assert (len(train.token_ids_WT), len(kept.token_ids_WT)) == (1, 3)
+    with pytest.raises(TextError, match="4 windows of text, of which 4 are to be held out"):
+        windows.split(4)
 
 
 def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import TinyModel, TinyModelFactory, assert_near, random_tokens
 
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import LaunchError, PlanError, TextError
 from cqil_dist.model.adapter import Adapter, write_adapter
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
@@ -167,6 +167,17 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     write_adapter(tmp_path, changes, str(tiny.path), tiny.plan(PLAN).to_json())
     assert held_out_kl(tiny, tmp_path) < 0.9 * held_out_kl(tiny, None)
+
+
+def test_small_ranks_and_too_little_text(tiny: TinyModel, tmp_path: Path) -> None:
+    plan = tiny.plan(PLAN)
+    changes = compensate(fresh(tiny), plan, windows(8, 3), SilentProgress(), rank=1)
+    write_adapter(tmp_path, changes, str(tiny.path), plan.to_json())
+    Adapter(tmp_path).check(tiny.config)
+    with pytest.raises(TextError, match="give more text, or a larger ridge"):
+        compensate(fresh(tiny), plan, windows(1, 3), SilentProgress(), ridge=0.0)
+    with pytest.raises(PlanError, match="there is nothing to fit"):
+        compensate(fresh(tiny), tiny.plan("sequential"), windows(1, 3), SilentProgress())
 
 
 def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Path) -> None:
