@@ -47,7 +47,6 @@ def evaluate(
     Intervals are of 95 %; the last column compares item by item, which is sharper than comparing
     the two before it.
     """
-    from cqil_dist.model.adapter import Adapter
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.provenance import refuse_known_text
@@ -65,8 +64,9 @@ def evaluate(
     study = Study.of(model, device, ConsoleProgress())
     texts = [read_windows([file], study.tokenizer, window, windows, seed) for file in ppl or []]
     parsed = study.plan(plan)
-    refuse_known_text(texts, plan, None if adapter is None else Adapter(adapter).plan)
-    evaluation = evaluate_plan(study, parsed, adapter, texts, read)
+    changes = None if adapter is None else study.adapter(adapter, parsed)
+    refuse_known_text(texts, plan, None if changes is None else changes.plan)
+    evaluation = evaluate_plan(study, parsed, changes, texts, read)
     Console().print(_table(evaluation))
     if output is not None:
         write_record(output, evaluation.to_json())

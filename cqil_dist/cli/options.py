@@ -58,7 +58,6 @@ Text = Annotated[
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text to measure on.")]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
-MaxGroup = Annotated[int, typer.Option("--max-group", min=2, help="Layers of the largest groups.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 # By field of LaunchConfig.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,18 +16,51 @@ from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress
 
+if TYPE_CHECKING:
+    from cqil_dist.planning.analysis import Analysis
+    from cqil_dist.planning.original import Original
+    from cqil_dist.planning.study import Study
+
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
 
+@dataclass(frozen=True)
+class _Calibration:
+    """What groups are measured on; the same by default wherever they are, so as not to be again."""
+
+    text: list[Path] | None = None
+    tokens: int = 2048
+    window: int = 256
+    seed: int = 0
+    max_group: int = 3
+    device: str = "auto"
+
+    def analyze(self, model: str) -> tuple[Study, Original, Analysis]:
+        from cqil_dist.planning.analysis import analyze
+        from cqil_dist.planning.study import Study
+
+        study = Study.of(model, self.device, ConsoleProgress())
+        windows = study.windows(self.text or [], self.window, self.tokens, self.seed)
+        original = study.original(windows)
+        return study, original, analyze(study, original, self.max_group)
+
+
+# By field of _Calibration.
+_CALIBRATION: dict[str, Any] = {
+    "text": options.Text,
+    "tokens": options.Tokens,
+    "window": options.Window,
+    "seed": options.Seed,
+    "max_group": Annotated[int, typer.Option(min=2, help="Layers of the largest groups.")],
+    "device": options.Device,
+}
+
+
 @app.command()
+@options.options_of(_Calibration, _CALIBRATION, "calibration")
 def analyze(
     model: options.Model,
-    text: options.Text = None,
-    tokens: options.Tokens = 2048,
-    window: options.Window = 256,
-    seed: options.Seed = 0,
-    max_group: options.MaxGroup = 3,
-    device: options.Device = "auto",
+    calibration: dict[str, Any],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("plans"),
 ) -> None:
     """How alike layers' inputs are, and what running each group concurrently costs.
@@ -35,16 +68,12 @@ def analyze(
     Measured on text that the model itself says, or on --text. An interrupted run goes on where it
     was; `cqil plan search` on the same text begins with what was measured here.
     """
-    from cqil_dist.planning.analysis import analyze as analyze_model
     from cqil_dist.planning.plots import plot_sensitivity, plot_similarity
     from cqil_dist.planning.records import require_folder, write_record
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.study import Study
 
     require_folder(output)
-    study = Study.of(model, device, ConsoleProgress())
-    original = study.original(study.windows(text or [], window, tokens, seed))
-    analysis = analyze_model(study, original, max_group)
+    _, _, analysis = _Calibration(**calibration).analyze(model)
     record = analysis.to_json()
     write_record(output / "analysis.json", record)
     plot_similarity(record, output / "similarity.png")
@@ -53,8 +82,10 @@ def analyze(
 
 
 @app.command()
+@options.options_of(_Calibration, _CALIBRATION, "calibration")
 def search(
     model: options.Model,
+    calibration: dict[str, Any],
     depth: Annotated[int | None, typer.Option("--depth", help="Groups of the plan.")] = None,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
@@ -69,15 +100,9 @@ def search(
     link_us: Annotated[
         float, typer.Option("--link-us", min=0, help="An exchange between two of them.")
     ] = 50.0,
-    text: options.Text = None,
-    tokens: options.Tokens = 2048,
-    window: options.Window = 256,
-    seed: options.Seed = 0,
-    max_group: options.MaxGroup = 3,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0, help="To refine by measuring whole plans.")
     ] = 600.0,
-    device: options.Device = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="File.")] = Path("plan.json"),
 ) -> None:
     """The best plan for one goal: --depth, --max-kl, --max-loss or --max-latency-us.
@@ -86,22 +111,17 @@ def search(
     with the least sum, and local search goes on from there by measuring whole plans. Beside the
     plan is written what depth costs: searched plans, the paper's, and removed layers.
     """
-    from cqil_dist.planning.analysis import analyze as analyze_model
     from cqil_dist.planning.front import Goal, PlanFinder
     from cqil_dist.planning.latency import measure_cost
     from cqil_dist.planning.plots import plot_front
     from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.study import Study
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    progress = ConsoleProgress()
-    study = Study.of(model, device, progress)
+    study, original, analysis = _Calibration(**calibration).analyze(model)
     cost = measure_cost(study.path, ranks, link_us)
-    original = study.original(study.windows(text or [], window, tokens, seed))
-    analysis = analyze_model(study, original, max_group)
-    finder = PlanFinder(original, analysis.sensitivities, cost, seconds, progress)
+    finder = PlanFinder(original, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
     write_record(output, found.plan_json(original))
     typer.echo(f"written: {output} ({found.describe(original.perplexity)})", err=True)

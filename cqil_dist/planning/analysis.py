@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cqil_dist.plan import Bypass, Group
+from cqil_dist.plan import Group
 from cqil_dist.planning.original import Original
 from cqil_dist.planning.similarity import input_similarity
 from cqil_dist.planning.study import Study
@@ -57,11 +57,3 @@ def analyze(study: Study, original: Original, largest: int) -> Analysis:
         input_similarity(original),
         study.sensitivities(original, largest),
     )
-
-
-def sensitivities_of(record: dict[str, Any]) -> dict[Group, float]:
-    """Those in an analysis that was written as JSON."""
-    return {
-        Group(tuple(entry["layers"]), Bypass.parse(entry["bypass"])): entry["kl"]
-        for entry in record["sensitivities"]
-    }

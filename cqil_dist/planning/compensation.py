@@ -59,79 +59,103 @@ def compensate(
     if plan.depth == plan.num_layers:
         raise PlanError(f"plan {plan} has no group of several layers: there is nothing to fit")
     decoder: Any = model.get_decoder()
-    weights = {name: p.clone() for name, p in decoder.named_parameters() if PROJECTION in name}
-    embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
-    taught, said = embedded, embedded
+    taught = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
+    said = taught
     changes: dict[str, Lora] = {}
     begun = False
-    with progress.task("Fitting groups", plan.depth, "groups") as task, _restored(decoder, weights):
+    with progress.task("Fitting groups", plan.depth, "groups") as task:
         for group in plan.groups:
             begun = begun or group.size > 1
             alone = [Group((layer,)) for layer in group.layers]
-            taught = [hidden_after(model, alone, x) for x in taught]
+            inputs, taught = said, [hidden_after(model, alone, x) for x in taught]
             if begun:
-                found = _fit(model, group, said, taught, ridge, rank)
-                for layer, lora in found.items():
-                    weight = decoder.layers[layer].mlp.down_proj.weight
-                    weight += (lora.b_OR @ lora.a_RI).to(weight.dtype)
-                    changes[layer_tensor(layer, PROJECTION)] = Lora(
-                        lora.a_RI.cpu(), lora.b_OR.cpu()
-                    )
-            said = [hidden_after(model, [group], x) for x in said]
+                fitted = _Fitted.of(model, group, inputs, taught, ridge, rank)
+                changes |= fitted.changes(decoder)
+                said = fitted.outputs
+            else:
+                said = taught
             task.advance()
     return changes
 
 
-def _fit(
-    model: PreTrainedModel,
-    group: Group,
-    said: Sequence[Tensor],
-    taught: Sequence[Tensor],
-    ridge: float,
-    rank: int,
-) -> dict[int, Lora]:
-    """Changes by layer."""
-    decoder: Any = model.get_decoder()
-    projections = {layer: decoder.layers[layer].mlp.down_proj for layer in group.layers}
-    outputs: dict[int, Tensor] = {}
-    normal: _Normal | None = None
-    hooks = [
-        projection.register_forward_hook(
-            lambda module, args, output, layer=layer: outputs.__setitem__(
-                layer, (output if module.bias is None else output - module.bias)[0].float()
-            )
-        )
-        for layer, projection in projections.items()
-    ]
-    try:
-        for x, target in zip(said, taught, strict=True):
-            residual_TD = (target - hidden_after(model, [group], x))[0].float()
+@dataclass(frozen=True)
+class _Fitted:
+    """A group and the maps of its members' feed-forward outputs.
+
+    Attributes:
+        mixed_RK: what is taken of those outputs, [rank, members * D].
+        b_DR: and where it goes.
+        outputs: of the group with the maps, by window.
+    """
+
+    group: Group
+    mixed_RK: Tensor
+    b_DR: Tensor
+    outputs: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        group: Group,
+        inputs: Sequence[Tensor],
+        taught: Sequence[Tensor],
+        ridge: float,
+        rank: int,
+    ) -> _Fitted:
+        """Fit the maps that bring the group's outputs closest to what is taught."""
+        outputs: list[Tensor] = []
+        parts: list[Tensor] = []
+        with _feed_forward_outputs(model, group) as noted:
+            for x in inputs:
+                outputs.append(hidden_after(model, [group], x))
+                parts.append(torch.cat([noted[layer] for layer in group.layers], dim=-1))
+        normal = _Normal.empty(parts[0].shape[-1], outputs[0].shape[-1], outputs[0].device)
+        for part, output, target in zip(parts, outputs, taught, strict=True):
             # What comes next normalises its input: a few tokens that are a thousand times larger
             # than all others would decide everything.
             scale_T1 = target[0].float().pow(2).mean(-1, keepdim=True).rsqrt()
-            inputs_TK = torch.cat([outputs[layer] for layer in group.layers], dim=1)
-            if normal is None:
-                normal = _Normal.empty(inputs_TK.shape[1], residual_TD.shape[1], x.device)
-            normal.add(scale_T1 * inputs_TK, scale_T1 * residual_TD)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert normal is not None, "there is text"
-    b_DR, mixed_RK = normal.solve(ridge, rank)
-    return {
-        layer: Lora(mixed_RD @ projections[layer].weight.float(), b_DR)
-        for layer, mixed_RD in zip(group.layers, mixed_RK.chunk(group.size, dim=1), strict=True)
-    }
+            normal.add(scale_T1 * part[0], scale_T1 * (target - output)[0].float())
+        b_DR, mixed_RK = normal.solve(ridge, rank)
+        changed = [
+            output + (part @ mixed_RK.T @ b_DR.T).to(output.dtype)
+            for output, part in zip(outputs, parts, strict=True)
+        ]
+        return cls(group, mixed_RK, b_DR, changed)
+
+    def changes(self, decoder: Any) -> dict[str, Lora]:
+        """The maps, folded into the down projections."""
+        parts = self.mixed_RK.chunk(self.group.size, dim=1)
+        b_DR = self.b_DR.cpu()
+        return {
+            layer_tensor(layer, PROJECTION): Lora(
+                (mixed_RD @ decoder.layers[layer].mlp.down_proj.weight.float()).cpu(), b_DR
+            )
+            for layer, mixed_RD in zip(self.group.layers, parts, strict=True)
+        }
 
 
 @contextmanager
-def _restored(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+def _feed_forward_outputs(model: PreTrainedModel, group: Group) -> Iterator[dict[int, Tensor]]:
+    """The latest outputs of each member's down projection, without its bias, in float32."""
+    decoder: Any = model.get_decoder()
+    noted: dict[int, Tensor] = {}
+
+    def note(layer: int, projection: nn.Linear, output: Tensor) -> None:
+        output = output if projection.bias is None else output - projection.bias
+        noted[layer] = output.float()
+
+    hooks = [
+        decoder.layers[layer].mlp.down_proj.register_forward_hook(
+            lambda module, args, output, layer=layer: note(layer, module, output)
+        )
+        for layer in group.layers
+    ]
     try:
-        yield
+        yield noted
     finally:
-        for name, parameter in module.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from cqil_dist.errors import LaunchError
 from cqil_dist.model.adapter import Adapter, Lora, write_plan
 from cqil_dist.plan import Plan
-from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
@@ -84,8 +85,17 @@ def distill(
     identity = _identity(teacher, plan, train, schedule, start)
     course = _resume(output, identity, student, optimizer)
 
+    held_out_ids_WT = held_out.token_ids_WT.to(student.device)
+    taught_WTD = [_taught(student, tokens_T) for tokens_T in held_out_ids_WT]
+
+    @torch.no_grad()
     def note_held_out() -> None:
-        course.held_out[len(course.losses)] = _held_out_kl(student, plan, held_out)
+        with grouped(student, plan.groups):
+            kls = [
+                float(_divergence(student, taught_TD, tokens_T))
+                for taught_TD, tokens_T in zip(taught_WTD, held_out_ids_WT, strict=True)
+            ]
+        course.held_out[len(course.losses)] = fmean(kls)
         on_progress(course)
 
     with progress.task("Distilling", schedule.steps, "steps") as task:
@@ -107,11 +117,8 @@ def distill(
                 note_held_out()
             if done % schedule.checkpoint_every == 0 and done < schedule.steps:
                 _save_state(output, identity, student, optimizer, course)
-    _save_adapter(
-        student,
-        {**plan.to_json(), "measured": made_with(train, None if start is None else start.plan)},
-        output,
-    )
+    seen = made_with(train, None if start is None else start.plan)
+    _save_adapter(student, {**plan.to_json(), "measured": seen}, output)
     _save_state(output, identity, student, optimizer, course)
     return course
 
@@ -119,7 +126,6 @@ def distill(
 def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(schedule.seed)
     config = LoraConfig(
         r=schedule.rank,
         lora_alpha=schedule.alpha,
@@ -127,7 +133,9 @@ def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) 
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    student: Any = get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(schedule.seed)
+        student: Any = get_peft_model(model, config)
     if start is not None:
         for module, lora in start.changes().items():
             _begin_with(student.get_submodule(f"base_model.model.{module}"), lora, schedule)
@@ -150,40 +158,29 @@ def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Sched
     """Add a batch's gradients; its loss. A window at a time: batches cost time, not memory."""
     total = 0.0
     for tokens_T in tokens_BT.to(student.device):
-        with torch.no_grad(), student.disable_adapter():
-            taught_TD = _hidden(student, tokens_T)
+        taught_TD = _taught(student, tokens_T)
         with grouped(student, plan.groups, checkpointing=schedule.gradient_checkpointing):
-            said_TD = _hidden(student, tokens_T)
-            loss = _divergence(student, taught_TD, said_TD)
+            loss = _divergence(student, taught_TD, tokens_T)
             (loss / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total / len(tokens_BT)
 
 
 @torch.no_grad()
-def _held_out_kl(student: PeftModel, plan: Plan, windows: Windows) -> float:
-    total = 0.0
-    for tokens_T in windows.token_ids_WT.to(student.device):
-        with student.disable_adapter():
-            taught_TD = _hidden(student, tokens_T)
-        with grouped(student, plan.groups):
-            total += float(_divergence(student, taught_TD, _hidden(student, tokens_T)))
-    return total / len(windows.token_ids_WT)
+def _taught(student: PeftModel, tokens_T: Tensor) -> Tensor:
+    """The teacher's hidden states [T, D]."""
+    with student.disable_adapter():
+        return final_hidden(student, input_ids=tokens_T[None])[0]
 
 
-def _hidden(student: Any, tokens_T: Tensor) -> Tensor:
-    hidden: Tensor = student.get_decoder()(tokens_T[None], use_cache=False).last_hidden_state[0]
-    return hidden
-
-
-def _divergence(student: Any, taught_TD: Tensor, said_TD: Tensor) -> Tensor:
+def _divergence(student: PeftModel, taught_TD: Tensor, tokens_T: Tensor) -> Tensor:
     """KL(teacher || student) of the next token, nats, mean over positions."""
-    head = student.get_output_embeddings()
+    said_TD = final_hidden(student, input_ids=tokens_T[None])[0]
     total = said_TD.new_zeros((), dtype=torch.float32)
     for first in range(0, len(said_TD), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        taught_RV = head(taught_TD[rows]).float().log_softmax(-1)
-        said_RV = head(said_TD[rows]).float().log_softmax(-1)
+        taught_RV = next_token_logits(student, taught_TD[rows]).log_softmax(-1)
+        said_RV = next_token_logits(student, said_TD[rows]).log_softmax(-1)
         total = total + F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
     return total / len(said_TD)
 

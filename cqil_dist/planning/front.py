@@ -13,7 +13,7 @@ from cqil_dist.plan import Bypass, Plan
 from cqil_dist.planning.latency import CostModel
 from cqil_dist.planning.original import Divergence, Original
 from cqil_dist.planning.provenance import made_with
-from cqil_dist.planning.search import PlanSearch, additive_front
+from cqil_dist.planning.search import PlanSearch
 from cqil_dist.planning.sensitivity import Sensitivities
 from cqil_dist.planning.similarity import regular_plan, without_layers
 from cqil_dist.progress import Progress
@@ -107,7 +107,6 @@ class PlanFinder:
         self._search = PlanSearch(
             original.num_layers, sensitivities, self._measure, seconds, progress
         )
-        self._reachable = additive_front(original.num_layers, sensitivities)
 
     def find(self, goal: Goal) -> Measured:
         """The best plan for a goal.
@@ -128,8 +127,11 @@ class PlanFinder:
     def front(self) -> list[Measured]:
         """The best plan of every depth from half the layers on."""
         half = self._original.num_layers // 2
-        wanted = [plan for depth, plan in self._reachable.items() if depth >= half]
-        self._measure_all("Measuring the front", wanted)
+        wanted = [plan for depth, plan in self._search.reachable.items() if depth >= half]
+        with self._progress.task("Measuring the front", len(wanted), "plans") as task:
+            for plan in wanted:
+                self._search.kl(plan)
+                task.advance()
         return [self._measured(p) for p in self._search.front().values() if p.depth >= half]
 
     def baselines(self, similarity_LL: Tensor) -> Iterator[Measured]:
@@ -149,8 +151,8 @@ class PlanFinder:
     def _shallowest(self, goal: Goal) -> int:
         """Down from the original, as far as the goal allows; refined where a plan falls short."""
         best: int | None = None
-        for depth in sorted(self._reachable, reverse=True)[1:]:
-            self._search.kl(self._reachable[depth])
+        for depth in sorted(self._search.reachable, reverse=True)[1:]:
+            self._search.kl(self._search.reachable[depth])
             if not self._within(goal, depth):
                 self._search.refine(depth)
             if not self._within(goal, depth):
@@ -180,23 +182,17 @@ class PlanFinder:
     def _depth_within(self, max_latency_us: float) -> int:
         within = [
             depth
-            for depth, plan in self._reachable.items()
+            for depth, plan in self._search.reachable.items()
             if self._cost.latency_us(plan) <= max_latency_us
         ]
         if not within:
-            fastest = min(map(self._cost.latency_us, self._reachable.values()))
+            fastest = min(map(self._cost.latency_us, self._search.reachable.values()))
             raise PlanError(
                 f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
                 f"{fastest:.0f} us on {self._cost.ranks} ranks"
             )
-        self._search.kl(self._reachable[max(within)])
+        self._search.kl(self._search.reachable[max(within)])
         return max(within)
-
-    def _measure_all(self, description: str, plans: list[Plan]) -> None:
-        with self._progress.task(description, len(plans), "plans") as task:
-            for plan in plans:
-                self._search.kl(plan)
-                task.advance()
 
     def _measure(self, plan: Plan) -> float:
         self._divergences[plan] = self._original.compare(plan.groups)

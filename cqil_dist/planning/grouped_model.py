@@ -73,6 +73,20 @@ def grouped(
         decoder.layers = layers
 
 
+def final_hidden(model: PreTrainedModel, **given: Tensor) -> Tensor:
+    """Hidden states [B, T, D] after the final norm; given `input_ids` or `inputs_embeds`."""
+    decoder: Any = model.get_decoder()
+    hidden_BTD: Tensor = decoder(**given, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def next_token_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Float32 logits [N, V] of what `final_hidden` gave."""
+    head: Any = model.get_output_embeddings()
+    logits_NV: Tensor = head(hidden_ND)
+    return logits_NV.float()
+
+
 def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Tensor) -> Tensor:
     """What these groups make of the first one's input; the final norm is not applied."""
     decoder: Any = model.get_decoder()
@@ -80,7 +94,7 @@ def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Te
     hook = decoder.norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
     try:
         with grouped(model, groups):
-            decoder(inputs_embeds=hidden_BTD, use_cache=False)
+            final_hidden(model, inputs_embeds=hidden_BTD)
     finally:
         hook.remove()
     return outputs[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.grouped_model import grouped
+from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
 
@@ -46,6 +46,9 @@ class Original:
 
     Layers before the first that a plan changes are not computed again. Holds 4 bytes a token and
     vocabulary entry, and a hidden state a token and layer.
+
+    Attributes:
+        inputs_LWTD: hidden states [T, D] by layer and window: what each layer takes.
     """
 
     @torch.inference_mode()
@@ -54,7 +57,7 @@ class Original:
         self.windows = windows
         self.num_layers: int = model.config.num_hidden_layers
         self._decoder: Any = model.get_decoder()
-        self._inputs_LWTD: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
+        self.inputs_LWTD: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
         self._logprobs_WTV: list[Tensor] = []
         losses: list[Tensor] = []
         with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
@@ -68,11 +71,6 @@ class Original:
     @property
     def perplexity(self) -> float:
         return math.exp(float(self.loss_W.mean()))
-
-    @property
-    def inputs_LWTD(self) -> Sequence[Sequence[Tensor]]:
-        """Hidden states [T, D] by layer and window: what each layer takes."""
-        return self._inputs_LWTD
 
     @torch.inference_mode()
     def compare(self, groups: Sequence[Group]) -> Divergence:
@@ -90,7 +88,7 @@ class Original:
         losses: list[Tensor] = []
         with grouped(self.model, groups[start:]):
             for window, tokens_T in enumerate(self.windows.token_ids_WT):
-                logprobs_TV = self._logprobs(self._inputs_LWTD[start][window])
+                logprobs_TV = self._logprobs(self.inputs_LWTD[start][window])
                 original_TV = self._logprobs_WTV[window]
                 kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
                 kls.append(kl.cpu() / len(tokens_T))
@@ -105,7 +103,7 @@ class Original:
         """Log probabilities [T, V]; notes every layer's input on the way."""
 
         def note(index: int, x: Tensor) -> None:
-            self._inputs_LWTD[index].append(x[0])
+            self.inputs_LWTD[index].append(x[0])
 
         hooks = [
             layer.register_forward_pre_hook(
@@ -125,10 +123,8 @@ class Original:
 
     def _logprobs(self, x_TD: Tensor) -> Tensor:
         """Log probabilities [T, V] of what the model makes of a first layer's input."""
-        decoded = self._decoder(inputs_embeds=x_TD[None], use_cache=False)
-        head: Any = self.model.get_output_embeddings()
-        logits: Tensor = head(decoded.last_hidden_state[0])
-        return logits.float().log_softmax(-1)
+        hidden_TD = final_hidden(self.model, inputs_embeds=x_TD[None])[0]
+        return next_token_logits(self.model, hidden_TD).log_softmax(-1)
 
 
 def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> Tensor:

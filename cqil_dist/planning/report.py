@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,8 @@ REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The records of a folder, by kind, each with the file that it is in."""
-
-    analyses: list[tuple[Path, dict[str, Any]]]
-    fronts: list[tuple[Path, dict[str, Any]]]
-    evaluations: list[tuple[Path, dict[str, Any]]]
+# Kinds of records, by what they call themselves.
+_KINDS = ("analysis", "front", "evaluation")
 
 
 def write_report(folder: Path) -> Path:
@@ -35,28 +29,22 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"interval": _interval, "picture": _picture, "plan": _plan_text}
-    found = _records(folder)
-    page = environment.get_template(_TEMPLATE).render(
-        analyses=found.analyses, fronts=found.fronts, evaluations=found.evaluations
-    )
+    page = environment.get_template(_TEMPLATE).render(_records(folder))
     (folder / REPORT).write_text(page, encoding="utf-8")
     return folder / REPORT
 
 
-def _records(folder: Path) -> _Found:
-    kinds: dict[str, list[tuple[Path, dict[str, Any]]]] = {
-        "analysis": [],
-        "front": [],
-        "evaluation": [],
-    }
+def _records(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+    """The records of a folder by kind, each with the file that it is in."""
+    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {kind: [] for kind in _KINDS}
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not ours
-        if isinstance(record, dict) and record.get("record") in kinds:
-            kinds[record["record"]].append((path, record))
-    return _Found(*kinds.values())
+        if isinstance(record, dict) and record.get("record") in found:
+            found[record["record"]].append((path, record))
+    return found
 
 
 def _interval(interval: dict[str, float]) -> str:

@@ -50,6 +50,7 @@ class PlanSearch:
     Attributes:
         measure: the divergence of a whole plan.
         measured: all that has been measured so far.
+        reachable: the additively best plan of each depth.
         seconds: how long to search from now on; what is begun is finished.
     """
 
@@ -62,6 +63,7 @@ class PlanSearch:
 
     def __post_init__(self) -> None:
         self._ends = time.monotonic() + self.seconds
+        self.reachable = additive_front(self.num_layers, self.sensitivities)
         self._best = best_bypasses(self.sensitivities)
         self._bypasses: dict[tuple[int, ...], list[Group]] = {}
         for group in self.sensitivities:
@@ -90,13 +92,12 @@ class PlanSearch:
         Raises:
             PlanError: no plan of the known groups has this depth.
         """
-        plans = additive_front(self.num_layers, self.sensitivities)
-        if depth not in plans:
+        if depth not in self.reachable:
             raise PlanError(
                 f"depth is {depth}, but groups of the sizes that were measured reach depths "
-                f"{min(plans)} to {max(plans)}"
+                f"{min(self.reachable)} to {max(self.reachable)}"
             )
-        start = self.front().get(depth, plans[depth])
+        start = self.front().get(depth, self.reachable[depth])
         with self.progress.task(f"Refining depth {depth}", unit="plans") as task:
             counted = len(self.measured)
             current, kl = start, self.kl(start)

@@ -76,12 +76,12 @@ class Study:
         return cls(name, resolve(name, progress), torch.device(device), progress)
 
     @cached_property
-    def num_layers(self) -> int:
-        return ModelConfig.from_directory(self.path).num_layers
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_directory(self.path)
 
     def plan(self, source: PlanSource) -> Plan:
         """Raises PlanError where there is no such plan for this model."""
-        return plan_for(source, self.name, self.num_layers)
+        return plan_for(source, self.name, self.config.num_layers)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -136,7 +136,7 @@ class Study:
             PlanError: it was made for another plan.
         """
         adapter = Adapter(path)
-        adapter.check(ModelConfig.from_directory(self.path))
+        adapter.check(self.config)
         adapter.check_plan(plan)
         return adapter
 

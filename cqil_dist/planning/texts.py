@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,8 @@ class Windows:
                 "be held out; give more text, or hold out less"
             )
         return (
-            Windows(self.token_ids_WT[:kept], self.source, self.files),
-            Windows(self.token_ids_WT[kept:], self.source, self.files),
+            replace(self, token_ids_WT=self.token_ids_WT[:kept]),
+            replace(self, token_ids_WT=self.token_ids_WT[kept:]),
         )
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from browsing import chromium
 from commands import cqil_serve
 from page_tab import ANSWER_MS, Tab, attributes, choices
-from playwright.sync_api import Browser, Locator, Route, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Locator, Route, ViewportSize
 from watching import wait_for
 
 pytestmark = pytest.mark.real_model
@@ -32,14 +32,8 @@ MARKUP = '<img src=x onerror="window.hurt = true"><b>bold</b> & <script>window.h
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The machine's own Chromium: Playwright's would have to be downloaded."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    if (found := next(filter(None, map(shutil.which, names)), None)) is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

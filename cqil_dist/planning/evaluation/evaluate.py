@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.evaluation.intervals import (
     Paired,
@@ -89,7 +90,7 @@ class Evaluation:
 def evaluate(
     study: Study,
     plan: Plan,
-    adapter: Path | None,
+    adapter: Adapter | None,
     texts: Sequence[Windows],
     tasks: Sequence[Task],
     prompts: Sequence[str] = PROMPTS,
@@ -97,14 +98,10 @@ def evaluate(
     """Score the original, then the plan with its adapter.
 
     The adapter stays merged into the study's model.
-
-    Raises:
-        CheckpointError, PlanError: the adapter is damaged, or made for another model or plan.
     """
-    changes = None if adapter is None else study.adapter(adapter, plan)
     original = _score(study, nullcontext(), texts, tasks, prompts)
-    if changes is not None:
-        merge(study.model, changes)
+    if adapter is not None:
+        merge(study.model, adapter)
     other = _score(study, grouped(study.model, plan.groups), texts, tasks, prompts)
     results = [
         Result("perplexity", text.source, len(text.token_ids_WT), compare_perplexities(a, b))
@@ -122,9 +119,9 @@ def evaluate(
             paired = mean_of([each.paired for each in scored])
             results.append(Result(measure, f"mean of {len(scored)}", items, paired))
     said = zip(prompts, original.said, other.said, strict=True)
-    return Evaluation(
-        study.name, plan, adapter, tuple(results), tuple(Sample(*each) for each in said)
-    )
+    path = None if adapter is None else adapter.path
+    samples = tuple(Sample(*each) for each in said)
+    return Evaluation(study.name, plan, path, tuple(results), samples)
 
 
 @dataclass(frozen=True)

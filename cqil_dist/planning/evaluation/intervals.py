@@ -28,9 +28,9 @@ class Interval:
         Raises:
             TextError: there is but one item.
         """
-        mean = fmean(values)
         if len(values) < 2:
             raise TextError("one item says nothing of how sure its score is; give two or more")
+        mean = fmean(values)
         half = _Z95 * stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
@@ -67,7 +67,9 @@ def compare_means(original: Sequence[float], other: Sequence[float]) -> Paired:
 def compare_perplexities(original: Sequence[float], other: Sequence[float]) -> Paired:
     """Perplexities from losses (nats a token) by window, and the ratio of the second's."""
     losses = compare_means(original, other)
-    return Paired(losses.original.map(_exp), losses.other.map(_exp), losses.difference.map(_exp))
+    return Paired(
+        *(each.map(math.exp) for each in (losses.original, losses.other, losses.difference))
+    )
 
 
 def mean_of(results: Sequence[Paired]) -> Paired:
@@ -83,7 +85,3 @@ def _mean(intervals: Sequence[Interval]) -> Interval:
     mean = fmean([each.value for each in intervals])
     half = math.sqrt(sum((each.high - each.value) ** 2 for each in intervals)) / len(intervals)
     return Interval(mean, mean - half, mean + half)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

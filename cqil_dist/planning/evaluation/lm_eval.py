@@ -1,7 +1,9 @@
 """lm-eval's view of a model under a plan: its own Hugging Face class, with the layers grouped.
 
-import cqil_dist.planning.evaluation.lm_eval  # registers "cqil"
-lm_eval.simple_evaluate("cqil", model_args={"pretrained": ..., "plan": ...}, tasks=[...])
+Importing this module registers it:
+
+    import cqil_dist.planning.evaluation.lm_eval
+    lm_eval.simple_evaluate("cqil", model_args={"pretrained": ..., "plan": ...}, tasks=[...])
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cqil_dist.errors import TextError
+from cqil_dist.planning.grouped_model import final_hidden, next_token_logits
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
 
@@ -62,9 +62,10 @@ def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress)
     losses: list[float] = []
     with progress.task("Computing perplexity", len(windows.token_ids_WT), "windows") as task:
         for tokens_T in windows.token_ids_WT:
-            hidden_TD = _hidden(model, tokens_T[None])[0]
-            logits_TV = _logits(model, hidden_TD[:-1])
-            losses.append(float(F.cross_entropy(logits_TV, tokens_T[1:].to(logits_TV.device))))
+            ids_T = tokens_T.to(model.device)
+            hidden_TD = final_hidden(model, input_ids=ids_T[None])[0]
+            logits_TV = next_token_logits(model, hidden_TD[:-1])
+            losses.append(float(F.cross_entropy(logits_TV, ids_T[1:])))
             task.advance()
     return losses
 
@@ -117,10 +118,10 @@ def _likelihoods(
     for row, (ids, following) in enumerate(rows):
         given = (ids + following)[:-1]
         tokens_BT[row, : len(given)] = torch.tensor(given)
-    hidden_BTD = _hidden(model, tokens_BT)
+    hidden_BTD = final_hidden(model, input_ids=tokens_BT.to(model.device))
     spans = [slice(len(ids) - 1, len(ids) + len(following) - 1) for ids, following in rows]
     hidden_ND = torch.cat([hidden_BTD[row, span] for row, span in enumerate(spans)])
-    logprobs_NV = _logits(model, hidden_ND).log_softmax(-1)
+    logprobs_NV = next_token_logits(model, hidden_ND).log_softmax(-1)
     found: list[Likelihood] = []
     first = 0
     for _, following in rows:
@@ -130,15 +131,3 @@ def _likelihoods(
         logprob = float(part_CV.gather(1, targets_C[:, None]).sum())
         found.append(Likelihood(logprob, bool((part_CV.argmax(-1) == targets_C).all())))
     return found
-
-
-def _hidden(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
-    decoder: Any = model.get_decoder()
-    hidden: Tensor = decoder(tokens_BT.to(model.device), use_cache=False).last_hidden_state
-    return hidden
-
-
-def _logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    head: Any = model.get_output_embeddings()
-    logits: Tensor = head(hidden_ND).float()
-    return logits

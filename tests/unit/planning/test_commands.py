@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
+from browsing import chromium
 from tiny_models import TinyModel, TinyModelFactory
 from typer.testing import CliRunner
 
@@ -104,21 +104,14 @@ def test_the_adapter_is_for_the_plan(folder: Path, tiny: TinyModel) -> None:
 
 def test_the_page_holds_everything_and_asks_for_nothing(folder: Path) -> None:
     """In a browser: all pictures show, and no other file or host is asked."""
-    import shutil
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    if (found := next(filter(None, map(shutil.which, names)), None)) is None:
-        pytest.skip("no browser")
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1000, "height": 800})
         page.on("request", lambda request: asked.append(request.url))
         page.goto((folder / "report.html").as_uri())
         titles = page.locator("h2").all_inner_texts()
         widths = page.eval_on_selector_all("img", "(all) => all.map((img) => img.naturalWidth)")
         rows = page.locator("tr").count()
-        browser.close()
     assert [url for url in asked if not url.startswith("data:")] == [
         (folder / "report.html").as_uri()
     ]

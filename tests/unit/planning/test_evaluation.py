@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
+from cqil_dist.model.adapter import Adapter
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
 from cqil_dist.planning.evaluation.tasks import read_task
@@ -58,7 +59,8 @@ def questions(tmp_path: Path) -> Path:
 def evaluated(
     tiny: TinyModel, plan: str, tasks: list[Path], adapter: Path | None = None
 ) -> Evaluation:
-    return evaluate(study(tiny), tiny.plan(plan), adapter, [], [read_task(f) for f in tasks])
+    changes = None if adapter is None else Adapter(adapter)
+    return evaluate(study(tiny), tiny.plan(plan), changes, [], [read_task(f) for f in tasks])
 
 
 def test_scores_are_lm_evals(
