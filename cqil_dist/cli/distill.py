@@ -41,6 +41,7 @@ def distill(
         int | None,
         typer.Option("--tokens", min=1, help="Default: all of --text; of the model's, 262144."),
     ] = None,
+    sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Windows that are not trained on.")
@@ -49,6 +50,14 @@ def distill(
         Path | None, typer.Option("--init", help="Adapter to begin with (cqil plan compensate).")
     ] = None,
     device: options.Device = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="Of the model; the adapter has float32. auto (float32 on a CPU, bfloat16 on a "
+            "GPU), float32 or bfloat16 (faster where the CPU has AVX512-BF16 or AMX).",
+        ),
+    ] = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
 ) -> None:
     """Train a LoRA adapter for a plan; the model without adapter and plan is the teacher.
@@ -65,12 +74,12 @@ def distill(
     require_folder(output)
     progress = ConsoleProgress()
     schedule = Schedule(**training)
-    study = Study.of(model, device, progress)
+    study = Study.of(model, device, progress, dtype)
     parsed = study.plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise LaunchError(f"--init and --output are both {output}; write to another folder")
     start = None if init is None else study.adapter(init, parsed)
-    windows = study.windows(text or [], window, tokens, schedule.seed)
+    windows = study.windows(text or [], window, tokens, schedule.seed, sampled_tokens)
     train, kept = windows.split(held_out)
 
     def show(course: Course) -> None:

@@ -56,6 +56,12 @@ Text = Annotated[
     typer.Option("--text", help="Text file to measure on; again for more. Default: the model's."),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text to measure on.")]
+SampledTokens = Annotated[
+    int,
+    typer.Option(
+        "--sampled-tokens", min=0, help="Text of the model's own, mixed with that of --text."
+    ),
+]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]

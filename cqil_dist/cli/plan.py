@@ -143,6 +143,7 @@ def compensate(
     plan: options.PlanText,
     text: options.Text = None,
     tokens: options.Tokens = 16_384,
+    sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
     seed: options.Seed = 0,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of each group's change.")] = 256,
@@ -166,7 +167,7 @@ def compensate(
     require_folder(output)
     study = Study.of(model, device, ConsoleProgress())
     parsed = study.plan(plan)
-    windows = study.windows(text or [], window, tokens, seed)
+    windows = study.windows(text or [], window, tokens, seed, sampled_tokens)
     changes = fit(study.model, parsed, windows, study.progress, rank=rank, ridge=ridge)
     write_adapter(output, changes, model, {**parsed.to_json(), "measured": made_with(windows)})
     typer.echo(f"written: {output}", err=True)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _STATE = "training.pt"
-# Positions whose distributions over the vocabulary are held at once.
-_ROWS_AT_ONCE = 512
+# Positions whose distributions over the vocabulary are held at once, by teacher and student.
+_ROWS_AT_ONCE = 128
 
 
 @dataclass
@@ -73,16 +73,17 @@ def distill(
 
     Args:
         teacher: what tells the model's weights from others; a run of others is not gone on with.
-        start: changes to begin with, of at most the schedule's rank.
+        start: changes to begin with. Where they have more than the schedule's rank, so does the
+            adapter.
         on_progress: called after each look at the held-out windows.
 
     Raises:
-        LaunchError: `output` holds a run of another plan, text or schedule.
+        LaunchError: `output` holds a run of another model, plan, text or schedule.
     """
     student = _student(model, schedule, start)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
-    identity = _identity(teacher, plan, train, schedule, start)
+    identity = _identity(teacher, model.dtype, plan, train, schedule, start)
     course = _resume(output, identity, student, optimizer)
 
     held_out_ids_WT = held_out.token_ids_WT.to(student.device)
@@ -92,7 +93,7 @@ def distill(
     def note_held_out() -> None:
         with grouped(student, plan.groups):
             kls = [
-                float(_divergence(student, taught_TD, tokens_T))
+                sum(map(float, _divergence(student, taught_TD, _said(student, tokens_T))))
                 for taught_TD, tokens_T in zip(taught_WTD, held_out_ids_WT, strict=True)
             ]
         course.held_out[len(course.losses)] = fmean(kls)
@@ -126,9 +127,14 @@ def distill(
 def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
+    changes = {} if start is None else start.changes()
+    ranks = {module: lora.rank for module, lora in changes.items() if lora.rank > schedule.rank}
+    scale = schedule.alpha / schedule.rank
     config = LoraConfig(
         r=schedule.rank,
         lora_alpha=schedule.alpha,
+        rank_pattern=ranks,
+        alpha_pattern={module: scale * rank for module, rank in ranks.items()},
         target_modules=list(PROJECTIONS),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
@@ -136,22 +142,15 @@ def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schedule.seed)
         student: Any = get_peft_model(model, config)
-    if start is not None:
-        for module, lora in start.changes().items():
-            _begin_with(student.get_submodule(f"base_model.model.{module}"), lora, schedule)
+    for module, lora in changes.items():
+        _begin_with(student.get_submodule(f"base_model.model.{module}"), lora, scale)
     return student  # type: ignore[no-any-return]
 
 
-def _begin_with(module: Any, lora: Lora, schedule: Schedule) -> None:
-    if lora.rank > schedule.rank:
-        raise LaunchError(
-            f"the adapter to begin with has rank {lora.rank} but training has rank "
-            f"{schedule.rank}; give --rank {lora.rank}"
-        )
-    with torch.no_grad():
-        module.lora_A["default"].weight[: lora.rank] = lora.a_RI
-        scale = schedule.rank / schedule.alpha
-        module.lora_B["default"].weight[:, : lora.rank] = scale * lora.b_OR
+@torch.no_grad()
+def _begin_with(module: Any, lora: Lora, scale: float) -> None:
+    module.lora_A["default"].weight[: lora.rank] = lora.a_RI
+    module.lora_B["default"].weight[:, : lora.rank] = lora.b_OR / scale
 
 
 def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
@@ -160,9 +159,13 @@ def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Sched
     for tokens_T in tokens_BT.to(student.device):
         taught_TD = _taught(student, tokens_T)
         with grouped(student, plan.groups, checkpointing=schedule.gradient_checkpointing):
-            loss = _divergence(student, taught_TD, tokens_T)
-            (loss / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+            said_TD = _said(student, tokens_T)
+            # The head's gradients are taken part by part: no more of its distributions is kept.
+            leaf_TD = said_TD.detach().requires_grad_()
+            for part in _divergence(student, taught_TD, leaf_TD):
+                (part / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
+                total += float(part.detach())
+            said_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
     return total / len(tokens_BT)
 
 
@@ -170,19 +173,22 @@ def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Sched
 def _taught(student: PeftModel, tokens_T: Tensor) -> Tensor:
     """The teacher's hidden states [T, D]."""
     with student.disable_adapter():
-        return final_hidden(student, input_ids=tokens_T[None])[0]
+        return _said(student, tokens_T)
 
 
-def _divergence(student: PeftModel, taught_TD: Tensor, tokens_T: Tensor) -> Tensor:
-    """KL(teacher || student) of the next token, nats, mean over positions."""
-    said_TD = final_hidden(student, input_ids=tokens_T[None])[0]
-    total = said_TD.new_zeros((), dtype=torch.float32)
+def _said(student: PeftModel, tokens_T: Tensor) -> Tensor:
+    """The hidden states [T, D] of what the model is set to compute."""
+    return final_hidden(student, input_ids=tokens_T[None])[0]
+
+
+def _divergence(student: PeftModel, taught_TD: Tensor, said_TD: Tensor) -> Iterator[Tensor]:
+    """KL(teacher || student) of the next token, nats, mean over positions: parts that add up."""
     for first in range(0, len(said_TD), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         taught_RV = next_token_logits(student, taught_TD[rows]).log_softmax(-1)
         said_RV = next_token_logits(student, said_TD[rows]).log_softmax(-1)
-        total = total + F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
-    return total / len(said_TD)
+        kl = F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
+        yield kl / len(said_TD)
 
 
 def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:
@@ -199,10 +205,16 @@ def _indices(count: int, schedule: Schedule, step: int) -> Iterator[int]:
 
 
 def _identity(
-    teacher: str, plan: Plan, train: Windows, schedule: Schedule, start: Adapter | None
+    teacher: str,
+    dtype: torch.dtype,
+    plan: Plan,
+    train: Windows,
+    schedule: Schedule,
+    start: Adapter | None,
 ) -> dict[str, Any]:
     return {
         "model": teacher,
+        "dtype": str(dtype),
         "plan": plan.to_json(),
         "text": train.digest,
         "schedule": asdict(schedule),

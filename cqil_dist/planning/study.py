@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import LaunchError, TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
@@ -49,23 +49,26 @@ class Study:
     Attributes:
         name: what the user calls it.
         device: where it is computed.
+        dtype: of its weights there.
     """
 
     name: str
     path: Path
     device: torch.device
+    dtype: torch.dtype
     progress: Progress
 
     @classmethod
-    def of(cls, name: str, device: str, progress: Progress) -> Study:
+    def of(cls, name: str, device: str, progress: Progress, dtype: str = "auto") -> Study:
         """Fetch the model if need be.
 
         Args:
             device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
+            dtype: "float32", "bfloat16", or "auto": float32 on a CPU, bfloat16 on a GPU.
 
         Raises:
             ModelError: the model cannot be found.
-            LaunchError: there is no such device.
+            LaunchError: there is no such device or dtype.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +76,12 @@ class Study:
             raise LaunchError(f"device {device!r} is not one of auto, cpu, cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise LaunchError("device is 'cuda' but torch sees no GPU; install its CUDA build")
-        return cls(name, resolve(name, progress), torch.device(device), progress)
+        if dtype == "auto":
+            dtype = "bfloat16" if device == "cuda" else "float32"
+        if dtype not in ("float32", "bfloat16"):
+            raise LaunchError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+        found = resolve(name, progress)
+        return cls(name, found, torch.device(device), getattr(torch, dtype), progress)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -85,8 +93,7 @@ class Study:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return load_model(self.path, dtype, self.device)
+        return load_model(self.path, self.dtype, self.device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,28 +112,58 @@ class Study:
                     content.update(stream.read(_PLACE_BYTES))
         return cache_dir() / "plans" / content.hexdigest()[:16]
 
-    def windows(self, files: Sequence[Path], length: int, tokens: int | None, seed: int) -> Windows:
+    def windows(
+        self,
+        files: Sequence[Path],
+        length: int,
+        tokens: int | None,
+        seed: int,
+        sampled_tokens: int = 0,
+    ) -> Windows:
         """Calibration text: of these files, or where there are none, of the model's own.
 
         Args:
             tokens: how much; None for all that the files hold, or 262,144 of the model's own.
+            sampled_tokens: of the model's own beside the files'.
 
         Raises:
             TextError: the files cannot be read, or hold too little.
         """
+        if not files:
+            if sampled_tokens:
+                raise TextError(
+                    f"{sampled_tokens} sampled tokens are to go beside files, but there are none; "
+                    "say with --tokens how much text the model samples, or give --text"
+                )
+            return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
         count = None if tokens is None else max(1, tokens // length)
-        if files:
-            return read_windows(files, self.tokenizer, length, count, seed)
-        count = count or max(1, _SAMPLED_TOKENS // length)
-        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self.device.type}.pt"
-        if not kept.is_file():
-            sampled = sample_windows(self.model, self.tokenizer, length, count, seed, self.progress)
+        read = read_windows(files, self.tokenizer, length, count, seed)
+        if not sampled_tokens:
+            return read
+        return read.mixed_with(self._sampled(length, sampled_tokens, seed), seed)
+
+    def _sampled(self, length: int, tokens: int, seed: int) -> Windows:
+        """Kept batch after batch, so that sampling that was interrupted goes on."""
+        count = max(1, tokens // length)
+        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self._computed}.pt"
+        ids_WT = torch.empty(0, length, dtype=torch.long)
+        if kept.is_file():
+            ids_WT = torch.load(kept, weights_only=True)
+        if (begun := len(ids_WT)) < count:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(f".{os.getpid()}")
-            torch.save(sampled.token_ids_WT, temporary)
-            temporary.replace(kept)
-        ids_WT = torch.load(kept, weights_only=True)
+            for batch_BT in sample_windows(
+                self.model, self.tokenizer, length, count, seed, self.progress, begun
+            ):
+                ids_WT = torch.cat([ids_WT, batch_BT])
+                temporary = kept.with_suffix(f".{os.getpid()}")
+                torch.save(ids_WT, temporary)
+                temporary.replace(kept)
         return Windows(ids_WT, f"sampled from the model, seed {seed}")
+
+    @property
+    def _computed(self) -> str:
+        """How, where it makes a difference to what is measured."""
+        return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}"
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
         """An adapter that can be merged.
@@ -145,7 +182,7 @@ class Study:
 
     def sensitivities(self, original: Original, largest: int) -> dict[Group, float]:
         """Of every group of 2 to `largest` layers, each measured once for a text."""
-        known = self.folder / f"sensitivity-{original.windows.digest}-{self.device.type}.jsonl"
+        known = self.folder / f"sensitivity-{original.windows.digest}-{self._computed}.jsonl"
         groups = list(candidates(original.num_layers, largest))
         return measure_sensitivities(original, groups, known, self.progress)
 

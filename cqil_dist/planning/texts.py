@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Sequences that are sampled at the same time. More take more memory, fewer take longer.
-_SAMPLED_AT_ONCE = 16
+_SAMPLED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Windows:
     def digest(self) -> str:
         """Of the tokens: what was measured on them can be found again."""
         return hashlib.sha256(self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
+
+    def mixed_with(self, other: Windows, seed: int) -> Windows:
+        """The windows of both, in an order that follows from the seed."""
+        both_WT = torch.cat([self.token_ids_WT, other.token_ids_WT])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(both_WT), generator=generator)
+        source = f"{self.source}, {other.source}"
+        return Windows(both_WT[order], source, self.files | other.files)
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
         """All but the last `held_out` windows, and those. Raises TextError if none are left."""
@@ -106,11 +114,15 @@ def sample_windows(
     count: int,
     seed: int,
     progress: Progress,
-) -> Windows:
-    """Windows that the model itself says, at temperature 1.
+    begun: int = 0,
+) -> Iterator[Tensor]:
+    """Windows [B, T] that the model itself says, at temperature 1, batch after batch.
 
     Each begins with a token taken at random, as in LLM-QAT (arXiv 2305.17888), so that they are of
     many kinds; none ends before it is full.
+
+    Args:
+        begun: windows that are there already, of whole batches; the others follow from the seed.
     """
     from transformers import GenerationConfig
 
@@ -129,19 +141,25 @@ def sample_windows(
         pad_token_id=0,
     )
     ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
-    rows: list[Tensor] = []
-    with (
-        progress.task("Sampling text", count, "windows") as task,
-        torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
-        torch.inference_mode(),
-    ):
-        torch.manual_seed(seed)
-        for first in range(0, count, _SAMPLED_AT_ONCE):
+    with progress.task("Sampling text", (count - begun) * length, "tokens") as task:
+
+        def count_tokens(ids_BT: Tensor, scores: Any) -> Tensor:
+            task.advance(len(ids_BT))
+            return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)  # go on
+
+        for first in range(begun, count, _SAMPLED_AT_ONCE):
             batch = min(_SAMPLED_AT_ONCE, count - first)
-            begun = ordinary[torch.randint(len(ordinary), (batch, 1))].to(model.device)
-            said = model.generate(
-                begun, attention_mask=torch.ones_like(begun), generation_config=config
-            )
-            rows.append(said.cpu())
             task.advance(batch)
-    return Windows(torch.cat(rows).clone(), f"sampled from the model, seed {seed}")
+            with (
+                torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
+                torch.inference_mode(),
+            ):
+                torch.manual_seed(seed + 1_000_003 * first)
+                start_B1 = ordinary[torch.randint(len(ordinary), (batch, 1))].to(model.device)
+                said_BT = model.generate(
+                    start_B1,
+                    attention_mask=torch.ones_like(start_B1),
+                    generation_config=config,
+                    stopping_criteria=[count_tokens],
+                )
+            yield said_BT.cpu().clone()

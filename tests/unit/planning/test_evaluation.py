@@ -24,7 +24,7 @@ from cqil_dist.planning.evaluation.intervals import compare_means, compare_perpl
 from cqil_dist.planning.evaluation.tasks import read_task
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import Windows, read_windows
+from cqil_dist.planning.texts import read_windows
 from cqil_dist.progress import SilentProgress
 
 PLAN = "P2 S0 E6 D1"
@@ -204,40 +204,6 @@ def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None
         read_windows([file], tiny.tokenizer, 32)
     with pytest.raises(TextError, match="cannot read text"):
         read_windows([tmp_path / "absent.txt"], tiny.tokenizer, 32)
-
-
-def test_all_text_cannot_be_held_out() -> None:
-    windows = Windows(torch.zeros(4, 8, dtype=torch.long), "zeros")
-    train, kept = windows.split(3)
-    assert (len(train.token_ids_WT), len(kept.token_ids_WT)) == (1, 3)
-    with pytest.raises(TextError, match="4 windows of text, of which 4 are to be held out"):
-        windows.split(4)
-
-
-def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT, encoding="utf-8")
-    chosen = [read_windows([file], tiny.tokenizer, 16, 5, seed) for seed in (0, 0, 1)]
-    assert chosen[0].digest == chosen[1].digest != chosen[2].digest
-    whole = read_windows([file], tiny.tokenizer, 16)
-    text: list[int] = whole.token_ids_WT.flatten().tolist()
-    assert text == tiny.tokenizer(TEXT)["input_ids"][: len(text)]
-
-
-def test_text_is_sampled_from_the_model_once(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
-    first = study(tiny).windows([], 16, 64, seed=0)
-    assert first.token_ids_WT.shape == (4, 16)
-    assert isinstance(first, Windows)
-    (kept,) = tmp_path.rglob("sampled-*.pt")
-    written = kept.stat().st_mtime_ns
-    assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
-    assert kept.stat().st_mtime_ns == written
-    kept.unlink()
-    assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
-    assert study(tiny).windows([], 16, 64, seed=1).digest != first.digest
 
 
 def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Calibration text follows from files and a seed, and is not sampled twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TinyModel, TinyModelFactory
+
+from cqil_dist.errors import TextError
+from cqil_dist.planning import texts
+from cqil_dist.planning.study import Study
+from cqil_dist.planning.texts import Windows, read_windows
+from cqil_dist.progress import Progress, SilentProgress, Task
+
+TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
+
+
+class CountedProgress(SilentProgress):
+    """Remembers the tasks that were opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[Task] = []
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        self.opened.append(Task(total))
+        yield self.opened[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
+
+
+def study(tiny: TinyModel, progress: Progress | None = None) -> Study:
+    return Study.of(str(tiny.path), "cpu", progress or SilentProgress())
+
+
+def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    chosen = [read_windows([file], tiny.tokenizer, 16, 5, seed) for seed in (0, 0, 1)]
+    assert chosen[0].digest == chosen[1].digest != chosen[2].digest
+    whole = read_windows([file], tiny.tokenizer, 16)
+    text: list[int] = whole.token_ids_WT.flatten().tolist()
+    assert text == tiny.tokenizer(TEXT)["input_ids"][: len(text)]
+
+
+def test_text_is_sampled_from_the_model_once(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
+    first = study(tiny).windows([], 16, 64, seed=0)
+    assert first.token_ids_WT.shape == (4, 16)
+    assert isinstance(first, Windows)
+    (kept,) = tmp_path.rglob("sampled-*.pt")
+    written = kept.stat().st_mtime_ns
+    assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
+    assert kept.stat().st_mtime_ns == written
+    kept.unlink()
+    assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
+    assert study(tiny).windows([], 16, 64, seed=1).digest != first.digest
+
+
+def test_sampling_that_was_interrupted_goes_on(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
+    monkeypatch.setattr(texts, "_SAMPLED_AT_ONCE", 2)
+    whole = study(tiny).windows([], 16, 96, seed=0)
+    (kept,) = tmp_path.rglob("sampled-*.pt")
+    torch.save(whole.token_ids_WT[:4], kept)
+    counted = CountedProgress()
+    assert study(tiny, counted).windows([], 16, 96, seed=0).digest == whole.digest
+    assert [task.completed for task in counted.opened] == [2 * 16], "only what was missing"
+
+
+def test_files_and_sampled_text_are_mixed(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    mixed = study(tiny).windows([file], 16, 64, seed=0, sampled_tokens=32)
+    parts = [
+        study(tiny).windows([file], 16, 64, seed=0),
+        study(tiny).windows([], 16, 32, seed=0),
+    ]
+    separate = [row for part in parts for row in part.token_ids_WT.tolist()]
+    assert sorted(mixed.token_ids_WT.tolist()) == sorted(separate)
+    assert mixed.files == parts[0].files
+    with pytest.raises(TextError, match="to go beside files, but there are none"):
+        study(tiny).windows([], 16, 64, seed=0, sampled_tokens=32)
+
+
+def test_all_text_cannot_be_held_out() -> None:
+    windows = Windows(torch.zeros(4, 8, dtype=torch.long), "zeros")
+    train, kept = windows.split(3)
+    assert (len(train.token_ids_WT), len(kept.token_ids_WT)) == (1, 3)
+    with pytest.raises(TextError, match="4 windows of text, of which 4 are to be held out"):
+        windows.split(4)
