@@ -86,12 +86,17 @@ class AsyncClient:
         return answer
 
     async def stream(
-        self, request: pb.GenerateRequest, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest,
+        timeout_s: float | None = None,
+        on_let_in: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks of a request in the wire's own form, for those who pass it on.
 
         Args:
             timeout_s: in place of the client's.
+            on_let_in: awaited once, when the service has found nothing wrong with the request:
+                it may still wait there for its turn.
         """
         stream = ResumableStream(request, self._timeout_s if timeout_s is None else timeout_s)
         backoff = Backoff(self._patience_s)
@@ -99,6 +104,9 @@ class AsyncClient:
             connection = self._connection()
             call = connection.call("Generate", stream.next_request(), stream.remaining_s())
             try:
+                if on_let_in is not None and connection.let_in(await call.initial_metadata()):
+                    await on_let_in()
+                    on_let_in = None
                 async for response in call:
                     yield stream.take(response)
                 stream.check_finished(connection.endpoint.address)

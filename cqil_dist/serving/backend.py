@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -43,11 +43,15 @@ class Backend:
         return find_model(self.models, name)
 
     async def stream(
-        self, request: pb.GenerateRequest, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest,
+        on_let_in: Callable[[], Awaitable[None]],
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """A request's chunks; they go on when the coordinator is lost and comes back.
 
         Args:
+            on_let_in: awaited once, when the coordinator has found nothing wrong with it.
             timeout_s: the caller's own bound, if that is shorter.
 
         Raises:
@@ -63,7 +67,7 @@ class Backend:
         started = time.monotonic()
         try:
             with self.admission.admitted(request.request_id):
-                async with aclosing(self.client.stream(request, bound_s)) as chunks:
+                async with aclosing(self.client.stream(request, bound_s, on_let_in)) as chunks:
                     async for chunk in chunks:
                         self.admission.check_own_end(chunk.finish_reason)
                         result = chunk.result

@@ -40,13 +40,13 @@ class FrontServicer(rpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_as_codes(context):
-            stream = self._backend.stream(request, context.time_remaining())
+
+            async def let_in() -> None:
+                await context.send_initial_metadata((LET_IN,))
+
+            stream = self._backend.stream(request, let_in, context.time_remaining())
             async with aclosing(stream) as chunks:
-                let_in = False
                 async for chunk in chunks:
-                    if not let_in:
-                        await context.send_initial_metadata((LET_IN,))
-                        let_in = True
                     yield chunk_to_wire(chunk)
 
     async def Abort(

@@ -173,23 +173,33 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Chunks of all requests as they come, each with its request's index.
 
+    The first comes when all have been let in: what is wrong with any of them is raised before.
     Where one fails, or nobody reads on, the others end.
     """
     # Bounded: who reads slowly slows the reading here, not the engine, whose chunks wait there.
     arrived: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(_READ_AHEAD)
 
+    entries = [asyncio.get_running_loop().create_future() for _ in requests]
+
     async def read(index: int, request: pb.GenerateRequest) -> None:
         end: Exception | None = None
+
+        async def let_in() -> None:
+            entries[index].set_result(None)
+
         try:
-            async with aclosing(backend.stream(request)) as chunks:
+            async with aclosing(backend.stream(request, let_in)) as chunks:
                 async for chunk in chunks:
                     await arrived.put((index, chunk))
         except Exception as error:
             end = error
+            if not entries[index].done():
+                entries[index].set_exception(error)
         await arrived.put((index, end))
 
     reading = [asyncio.create_task(read(*numbered)) for numbered in enumerate(requests)]
     try:
+        await asyncio.gather(*entries)
         ended = 0
         while ended < len(reading):
             index, item = await arrived.get()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import httpx
@@ -14,6 +16,10 @@ from openai import OpenAI
 from openai_calls import MESSAGES, TEXT, complete, ids_of
 from served import MODEL
 from tiny_models import VOCAB
+
+from cqil_dist.inputs import GenerationInput
+from cqil_dist.runtime.engine import Engine
+from cqil_dist.runtime.request import Request
 
 # What is not as it should be.
 
@@ -126,6 +132,25 @@ def test_values_that_do_not_go_together_are_named(
     for streamed in (False, True):
         body = {"model": MODEL, "prompt": TEXT, "stream": streamed, **changes}
         assert message in refusal(client, "/completions", body).body["message"]
+
+
+def test_one_prompt_in_error_is_named_before_others_stream(
+    client: OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, begun = engine.submit, threading.Event()
+
+    def submit_later(given: GenerationInput) -> Request:
+        if not given.prompt:
+            assert begun.wait(30)
+            time.sleep(0.2)  # chunks of the other prompt have had their time to arrive
+            return submit(given)
+        request = submit(given)
+        begun.set()
+        return request
+
+    monkeypatch.setattr(engine, "submit", submit_later)
+    body = {"model": MODEL, "prompt": [[1], []], "stream": True}
+    assert "the prompt is empty" in refusal(client, "/completions", body).body["message"]
 
 
 @pytest.mark.parametrize(
