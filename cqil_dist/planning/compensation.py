@@ -1,25 +1,31 @@
 """What groups get wrong, taken back by linear regression: no training, no cost at run time.
 
-What a member misses of those before it, their feed-forward outputs above all, it would have
-answered, to a first approximation, by a linear map J of it. On calibration text, ridge regression
-finds for each group the maps of its members' feed-forward outputs that bring the group's output
-closest to the original's; they fold into the down projections: W' = (I + J) W. Group after group,
-so that each takes back as well what those before it have left. Of each group's change the
-directions that explain most are kept: a LoRA adapter.
+A member of a group reads what the group was given, not what the members before it made of that. To
+a first approximation the difference is a linear map J of what it does read; so is, of its output,
+what a member misses in the end. Ridge regression on calibration text finds these maps, and they
+fold into the projections beside them:
 
-Maps of outputs (width x width) generalise; changes of the projections themselves, which have as
-many inputs as there are activations, fit the same text better and other text worse.
+    attention inputs        after the norm, of each member     W' = W (I + J)    q, k and v
+    feed-forward inputs     after the norm, of each member     W' = W (I + J)    gate and up
+    feed-forward outputs    of all members together            W' = (I + J) W    down
+
+Each is fitted with those above it in place, group after group, so that it takes back as well what
+those before have left. Of each map the directions that explain most are kept: a LoRA adapter.
+
+Maps of what has the model's width generalise; changes of the down projections themselves, which
+have as many inputs as there are activations, fit the same text better and other text worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cqil_dist.errors import PlanError, TextError
 from cqil_dist.model.adapter import Lora
@@ -32,7 +38,12 @@ from cqil_dist.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROJECTION = "mlp.down_proj"
+# The norms of a layer in the order they are computed, and the projections that read each.
+_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_OUTPUT = "mlp.down_proj"
 
 
 @torch.inference_mode()
@@ -45,12 +56,14 @@ def compensate(
     rank: int = 256,
     ridge: float = 0.3,
 ) -> dict[str, Lora]:
-    """Changes of down projections, by module, for every group from the first with several layers.
+    """Changes of projections, by module, for every group from the first with several layers.
+
+    The model is changed meanwhile, and is as it was at the end.
 
     Args:
         windows: calibration text; ten times as many tokens as the model is wide, or more.
-        rank: of each group's change.
-        ridge: penalty on the change, as a part of the outputs' mean square.
+        rank: of each map.
+        ridge: penalty on a map, as a part of its inputs' mean square.
 
     Raises:
         PlanError: every layer of the plan stands alone.
@@ -61,96 +74,127 @@ def compensate(
     decoder: Any = model.get_decoder()
     taught = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
     said = taught
-    changes: dict[str, Lora] = {}
     begun = False
-    with progress.task("Fitting groups", plan.depth, "groups") as task:
+    with (
+        _Changes(model).undone() as changes,
+        progress.task("Fitting groups", plan.depth, "groups") as task,
+    ):
         for group in plan.groups:
             begun = begun or group.size > 1
             alone = [Group((layer,)) for layer in group.layers]
-            inputs, taught = said, [hidden_after(model, alone, x) for x in taught]
+            with _noted(model, group, _READERS) as true:
+                taught = [hidden_after(model, alone, x) for x in taught]
             if begun:
-                fitted = _Fitted.of(model, group, inputs, taught, ridge, rank)
-                changes |= fitted.changes(decoder)
-                said = fitted.outputs
+                fit = _Fit(changes, group, said, ridge, rank)
+                for norm in _READERS:
+                    fit.inputs(norm, true)
+                fit.outputs(taught)
+                said = [hidden_after(model, [group], x) for x in said]
             else:
                 said = taught
             task.advance()
-    return changes
+    return changes.made
+
+
+_Noted = dict[tuple[int, str], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    """A group and the maps of its members' feed-forward outputs.
+class _Fit:
+    """The maps of one group, found and put in place.
 
     Attributes:
-        mixed_RK: what is taken of those outputs, [rank, members * D].
-        b_DR: and where it goes.
-        outputs: of the group with the maps, by window.
+        said: its inputs by window, [1, T, D].
     """
 
+    changes: _Changes
     group: Group
-    mixed_RK: Tensor
-    b_DR: Tensor
-    outputs: list[Tensor]
+    said: Sequence[Tensor]
+    ridge: float
+    rank: int
 
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        group: Group,
-        inputs: Sequence[Tensor],
-        taught: Sequence[Tensor],
-        ridge: float,
-        rank: int,
-    ) -> _Fitted:
-        """Fit the maps that bring the group's outputs closest to what is taught."""
-        outputs: list[Tensor] = []
-        parts: list[Tensor] = []
-        with _feed_forward_outputs(model, group) as noted:
-            for x in inputs:
-                outputs.append(hidden_after(model, [group], x))
-                parts.append(torch.cat([noted[layer] for layer in group.layers], dim=-1))
-        normal = _Normal.empty(parts[0].shape[-1], outputs[0].shape[-1], outputs[0].device)
-        for part, output, target in zip(parts, outputs, taught, strict=True):
-            # What comes next normalises its input: a few tokens that are a thousand times larger
-            # than all others would decide everything.
-            scale_T1 = target[0].float().pow(2).mean(-1, keepdim=True).rsqrt()
-            normal.add(scale_T1 * part[0], scale_T1 * (target - output)[0].float())
-        b_DR, mixed_RK = normal.solve(ridge, rank)
-        changed = [
-            output + (part @ mixed_RK.T @ b_DR.T).to(output.dtype)
-            for output, part in zip(outputs, parts, strict=True)
-        ]
-        return cls(group, mixed_RK, b_DR, changed)
+    def inputs(self, norm: str, true: _Noted) -> None:
+        """Bring what each member reads after a norm nearer what it reads in the original."""
+        with _noted(self.changes.model, self.group, [norm]) as read:
+            self._compute()
+        for layer in self.group.layers:
+            pairs = zip(read[layer, norm], true[layer, norm], strict=True)
+            samples = ((read_TD, true_TD - read_TD) for read_TD, true_TD in pairs)
+            b_DR, a_RD = _linear_map(samples, self.ridge, self.rank)
+            for name in _READERS[norm]:
+                weight_OD = self.changes.weight(layer, name).float()
+                self.changes.make(layer, name, Lora(a_RD, weight_OD @ b_DR))
 
-    def changes(self, decoder: Any) -> dict[str, Lora]:
-        """The maps, folded into the down projections."""
-        parts = self.mixed_RK.chunk(self.group.size, dim=1)
-        b_DR = self.b_DR.cpu()
-        return {
-            layer_tensor(layer, PROJECTION): Lora(
-                (mixed_RD @ decoder.layers[layer].mlp.down_proj.weight.float()).cpu(), b_DR
-            )
-            for layer, mixed_RD in zip(self.group.layers, parts, strict=True)
-        }
+    def outputs(self, taught: Sequence[Tensor]) -> None:
+        """Bring the group's outputs nearer what is taught."""
+        with _noted(self.changes.model, self.group, [_OUTPUT]) as noted:
+            outputs = self._compute()
+        parts = zip(*(noted[layer, _OUTPUT] for layer in self.group.layers), strict=True)
+        samples = (
+            _alike(torch.cat(each, -1), target[0].float(), (target - output)[0].float())
+            for each, output, target in zip(parts, outputs, taught, strict=True)
+        )
+        b_DR, a_RK = _linear_map(samples, self.ridge, self.rank)
+        for layer, a_RD in zip(self.group.layers, a_RK.chunk(self.group.size, dim=1), strict=True):
+            weight_DI = self.changes.weight(layer, _OUTPUT).float()
+            self.changes.make(layer, _OUTPUT, Lora(a_RD @ weight_DI, b_DR))
+
+    def _compute(self) -> list[Tensor]:
+        return [hidden_after(self.changes.model, [self.group], x) for x in self.said]
+
+
+@dataclass
+class _Changes:
+    """What has been changed of a model's projections, by module."""
+
+    model: PreTrainedModel
+    made: dict[str, Lora] = field(default_factory=dict)
+    _before: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """As it is now."""
+        weight_OI: Tensor = self.model.get_parameter(f"{layer_tensor(layer, name)}.weight")
+        return weight_OI
+
+    def make(self, layer: int, name: str, change: Lora) -> None:
+        """Change a projection that has not been changed yet."""
+        module, weight_OI = layer_tensor(layer, name), self.weight(layer, name)
+        self._before[module] = weight_OI.clone()
+        weight_OI += (change.b_OR @ change.a_RI).to(weight_OI.dtype)
+        self.made[module] = Lora(change.a_RI.cpu(), change.b_OR.cpu())
+
+    @contextmanager
+    def undone(self) -> Iterator[_Changes]:
+        """After the block the model's weights are as they were."""
+        try:
+            yield self
+        finally:
+            for module, weight_OI in self._before.items():
+                self.model.get_parameter(f"{module}.weight").copy_(weight_OI)
 
 
 @contextmanager
-def _feed_forward_outputs(model: PreTrainedModel, group: Group) -> Iterator[dict[int, Tensor]]:
-    """The latest outputs of each member's down projection, without its bias, in float32."""
+def _noted(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterator[_Noted]:
+    """What these parts of the members give, [T, D] in float32, window after window.
+
+    Without their biases: a linear map of the weights leaves those alone.
+    """
     decoder: Any = model.get_decoder()
-    noted: dict[int, Tensor] = {}
+    noted: _Noted = {}
+    hooks = []
 
-    def note(layer: int, projection: nn.Linear, output: Tensor) -> None:
-        output = output if projection.bias is None else output - projection.bias
-        noted[layer] = output.float()
+    def note(key: tuple[int, str], module: Any, output: Tensor) -> None:
+        if getattr(module, "bias", None) is not None:
+            output = output - module.bias
+        noted.setdefault(key, []).append(output[0].float())
 
-    hooks = [
-        decoder.layers[layer].mlp.down_proj.register_forward_hook(
-            lambda module, args, output, layer=layer: note(layer, module, output)
+    for key in product(group.layers, names):
+        part = decoder.layers[key[0]].get_submodule(key[1])
+        hooks.append(
+            part.register_forward_hook(
+                lambda module, args, output, key=key: note(key, module, output)
+            )
         )
-        for layer in group.layers
-    ]
     try:
         yield noted
     finally:
@@ -158,36 +202,38 @@ def _feed_forward_outputs(model: PreTrainedModel, group: Group) -> Iterator[dict
             hook.remove()
 
 
-@dataclass
-class _Normal:
-    """Normal equations of a regression of outputs [D] on inputs [K], summed up over tokens."""
+def _alike(inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and residual of tokens, in parts of the token's target.
 
-    gram_KK: Tensor
-    cross_KD: Tensor
+    What comes next normalises its input: a few tokens that are a thousand times larger than all
+    others would decide everything.
+    """
+    scale_T1 = target_TD.pow(2).mean(-1, keepdim=True).rsqrt()
+    return scale_T1 * inputs_TK, scale_T1 * residual_TD
 
-    @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> _Normal:
-        return cls(
-            torch.zeros(inputs, inputs, dtype=torch.float64, device=device),
-            torch.zeros(inputs, outputs, dtype=torch.float64, device=device),
+
+def _linear_map(
+    samples: Iterable[tuple[Tensor, Tensor]], ridge: float, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Factors [D, rank] and [rank, K] of a map of inputs that takes most of a residual away.
+
+    Args:
+        samples: inputs [N, K] and residuals [N, D], float32, part after part.
+    """
+    gram_KK = cross_KD = torch.zeros((), dtype=torch.float64)
+    for inputs_NK, residual_ND in samples:
+        gram_KK = (inputs_NK.T @ inputs_NK) + gram_KK.to(inputs_NK.device)
+        cross_KD = (inputs_NK.T @ residual_ND) + cross_KD.to(inputs_NK.device)
+    damped_KK = gram_KK.clone()
+    damped_KK.diagonal().add_(ridge * gram_KK.diagonal().mean())
+    factor_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+    if failed:
+        raise TextError(
+            f"the text does not determine maps of {len(damped_KK)} numbers at ridge {ridge}; "
+            "give more text, or a larger ridge"
         )
-
-    def add(self, inputs_NK: Tensor, residual_ND: Tensor) -> None:
-        self.gram_KK += inputs_NK.T @ inputs_NK
-        self.cross_KD += inputs_NK.T @ residual_ND
-
-    def solve(self, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors [D, rank] and [rank, K] of the change that takes most of the residual away."""
-        damped_KK = self.gram_KK.clone()
-        damped_KK.diagonal().add_(ridge * self.gram_KK.diagonal().mean())
-        factor_KK, failed = torch.linalg.cholesky_ex(damped_KK)
-        if failed:
-            raise TextError(
-                f"the text does not determine maps of {len(damped_KK)} numbers at ridge {ridge}; "
-                "give more text, or a larger ridge"
-            )
-        change_KD = torch.cholesky_solve(self.cross_KD, factor_KK)
-        # Of what the full change explains, the directions of the output that have most of it.
-        explained_DD = change_KD.T @ self.gram_KK @ change_KD
-        directions_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -rank:]
-        return directions_DR.float(), (change_KD @ directions_DR).T.float().contiguous()
+    change_KD = torch.cholesky_solve(cross_KD, factor_KK)
+    # Of what the full change explains, the directions of the output that have most of it.
+    explained_DD = change_KD.T @ gram_KK @ change_KD
+    directions_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -rank:]
+    return directions_DR.float(), (change_KD @ directions_DR).T.float().contiguous()

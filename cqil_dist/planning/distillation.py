@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cqil_dist.errors import LaunchError
-from cqil_dist.model.adapter import Adapter, Lora, write_plan
+from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.provenance import made_with
@@ -73,27 +73,26 @@ def distill(
 
     Args:
         teacher: what tells the model's weights from others; a run of others is not gone on with.
-        start: changes to begin with. Where they have more than the schedule's rank, so does the
-            adapter.
+        start: changes to begin with; the adapter holds them beside what is trained.
         on_progress: called after each look at the held-out windows.
 
     Raises:
         LaunchError: `output` holds a run of another model, plan, text or schedule.
     """
-    student = _student(model, schedule, start)
-    trained = [p for p in student.parameters() if p.requires_grad]
+    student = _Student(model, schedule, start)
+    trained = [p for p in student.lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
     identity = _identity(teacher, model.dtype, plan, train, schedule, start)
-    course = _resume(output, identity, student, optimizer)
+    course = _resume(output, identity, student.lora, optimizer)
 
-    held_out_ids_WT = held_out.token_ids_WT.to(student.device)
-    taught_WTD = [_taught(student, tokens_T) for tokens_T in held_out_ids_WT]
+    held_out_ids_WT = held_out.token_ids_WT.to(student.lora.device)
+    taught_WTD = [student.taught(tokens_T) for tokens_T in held_out_ids_WT]
 
     @torch.no_grad()
     def note_held_out() -> None:
-        with grouped(student, plan.groups):
+        with grouped(student.lora, plan.groups):
             kls = [
-                sum(map(float, _divergence(student, taught_TD, _said(student, tokens_T))))
+                sum(map(float, student.divergence(taught_TD, student.said(tokens_T))))
                 for taught_TD, tokens_T in zip(taught_WTD, held_out_ids_WT, strict=True)
             ]
         course.held_out[len(course.losses)] = fmean(kls)
@@ -117,78 +116,109 @@ def distill(
             if done % schedule.evaluate_every == 0 or done == schedule.steps:
                 note_held_out()
             if done % schedule.checkpoint_every == 0 and done < schedule.steps:
-                _save_state(output, identity, student, optimizer, course)
+                _save_state(output, identity, student.lora, optimizer, course)
     seen = made_with(train, None if start is None else start.plan)
-    _save_adapter(student, {**plan.to_json(), "measured": seen}, output)
-    _save_state(output, identity, student, optimizer, course)
+    base = str(model.name_or_path)
+    write_adapter(output, student.changes(), base, {**plan.to_json(), "measured": seen})
+    _save_state(output, identity, student.lora, optimizer, course)
     return course
 
 
-def _student(model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
+class _Student:
+    """A model with an adapter, whose teacher it is itself without.
 
-    changes = {} if start is None else start.changes()
-    ranks = {module: lora.rank for module, lora in changes.items() if lora.rank > schedule.rank}
-    scale = schedule.alpha / schedule.rank
-    config = LoraConfig(
-        r=schedule.rank,
-        lora_alpha=schedule.alpha,
-        rank_pattern=ranks,
-        alpha_pattern={module: scale * rank for module, rank in ranks.items()},
-        target_modules=list(PROJECTIONS),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(schedule.seed)
-        student: Any = get_peft_model(model, config)
-    for module, lora in changes.items():
-        _begin_with(student.get_submodule(f"base_model.model.{module}"), lora, scale)
-    return student  # type: ignore[no-any-return]
+    Changes to begin with are added to the student's frozen weights: the adapter that is trained
+    stays small however large they are. The teacher's weights are put in their place while it
+    teaches.
+
+    Attributes:
+        lora: the model with the adapter that is trained.
+        start: the changes to begin with, by module.
+    """
+
+    def __init__(self, model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        self.start = {} if start is None else start.changes()
+        self._taught: list[tuple[nn.Parameter, Tensor]] = []
+        for module, change in self.start.items():
+            weight = model.get_parameter(f"{module}.weight")
+            self._taught.append((weight, weight.data))
+            change_OI = (change.b_OR @ change.a_RI).to(weight.device)
+            weight.data = (weight.data.float() + change_OI).to(weight.dtype)
+        config = LoraConfig(
+            r=schedule.rank,
+            lora_alpha=schedule.alpha,
+            target_modules=list(PROJECTIONS),
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(schedule.seed)
+            self.lora: PeftModel = get_peft_model(model, config)
+
+    def said(self, tokens_T: Tensor) -> Tensor:
+        """Its hidden states [T, D]."""
+        return final_hidden(self.lora, input_ids=tokens_T[None])[0]
+
+    @torch.no_grad()
+    def taught(self, tokens_T: Tensor) -> Tensor:
+        """The teacher's hidden states [T, D]."""
+        own = [weight.data for weight, _ in self._taught]
+        for weight, of_teacher in self._taught:
+            weight.data = of_teacher
+        try:
+            with self.lora.disable_adapter():
+                return self.said(tokens_T)
+        finally:
+            for (weight, _), of_student in zip(self._taught, own, strict=True):
+                weight.data = of_student
+
+    def divergence(self, taught_TD: Tensor, said_TD: Tensor) -> Iterator[Tensor]:
+        """KL(teacher || student) of the next token, nats, mean over positions: parts that add up.
+
+        Args:
+            taught_TD: hidden states, as are those said.
+        """
+        for first in range(0, len(said_TD), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            taught_RV = next_token_logits(self.lora, taught_TD[rows]).log_softmax(-1)
+            said_RV = next_token_logits(self.lora, said_TD[rows]).log_softmax(-1)
+            kl = F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
+            yield kl / len(said_TD)
+
+    def changes(self) -> dict[str, Lora]:
+        """All that it adds to the teacher's weights, by module."""
+        changes = dict(self.start)
+        for name, module in self.lora.get_base_model().named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            a_RI, b_OR = (
+                part["default"].weight.detach().float().cpu()
+                for part in (module.lora_A, module.lora_B)
+            )
+            b_OR = module.scaling["default"] * b_OR
+            if (start := self.start.get(name)) is not None:
+                a_RI = torch.cat([start.a_RI, a_RI])
+                b_OR = torch.cat([start.b_OR, b_OR], dim=1)
+            changes[name] = Lora(a_RI, b_OR)
+        return changes
 
 
-@torch.no_grad()
-def _begin_with(module: Any, lora: Lora, scale: float) -> None:
-    module.lora_A["default"].weight[: lora.rank] = lora.a_RI
-    module.lora_B["default"].weight[:, : lora.rank] = lora.b_OR / scale
-
-
-def _train_on(student: PeftModel, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
+def _train_on(student: _Student, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
     """Add a batch's gradients; its loss. A window at a time: batches cost time, not memory."""
     total = 0.0
-    for tokens_T in tokens_BT.to(student.device):
-        taught_TD = _taught(student, tokens_T)
-        with grouped(student, plan.groups, checkpointing=schedule.gradient_checkpointing):
-            said_TD = _said(student, tokens_T)
+    for tokens_T in tokens_BT.to(student.lora.device):
+        taught_TD = student.taught(tokens_T)
+        with grouped(student.lora, plan.groups, checkpointing=schedule.gradient_checkpointing):
+            said_TD = student.said(tokens_T)
             # The head's gradients are taken part by part: no more of its distributions is kept.
             leaf_TD = said_TD.detach().requires_grad_()
-            for part in _divergence(student, taught_TD, leaf_TD):
+            for part in student.divergence(taught_TD, leaf_TD):
                 (part / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
                 total += float(part.detach())
             said_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
     return total / len(tokens_BT)
-
-
-@torch.no_grad()
-def _taught(student: PeftModel, tokens_T: Tensor) -> Tensor:
-    """The teacher's hidden states [T, D]."""
-    with student.disable_adapter():
-        return _said(student, tokens_T)
-
-
-def _said(student: PeftModel, tokens_T: Tensor) -> Tensor:
-    """The hidden states [T, D] of what the model is set to compute."""
-    return final_hidden(student, input_ids=tokens_T[None])[0]
-
-
-def _divergence(student: PeftModel, taught_TD: Tensor, said_TD: Tensor) -> Iterator[Tensor]:
-    """KL(teacher || student) of the next token, nats, mean over positions: parts that add up."""
-    for first in range(0, len(said_TD), _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        taught_RV = next_token_logits(student, taught_TD[rows]).log_softmax(-1)
-        said_RV = next_token_logits(student, said_TD[rows]).log_softmax(-1)
-        kl = F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
-        yield kl / len(said_TD)
 
 
 def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:
@@ -264,9 +294,3 @@ def _save_state(
     temporary = output / f".{_STATE}.{os.getpid()}"
     torch.save(state, temporary)
     temporary.replace(output / _STATE)
-
-
-def _save_adapter(student: PeftModel, plan: Mapping[str, Any], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(str(output))
-    write_plan(output, plan)

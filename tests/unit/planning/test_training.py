@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import TinyModel, TinyModelFactory, assert_near, random_tokens
 
@@ -180,28 +181,32 @@ def test_small_ranks_and_too_little_text(tiny: TinyModel, tmp_path: Path) -> Non
         compensate(fresh(tiny), tiny.plan("sequential"), windows(1, 3), SilentProgress())
 
 
-@pytest.mark.parametrize("rank", [16, 8, 4])
-def test_distillation_goes_on_from_a_compensation(
-    tiny: TinyModel, tmp_path: Path, rank: int
-) -> None:
-    """Of 8 directions: as many as training has, fewer, or more."""
+def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Path) -> None:
+    """The adapter holds both; whoever reads it, peft too, finds what was measured."""
     plan = tiny.plan(PLAN)
-    changes = compensate(fresh(tiny), plan, windows(64, 3), SilentProgress(), rank=8)
+    changes = compensate(fresh(tiny), plan, windows(64, 3), SilentProgress(), rank=16)
     write_adapter(tmp_path / "start", changes, str(tiny.path), plan.to_json())
     course = distill(
         fresh(tiny),
         plan,
         TRAIN,
         HELD_OUT,
-        replace(SCHEDULE, rank=rank, alpha=16),
+        replace(SCHEDULE, alpha=16, learning_rate=0.001),
         tmp_path / "trained",
         SilentProgress(),
         start=Adapter(tmp_path / "start"),
     )
     before = held_out_kl(tiny, tmp_path / "start")
     assert course.held_out[0] == pytest.approx(before, abs=1e-4)
-    assert course.held_out[12] < before
+    assert course.held_out[12] < 0.98 * before
     assert course.held_out[12] == pytest.approx(held_out_kl(tiny, tmp_path / "trained"), abs=1e-4)
+
+    merged = fresh(tiny)
+    merge(merged, Adapter(tmp_path / "trained"))
+    read = PeftModel.from_pretrained(fresh(tiny), tmp_path / "trained")
+    tokens = torch.tensor([random_tokens(11)])
+    with torch.inference_mode():
+        assert_near(read(tokens).logits, merged(tokens).logits)
 
 
 def test_a_merged_model_is_the_adapted_reference(tiny: TinyModel, tmp_path: Path) -> None:
