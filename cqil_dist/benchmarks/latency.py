@@ -29,6 +29,7 @@ class Result:
     """What was measured of one configuration; times in milliseconds unless named otherwise.
 
     Attributes:
+        plan: that it computes; None for transformers.
         itl_ms: inter-token latencies, one list a repeat.
         predicted_ms: what the serial path's layers and head take without exchanges.
         exchange_us: median microseconds of a round: moving the data, and waiting for the slower
@@ -38,6 +39,7 @@ class Result:
     name: str
     depth: int
     ranks: int
+    plan: dict[str, Any] | None = None
     exchanges_per_token: float = 0.0
     ttft_ms: list[float] = field(default_factory=list)
     itl_ms: list[list[float]] = field(default_factory=list)
@@ -147,7 +149,8 @@ def measure(
             "transformers": lambda: baseline.measure(prompt_ids, output_tokens)
         }
         for name, engine in engines.items():
-            results[name] = Result(name, engine.plan.depth, engine.assignment.world)
+            plan = engine.plan
+            results[name] = Result(name, plan.depth, engine.assignment.world, plan.to_json())
             runs[name] = _generation(engine, prompt_ids, output_tokens)
         layer_times: list[LayerTimes] = []
         with progress.task("Measuring", total=(repeats + 1) * len(runs), unit="runs") as task:

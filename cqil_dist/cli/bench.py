@@ -93,6 +93,7 @@ def latency(
         **machine(device),
     }
     report = {
+        "record": "latency",
         "setting": setting,
         "layer_times_ms": None if layers is None else asdict(layers),
         "results": [result.to_dict() for result in results],

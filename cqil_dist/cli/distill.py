@@ -58,6 +58,7 @@ def distill(
             "GPU), float32 or bfloat16 (faster where the CPU has AVX512-BF16 or AMX).",
         ),
     ] = "auto",
+    precision: options.Precision = "highest",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
 ) -> None:
     """Train a LoRA adapter for a plan; the model without adapter and plan is the teacher.
@@ -74,7 +75,7 @@ def distill(
     require_folder(output)
     progress = ConsoleProgress()
     schedule = Schedule(**training)
-    study = Study.of(model, device, progress, dtype)
+    study = Study.of(model, device, progress, dtype, precision)
     parsed = study.plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise LaunchError(f"--init and --output are both {output}; write to another folder")

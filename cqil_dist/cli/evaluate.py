@@ -40,6 +40,7 @@ def evaluate(
     window: options.Window = 512,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    precision: options.Precision = "highest",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
 ) -> None:
     """Perplexity and task accuracy of a plan and of the original on the same items.
@@ -61,7 +62,7 @@ def evaluate(
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
     wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
     read = [read_task(file, limit) for file in wanted]
-    study = Study.of(model, device, ConsoleProgress())
+    study = Study.of(model, device, ConsoleProgress(), precision=precision)
     texts = [read_windows([file], study.tokenizer, window, windows, seed) for file in ppl or []]
     parsed = study.plan(plan)
     changes = None if adapter is None else study.adapter(adapter, parsed)

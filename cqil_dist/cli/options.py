@@ -64,6 +64,14 @@ SampledTokens = Annotated[
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--matmul-precision",
+        help="Of float32 products, as torch names it: highest; high and medium are faster where "
+        "the processor has TF32 (GPUs) or bfloat16 (CPUs with AMX).",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 # By field of LaunchConfig.

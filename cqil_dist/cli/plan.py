@@ -18,7 +18,7 @@ from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from cqil_dist.planning.analysis import Analysis
-    from cqil_dist.planning.original import Original
+    from cqil_dist.planning.original import Comparison, Original
     from cqil_dist.planning.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
@@ -33,16 +33,25 @@ class _Calibration:
     window: int = 256
     seed: int = 0
     max_group: int = 3
+    fit_tokens: int = 0
     device: str = "auto"
+    precision: str = "highest"
 
-    def analyze(self, model: str) -> tuple[Study, Original, Analysis]:
+    def analyze(self, model: str) -> tuple[Study, Original, Comparison, Analysis]:
         from cqil_dist.planning.analysis import analyze
+        from cqil_dist.planning.compensation import Compensated, Compensation
         from cqil_dist.planning.study import Study
 
-        study = Study.of(model, self.device, ConsoleProgress())
-        windows = study.windows(self.text or [], self.window, self.tokens, self.seed)
+        study = Study.of(model, self.device, ConsoleProgress(), precision=self.precision)
+        tokens = self.tokens + self.fit_tokens
+        windows = study.windows(self.text or [], self.window, tokens, self.seed)
+        if not self.fit_tokens:
+            original = study.original(windows)
+            return study, original, original, analyze(study, original, original, self.max_group)
+        fitted, windows = windows.split(max(1, self.tokens // self.window))
         original = study.original(windows)
-        return study, original, analyze(study, original, self.max_group)
+        compared = Compensated(original, Compensation(study.model, fitted))
+        return study, original, compared, analyze(study, original, compared, self.max_group)
 
 
 # By field of _Calibration.
@@ -52,7 +61,17 @@ _CALIBRATION: dict[str, Any] = {
     "window": options.Window,
     "seed": options.Seed,
     "max_group": Annotated[int, typer.Option(min=2, help="Layers of the largest groups.")],
+    "fit_tokens": Annotated[
+        int,
+        typer.Option(
+            "--fit-tokens",
+            min=0,
+            help="Measure each group and plan compensated (cqil plan compensate), fitted on so "
+            "much other text; 0: as they are. 16384 for a model 576 wide.",
+        ),
+    ],
     "device": options.Device,
+    "precision": options.Precision,
 }
 
 
@@ -73,7 +92,7 @@ def analyze(
     from cqil_dist.planning.report import write_report
 
     require_folder(output)
-    _, _, analysis = _Calibration(**calibration).analyze(model)
+    *_, analysis = _Calibration(**calibration).analyze(model)
     record = analysis.to_json()
     write_record(output / "analysis.json", record)
     plot_similarity(record, output / "similarity.png")
@@ -119,11 +138,11 @@ def search(
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    study, original, analysis = _Calibration(**calibration).analyze(model)
+    study, original, compared, analysis = _Calibration(**calibration).analyze(model)
     cost = measure_cost(study.path, ranks, link_us)
-    finder = PlanFinder(original, analysis.sensitivities, cost, seconds, study.progress)
+    finder = PlanFinder(original, compared, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
-    write_record(output, found.plan_json(original))
+    write_record(output, found.plan_json(original, analysis.compensated))
     typer.echo(f"written: {output} ({found.describe(original.perplexity)})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
     beside = output.with_name(f"{output.stem}-front")
@@ -151,24 +170,26 @@ def compensate(
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
     device: options.Device = "auto",
+    precision: options.Precision = "highest",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
 
-    Changes down projections alone, and costs nothing at run time. `cqil distill --init` goes on
-    from there.
+    Costs nothing at run time. `cqil distill --init` goes on from there. Plans for it are found by
+    `cqil plan search --fit-tokens`.
     """
     from cqil_dist.model.adapter import write_adapter
+    from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.compensation import compensate as fit
     from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
     require_folder(output)
-    study = Study.of(model, device, ConsoleProgress())
+    study = Study.of(model, device, ConsoleProgress(), precision=precision)
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed, sampled_tokens)
-    changes = fit(study.model, parsed, windows, study.progress, rank=rank, ridge=ridge)
+    changes = fit(Compensation(study.model, windows, rank, ridge), parsed, study.progress)
     write_adapter(output, changes, model, {**parsed.to_json(), "measured": made_with(windows)})
     typer.echo(f"written: {output}", err=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cqil_dist.plan import Group
-from cqil_dist.planning.original import Original
+from cqil_dist.planning.original import Comparison, Original
 from cqil_dist.planning.similarity import input_similarity
 from cqil_dist.planning.study import Study
 
@@ -20,6 +20,7 @@ class Analysis:
     Attributes:
         similarity_LL: cosine similarity of layers' inputs.
         sensitivities: KL divergence of each group by itself, nats a token.
+        compensated: whether groups were compensated first.
     """
 
     model: str
@@ -28,6 +29,7 @@ class Analysis:
     perplexity: float
     similarity_LL: Tensor
     sensitivities: dict[Group, float]
+    compensated: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -36,6 +38,7 @@ class Analysis:
             "text": self.text,
             "tokens": self.tokens,
             "perplexity": self.perplexity,
+            "compensated": self.compensated,
             "similarity": [[round(v, 5) for v in row] for row in self.similarity_LL.tolist()],
             "sensitivities": [
                 {**group.to_json(), "kl": kl} for group, kl in self.sensitivities.items()
@@ -43,10 +46,11 @@ class Analysis:
         }
 
 
-def analyze(study: Study, original: Original, largest: int) -> Analysis:
+def analyze(study: Study, original: Original, comparison: Comparison, largest: int) -> Analysis:
     """Measure a model on the text of `original`; what was measured before is not again.
 
     Args:
+        comparison: of groups with the original.
         largest: layers of the largest groups.
     """
     return Analysis(
@@ -55,5 +59,6 @@ def analyze(study: Study, original: Original, largest: int) -> Analysis:
         original.windows.tokens,
         original.perplexity,
         input_similarity(original),
-        study.sensitivities(original, largest),
+        study.sensitivities(comparison, largest),
+        comparison is not original,
     )

@@ -32,8 +32,9 @@ from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.grouped_model import hidden_after
+from cqil_dist.planning.original import Divergence, Original
 from cqil_dist.planning.texts import Windows
-from cqil_dist.progress import Progress
+from cqil_dist.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,54 +47,115 @@ _READERS = {
 _OUTPUT = "mlp.down_proj"
 
 
-@torch.inference_mode()
-def compensate(
-    model: PreTrainedModel,
-    plan: Plan,
-    windows: Windows,
-    progress: Progress,
-    *,
-    rank: int = 256,
-    ridge: float = 0.3,
-) -> dict[str, Lora]:
-    """Changes of projections, by module, for every group from the first with several layers.
+class Compensation:
+    """Fits maps to the groups of one model, on one text, as often as asked.
 
-    The model is changed meanwhile, and is as it was at the end.
+    Holds a hidden state a token and layer.
 
-    Args:
+    Attributes:
         windows: calibration text; ten times as many tokens as the model is wide, or more.
         rank: of each map.
         ridge: penalty on a map, as a part of its inputs' mean square.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        rank: int = 256,
+        ridge: float = 0.3,
+    ) -> None:
+        self.windows = windows
+        self.rank = rank
+        self.ridge = ridge
+        self._model = model
+        decoder: Any = model.get_decoder()
+        embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
+        # What the original hands to each layer, and makes of the last one.
+        self._taught_LW = [embedded]
+        for layer in range(len(decoder.layers)):
+            group = Group((layer,))
+            self._taught_LW.append([hidden_after(model, [group], x) for x in self._taught_LW[-1]])
+
+    @contextmanager
+    def of(
+        self, groups: Sequence[Group], progress: Progress | None = None
+    ) -> Iterator[dict[str, Lora]]:
+        """Changes of projections, by module; within the block the model has them.
+
+        Args:
+            groups: adjacent ones, in order: the first takes what the original hands it, the others
+                what those before make of it.
+
+        Raises:
+            TextError: there is too little text for so small a ridge.
+        """
+        with torch.inference_mode(), _Changes(self._model).undone() as changes:
+            said = self._taught_LW[groups[0].layers[0]]
+            progress = progress or SilentProgress()
+            with progress.task("Fitting groups", len(groups), "groups") as task:
+                for group in groups:
+                    fit = _Fit(changes, group, said, self.ridge, self.rank)
+                    true = self._noted_in_original(group)
+                    for norm in _READERS:
+                        fit.inputs(norm, true)
+                    fit.outputs(self._taught_LW[group.layers[-1] + 1])
+                    said = [hidden_after(self._model, [group], x) for x in said]
+                    task.advance()
+            yield changes.made
+
+    def _noted_in_original(self, group: Group) -> _Noted:
+        """What its members read there; the group's own layers are unchanged yet."""
+        alone = [Group((layer,)) for layer in group.layers]
+        with _noted(self._model, group, _READERS) as true:
+            for x in self._taught_LW[group.layers[0]]:
+                hidden_after(self._model, alone, x)
+        return true
+
+
+def compensate(fitting: Compensation, plan: Plan, progress: Progress) -> dict[str, Lora]:
+    """Changes of projections, by module, for every group from the first with several layers.
 
     Raises:
         PlanError: every layer of the plan stands alone.
         TextError: there is too little text for so small a ridge.
     """
-    if plan.depth == plan.num_layers:
+    if not (groups := _from_first_grouped(plan)):
         raise PlanError(f"plan {plan} has no group of several layers: there is nothing to fit")
-    decoder: Any = model.get_decoder()
-    taught = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
-    said = taught
-    begun = False
-    with (
-        _Changes(model).undone() as changes,
-        progress.task("Fitting groups", plan.depth, "groups") as task,
-    ):
-        for group in plan.groups:
-            begun = begun or group.size > 1
-            alone = [Group((layer,)) for layer in group.layers]
-            with _noted(model, group, _READERS) as true:
-                taught = [hidden_after(model, alone, x) for x in taught]
-            if begun:
-                fit = _Fit(changes, group, said, ridge, rank)
-                for norm in _READERS:
-                    fit.inputs(norm, true)
-                fit.outputs(taught)
-                said = [hidden_after(model, [group], x) for x in said]
-            else:
-                said = taught
-            task.advance()
-    return changes.made
+    with fitting.of(groups, progress) as changes:
+        return changes
+
+
+def _from_first_grouped(plan: Plan) -> Sequence[Group]:
+    first = next((n for n, group in enumerate(plan.groups) if group.size > 1), plan.depth)
+    return plan.groups[first:]
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """Compares plans with the original as they are once their maps are fitted."""
+
+    original: Original
+    fitting: Compensation
+
+    @property
+    def digest(self) -> str:
+        """Of both texts and the maps' settings."""
+        fitting = self.fitting
+        return f"{self.original.digest}-{fitting.windows.digest}-{fitting.rank}-{fitting.ridge}"
+
+    def compare(self, plan: Plan) -> Divergence:
+        """Raises TextError where there is too little text to fit to."""
+        if not (groups := _from_first_grouped(plan)):
+            return self.original.compare(plan)
+        with self.fitting.of(groups):
+            return self.original.compare(plan)
+
+    def compare_group(self, group: Group) -> Divergence:
+        """With maps of this group alone. Raises as `compare`."""
+        with self.fitting.of([group]):
+            return self.original.compare_group(group)
 
 
 _Noted = dict[tuple[int, str], list[Tensor]]

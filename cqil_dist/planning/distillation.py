@@ -11,14 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cqil_dist.errors import LaunchError
@@ -39,6 +37,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 _STATE = "training.pt"
 # Positions whose distributions over the vocabulary are held at once, by teacher and student.
 _ROWS_AT_ONCE = 128
+# Tokens that go through the layers together.
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass
@@ -85,17 +85,14 @@ def distill(
     identity = _identity(teacher, model.dtype, plan, train, schedule, start)
     course = _resume(output, identity, student.lora, optimizer)
 
-    held_out_ids_WT = held_out.token_ids_WT.to(student.lora.device)
-    taught_WTD = [student.taught(tokens_T) for tokens_T in held_out_ids_WT]
+    held_out_WT = held_out.token_ids_WT.to(student.lora.device)
+    taught_WTD = torch.cat([student.taught(tokens_CT) for tokens_CT in _at_once(held_out_WT)])
 
     @torch.no_grad()
     def note_held_out() -> None:
         with grouped(student.lora, plan.groups):
-            kls = [
-                sum(map(float, student.divergence(taught_TD, student.said(tokens_T))))
-                for taught_TD, tokens_T in zip(taught_WTD, held_out_ids_WT, strict=True)
-            ]
-        course.held_out[len(course.losses)] = fmean(kls)
+            said_WTD = torch.cat([student.said(tokens_CT) for tokens_CT in _at_once(held_out_WT)])
+        course.held_out[len(course.losses)], _ = student.divergence(taught_WTD, said_WTD)
         on_progress(course)
 
     with progress.task("Distilling", schedule.steps, "steps") as task:
@@ -157,35 +154,51 @@ class _Student:
             torch.manual_seed(schedule.seed)
             self.lora: PeftModel = get_peft_model(model, config)
 
-    def said(self, tokens_T: Tensor) -> Tensor:
-        """Its hidden states [T, D]."""
-        return final_hidden(self.lora, input_ids=tokens_T[None])[0]
+    def said(self, tokens_CT: Tensor) -> Tensor:
+        """Its hidden states [C, T, D]."""
+        return final_hidden(self.lora, input_ids=tokens_CT)
 
     @torch.no_grad()
-    def taught(self, tokens_T: Tensor) -> Tensor:
-        """The teacher's hidden states [T, D]."""
+    def taught(self, tokens_CT: Tensor) -> Tensor:
+        """The teacher's hidden states [C, T, D]."""
         own = [weight.data for weight, _ in self._taught]
         for weight, of_teacher in self._taught:
             weight.data = of_teacher
         try:
             with self.lora.disable_adapter():
-                return self.said(tokens_T)
+                return self.said(tokens_CT)
         finally:
             for (weight, _), of_student in zip(self._taught, own, strict=True):
                 weight.data = of_student
 
-    def divergence(self, taught_TD: Tensor, said_TD: Tensor) -> Iterator[Tensor]:
-        """KL(teacher || student) of the next token, nats, mean over positions: parts that add up.
+    def divergence(self, taught_CTD: Tensor, said_CTD: Tensor) -> tuple[float, Tensor]:
+        """KL(teacher || student) of the next token, nats, mean over positions; and its gradient.
+
+        With respect to logits the gradient is the difference of the two distributions. No more
+        than a part of the positions has its distributions at hand at a time.
 
         Args:
-            taught_TD: hidden states, as are those said.
+            taught_CTD: hidden states, as are those said.
+
+        Returns:
+            The divergence, and its gradient with respect to what was said.
         """
-        for first in range(0, len(said_TD), _ROWS_AT_ONCE):
+        taught_ND, said_ND = taught_CTD.flatten(0, -2), said_CTD.detach().flatten(0, -2)
+        total = 0.0
+        gradient_ND = torch.empty_like(said_ND)
+        for first in range(0, len(said_ND), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            taught_RV = next_token_logits(self.lora, taught_TD[rows]).log_softmax(-1)
-            said_RV = next_token_logits(self.lora, said_TD[rows]).log_softmax(-1)
-            kl = F.kl_div(said_RV, taught_RV, log_target=True, reduction="sum")
-            yield kl / len(said_TD)
+            leaf_RD = said_ND[rows].requires_grad_()
+            with torch.enable_grad():
+                logits_RV = next_token_logits(self.lora, leaf_RD)
+            with torch.no_grad():
+                taught_RV = next_token_logits(self.lora, taught_ND[rows]).log_softmax(-1)
+                said_RV = logits_RV.log_softmax(-1)
+                likely_RV = taught_RV.exp()
+                total += float((likely_RV * taught_RV.sub_(said_RV)).sum())
+                change_RV = said_RV.exp_().sub_(likely_RV).div_(len(said_ND))
+            (gradient_ND[rows],) = torch.autograd.grad(logits_RV, leaf_RD, change_RV)
+        return total / len(said_ND), gradient_ND.view_as(said_CTD)
 
     def changes(self) -> dict[str, Lora]:
         """All that it adds to the teacher's weights, by module."""
@@ -206,19 +219,22 @@ class _Student:
 
 
 def _train_on(student: _Student, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
-    """Add a batch's gradients; its loss. A window at a time: batches cost time, not memory."""
+    """Add a batch's gradients; its loss."""
     total = 0.0
-    for tokens_T in tokens_BT.to(student.lora.device):
-        taught_TD = student.taught(tokens_T)
+    for tokens_CT in _at_once(tokens_BT.to(student.lora.device)):
+        taught_CTD = student.taught(tokens_CT)
         with grouped(student.lora, plan.groups, checkpointing=schedule.gradient_checkpointing):
-            said_TD = student.said(tokens_T)
-            # The head's gradients are taken part by part: no more of its distributions is kept.
-            leaf_TD = said_TD.detach().requires_grad_()
-            for part in student.divergence(taught_TD, leaf_TD):
-                (part / len(tokens_BT)).backward()  # type: ignore[no-untyped-call]
-                total += float(part.detach())
-            said_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
-    return total / len(tokens_BT)
+            said_CTD = student.said(tokens_CT)
+            kl, gradient_CTD = student.divergence(taught_CTD, said_CTD)
+            share = len(tokens_CT) / len(tokens_BT)
+            said_CTD.backward(share * gradient_CTD)  # type: ignore[no-untyped-call]
+        total += share * kl
+    return total
+
+
+def _at_once(tokens_WT: Tensor) -> Sequence[Tensor]:
+    """Windows in parts that are computed together: larger batches cost time, not memory."""
+    return torch.split(tokens_WT, max(1, _TOKENS_AT_ONCE // tokens_WT.shape[1]))
 
 
 def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Plan
 from cqil_dist.planning.latency import CostModel
-from cqil_dist.planning.original import Divergence, Original
+from cqil_dist.planning.original import Comparison, Divergence, Original
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search import PlanSearch
 from cqil_dist.planning.sensitivity import Sensitivities
@@ -70,13 +70,14 @@ class Measured:
             "plan": None if self.plan is None else self.plan.to_json(),
         }
 
-    def plan_json(self, original: Original) -> dict[str, Any]:
+    def plan_json(self, original: Original, compensated: bool) -> dict[str, Any]:
         """The plan, as `Plan.parse` reads it, and what was measured of it."""
         assert self.plan is not None, "a plan was found"
         measured = {
             "kl": self.divergence.kl,
             "perplexity": self.divergence.perplexity,
             "original_perplexity": original.perplexity,
+            "compensated": compensated,
             **made_with(original.windows),
         }
         return {**self.plan.to_json(), "measured": measured}
@@ -90,17 +91,23 @@ class Measured:
 
 
 class PlanFinder:
-    """Finds the best plan for a goal, and measures what it is to be compared with."""
+    """Finds the best plan for a goal, and measures what it is to be compared with.
+
+    Args:
+        comparison: how plans are measured, and were their groups.
+    """
 
     def __init__(
         self,
         original: Original,
+        comparison: Comparison,
         sensitivities: Sensitivities,
         cost: CostModel,
         seconds: float,
         progress: Progress,
     ) -> None:
         self._original = original
+        self._comparison = comparison
         self._cost = cost
         self._progress = progress
         self._divergences: dict[Plan, Divergence] = {}
@@ -142,9 +149,9 @@ class PlanFinder:
                 for bypass in ("0", "1"):
                     plan = regular_plan(similarity_LL, 2, depth, Bypass.parse(bypass))
                     if plan is not None:
-                        divergence = self._original.compare(plan.groups)
+                        divergence = self._original.compare(plan)
                         yield self._of_plan(f"CQIL D{bypass}", plan, divergence)
-                divergence = self._original.compare(without_layers(similarity_LL, depth))
+                divergence = self._original.compare_groups(without_layers(similarity_LL, depth))
                 yield Measured("layers removed", depth, divergence, None, None, None)
                 task.advance()
 
@@ -195,7 +202,7 @@ class PlanFinder:
         return max(within)
 
     def _measure(self, plan: Plan) -> float:
-        self._divergences[plan] = self._original.compare(plan.groups)
+        self._divergences[plan] = self._comparison.compare(plan)
         return self._divergences[plan].kl
 
     def _measured(self, plan: Plan) -> Measured:

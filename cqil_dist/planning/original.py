@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,23 @@ from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Comparison(Protocol):
+    """How far a model is from the original once its layers run in groups."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that its results depend on beside the model."""
+        ...
+
+    def compare(self, plan: Plan) -> Divergence:
+        """Of a whole plan."""
+        ...
+
+    def compare_group(self, group: Group) -> Divergence:
+        """Of one group, with every other layer as it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,22 @@ class Original:
     def perplexity(self) -> float:
         return math.exp(float(self.loss_W.mean()))
 
-    @torch.inference_mode()
-    def compare(self, groups: Sequence[Group]) -> Divergence:
-        """Run these groups in place of the original's layers.
+    @property
+    def digest(self) -> str:
+        """Of the text."""
+        return self.windows.digest
 
-        Layers that no group names are left out of the model.
-        """
+    def compare(self, plan: Plan) -> Divergence:
+        """Run a plan's groups in place of the original's layers."""
+        return self.compare_groups(plan.groups)
+
+    def compare_group(self, group: Group) -> Divergence:
+        """Run this one group, and every other layer as it is."""
+        return self.compare(Plan.covering([group], self.num_layers))
+
+    @torch.inference_mode()
+    def compare_groups(self, groups: Sequence[Group]) -> Divergence:
+        """Run these groups. Layers that none of them names are left out of the model."""
         changed = (
             index
             for index, group in enumerate(groups)
@@ -94,10 +121,6 @@ class Original:
                 kls.append(kl.cpu() / len(tokens_T))
                 losses.append(_loss(logprobs_TV, tokens_T))
         return Divergence(torch.stack(kls), torch.stack(losses))
-
-    def compare_group(self, group: Group) -> Divergence:
-        """Run this one group, and every other layer as it is."""
-        return self.compare(Plan.covering([group], self.num_layers).groups)
 
     def _record(self, tokens_T: Tensor) -> Tensor:
         """Log probabilities [T, V]; notes every layer's input on the way."""

@@ -1,4 +1,7 @@
-"""One page of all that a folder holds: analysis, fronts, evaluations. Nothing outside is needed."""
+"""One page of all that a folder holds: analysis, fronts, evaluations, latencies.
+
+Nothing outside of it is needed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cqil_dist.plan import Plan
+from cqil_dist.planning.latency import CostModel
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 
-
 # Kinds of records, by what they call themselves.
-_KINDS = ("analysis", "front", "evaluation")
+_KINDS = ("analysis", "front", "evaluation", "latency")
 
 
 def write_report(folder: Path) -> Path:
@@ -28,15 +31,26 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"interval": _interval, "picture": _picture, "plan": _plan_text}
-    page = environment.get_template(_TEMPLATE).render(_records(folder))
+    environment.filters |= {
+        "interval": _interval,
+        "loss": _loss,
+        "picture": _picture,
+        "plan": _plan_text,
+    }
+    records = _records(folder)
+    plans = _rows(records)
+    measures = list(dict.fromkeys(key for row in plans for key in row["losses"]))
+    page = environment.get_template(_TEMPLATE).render(records, plans=plans, measures=measures)
     (folder / REPORT).write_text(page, encoding="utf-8")
     return folder / REPORT
 
 
-def _records(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+_Records = dict[str, list[tuple[Path, dict[str, Any]]]]
+
+
+def _records(folder: Path) -> _Records:
     """The records of a folder by kind, each with the file that it is in."""
-    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {kind: [] for kind in _KINDS}
+    found: _Records = {kind: [] for kind in _KINDS}
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -45,6 +59,50 @@ def _records(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
         if isinstance(record, dict) and record.get("record") in found:
             found[record["record"]].append((path, record))
     return found
+
+
+def _rows(records: _Records) -> list[dict[str, Any]]:
+    """What each plan that was evaluated or timed costs, and what it loses; the deepest first.
+
+    An adapter is merged: with it a plan takes the time that it takes without.
+    """
+    costs = [CostModel(**found["cost"]) for _, found in records["front"]]
+    timed = {
+        _plan_text(result["plan"]): result
+        for _, found in records["latency"]
+        for result in found["results"]
+        if result["plan"] is not None
+    }
+    evaluated = [found for _, found in records["evaluation"]]
+    known = {_plan_text(found["plan"]) for found in evaluated}
+    only_timed = [timed[text] for text in timed if text not in known]
+    rows: list[dict[str, Any]] = []
+    for found in [*only_timed, *evaluated]:
+        plan = Plan.parse(found["plan"], found["plan"]["num_layers"])
+        losses = {
+            (result["measure"], result["of"]): result["difference"]
+            for result in found.get("results", ())
+        }
+        rows.append(
+            {
+                "plan": str(plan),
+                "adapter": found.get("adapter"),
+                "depth": plan.depth,
+                "exchanges": costs[0].exchanges(plan) if costs else None,
+                "predicted_ms": costs[0].latency_us(plan) / 1000 if costs else None,
+                "measured_ms": timed[str(plan)]["itl_p50_ms"] if str(plan) in timed else None,
+                "losses": losses,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["depth"])
+
+
+def _loss(difference: dict[str, float], measure: str) -> str:
+    """A ratio of perplexities, or a difference of accuracies in points."""
+    value, low, high = (difference[part] for part in ("value", "low", "high"))
+    if measure == "perplexity":
+        return f"{value:.3f}× ({low:.3f} to {high:.3f})"
+    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _interval(interval: dict[str, float]) -> str:

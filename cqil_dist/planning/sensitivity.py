@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cqil_dist.plan import Bypass, Group
-from cqil_dist.planning.original import Original
+from cqil_dist.planning.original import Comparison
 from cqil_dist.progress import Progress
 
 Sensitivities = Mapping[Group, float]
@@ -24,11 +24,12 @@ def candidates(num_layers: int, largest: int) -> Iterator[Group]:
 
 
 def measure_sensitivities(
-    original: Original, groups: Sequence[Group], known: Path, progress: Progress
+    comparison: Comparison, groups: Sequence[Group], known: Path, progress: Progress
 ) -> dict[Group, float]:
     """Measure what is not known yet.
 
     Args:
+        comparison: with the original.
         known: a file of earlier measurements on the same model and text, to which each new one is
             added as it is made: an interrupted run goes on where it was.
     """
@@ -43,7 +44,7 @@ def measure_sensitivities(
         if known.stat().st_size:
             file.write("\n")  # after a line that a killed run left unfinished
         for group in missing:
-            found[group] = original.compare_group(group).kl
+            found[group] = comparison.compare_group(group).kl
             file.write(json.dumps({**group.to_json(), "kl": found[group]}) + "\n")
             file.flush()
             task.advance()

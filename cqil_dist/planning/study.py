@@ -25,11 +25,12 @@ from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.planning.grouped_model import load_model
-from cqil_dist.planning.original import Original
+from cqil_dist.planning.original import Comparison, Original
 from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.texts import Windows, read_windows, sample_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
+from cqil_dist.runtime.resident_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,25 +51,35 @@ class Study:
         name: what the user calls it.
         device: where it is computed.
         dtype: of its weights there.
+        precision: of float32 products, in torch's words.
     """
 
     name: str
     path: Path
     device: torch.device
     dtype: torch.dtype
+    precision: str
     progress: Progress
 
     @classmethod
-    def of(cls, name: str, device: str, progress: Progress, dtype: str = "auto") -> Study:
-        """Fetch the model if need be.
+    def of(
+        cls,
+        name: str,
+        device: str,
+        progress: Progress,
+        dtype: str = "auto",
+        precision: str = "highest",
+    ) -> Study:
+        """Fetch the model if need be. Sets the process's precision of float32 products.
 
         Args:
             device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
             dtype: "float32", "bfloat16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+            precision: "highest", "high" or "medium", as `torch.set_float32_matmul_precision`.
 
         Raises:
             ModelError: the model cannot be found.
-            LaunchError: there is no such device or dtype.
+            LaunchError: there is no such device, dtype or precision.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,8 +91,13 @@ class Study:
             dtype = "bfloat16" if device == "cuda" else "float32"
         if dtype not in ("float32", "bfloat16"):
             raise LaunchError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+        if precision not in ("highest", "high", "medium"):
+            raise LaunchError(f"matmul precision {precision!r} is not one of highest, high, medium")
+        torch.set_float32_matmul_precision(precision)
+        keep_freed_memory()
         found = resolve(name, progress)
-        return cls(name, found, torch.device(device), getattr(torch, dtype), progress)
+        dtype_there = getattr(torch, dtype)
+        return cls(name, found, torch.device(device), dtype_there, precision, progress)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -163,7 +179,7 @@ class Study:
     @property
     def _computed(self) -> str:
         """How, where it makes a difference to what is measured."""
-        return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.precision}"
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
         """An adapter that can be merged.
@@ -180,11 +196,11 @@ class Study:
     def original(self, windows: Windows) -> Original:
         return Original(self.model, windows, self.progress)
 
-    def sensitivities(self, original: Original, largest: int) -> dict[Group, float]:
+    def sensitivities(self, comparison: Comparison, largest: int) -> dict[Group, float]:
         """Of every group of 2 to `largest` layers, each measured once for a text."""
-        known = self.folder / f"sensitivity-{original.windows.digest}-{self._computed}.jsonl"
-        groups = list(candidates(original.num_layers, largest))
-        return measure_sensitivities(original, groups, known, self.progress)
+        known = self.folder / f"sensitivity-{comparison.digest}-{self._computed}.jsonl"
+        groups = list(candidates(self.config.num_layers, largest))
+        return measure_sensitivities(comparison, groups, known, self.progress)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Sequences that are sampled at the same time. More take more memory, fewer take longer.
-_SAMPLED_AT_ONCE = 64
+_SAMPLED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -124,42 +124,33 @@ def sample_windows(
     Args:
         begun: windows that are there already, of whole batches; the others follow from the seed.
     """
-    from transformers import GenerationConfig
-
     special = set(tokenizer.all_special_ids)
-    # The model's own defaults make for better answers, and narrower text; transformers takes them
-    # wherever a value is left out.
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=length - 1,
-        min_new_tokens=length - 1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
     ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
     with progress.task("Sampling text", (count - begun) * length, "tokens") as task:
-
-        def count_tokens(ids_BT: Tensor, scores: Any) -> Tensor:
-            task.advance(len(ids_BT))
-            return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)  # go on
-
         for first in range(begun, count, _SAMPLED_AT_ONCE):
             batch = min(_SAMPLED_AT_ONCE, count - first)
-            task.advance(batch)
-            with (
-                torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
-                torch.inference_mode(),
-            ):
-                torch.manual_seed(seed + 1_000_003 * first)
-                start_B1 = ordinary[torch.randint(len(ordinary), (batch, 1))].to(model.device)
-                said_BT = model.generate(
-                    start_B1,
-                    attention_mask=torch.ones_like(start_B1),
-                    generation_config=config,
-                    stopping_criteria=[count_tokens],
-                )
-            yield said_BT.cpu().clone()
+            generator = torch.Generator().manual_seed(seed + 1_000_003 * first)
+            said_B = ordinary[torch.randint(len(ordinary), (batch,), generator=generator)]
+            window_TB = [said_B]
+            with torch.inference_mode():
+                cache: Any = None
+                while len(window_TB) < length:
+                    task.advance(batch)
+                    output = model(said_B[:, None].to(model.device), cache=cache, use_cache=True)
+                    cache = output.cache
+                    said_B = _drawn(output.logits[:, -1].float(), generator)
+                    window_TB.append(said_B)
+                task.advance(batch)
+            yield torch.stack(window_TB, dim=1)
+
+
+def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token [B] of each distribution, at temperature 1.
+
+    By one random number a row: `torch.multinomial` draws one for every entry of the vocabulary,
+    which takes as long as the model does.
+    """
+    reached_BV = logits_BV.softmax(-1).cumsum(-1)
+    wanted_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(logits_BV.device)
+    drawn_B1 = torch.searchsorted(reached_BV, wanted_B1 * reached_BV[:, -1:], right=True)
+    return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1).cpu()

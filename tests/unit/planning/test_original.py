@@ -35,7 +35,7 @@ def original(tiny: TinyModel) -> Original:
 def test_a_plan_diverges_by_its_kl_from_transformers(
     original: Original, tiny: TinyModel, plan: str
 ) -> None:
-    found = original.compare(tiny.plan(plan).groups)
+    found = original.compare(tiny.plan(plan))
     for window, tokens in enumerate(TOKENS):
         given = tiny.original_logits(tokens).log_softmax(-1)
         changed = tiny.reference_logits(tiny.plan(plan), tokens).log_softmax(-1)
@@ -58,7 +58,9 @@ def test_layers_that_are_not_named_are_left_out(original: Original, tiny: TinyMo
                     x = module(x, position_embeddings=rotary, attention_mask=None)
             logits = original.model.get_output_embeddings()(decoder.norm(x))[0]
         loss = F.cross_entropy(logits[:-1], torch.tensor(TOKENS[0][1:]))
-        assert float(original.compare(kept).loss_W[0]) == pytest.approx(float(loss), abs=1e-4)
+        assert float(original.compare_groups(kept).loss_W[0]) == pytest.approx(
+            float(loss), abs=1e-4
+        )
 
 
 def test_similarity_is_the_cosine_of_layers_inputs(original: Original, tiny: TinyModel) -> None:
@@ -98,7 +100,7 @@ def test_an_interrupted_measurement_goes_on(original: Original, tmp_path: Path) 
     assert asked == groups[5:]
     assert {group: found[group] for group in groups[:5]} == first
     plan = Plan.covering([groups[7]], 6)
-    assert found[groups[7]] == pytest.approx(original.compare(plan.groups).kl)
+    assert found[groups[7]] == pytest.approx(original.compare(plan).kl)
     asked.clear()
     assert measure_sensitivities(Watched(), groups, known, SilentProgress()) == found
     assert asked == []

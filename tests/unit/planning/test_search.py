@@ -118,7 +118,7 @@ COST = CostModel(layer_us=100, head_us=50, link_us=10, ranks=2, vocab_size=300)
 
 @pytest.fixture
 def finder(original: Original, sensitivities: dict[Group, float]) -> PlanFinder:
-    return PlanFinder(original, sensitivities, COST, MANY_S, SilentProgress())
+    return PlanFinder(original, original, sensitivities, COST, MANY_S, SilentProgress())
 
 
 def test_a_planted_pair_is_found(finder: PlanFinder) -> None:
@@ -166,7 +166,7 @@ def test_goals_that_cannot_be_kept_are_said(
     original: Original, sensitivities: dict[Group, float]
 ) -> None:
     dear = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
-    finder = PlanFinder(original, dear, COST, MANY_S, SilentProgress())
+    finder = PlanFinder(original, original, dear, COST, MANY_S, SilentProgress())
     with pytest.raises(PlanError, match="no two layers can run together within this bound"):
         finder.find(Goal(max_kl=1e-3))
     for goal in ({}, {"depth": 5, "max_kl": 1.0}):

@@ -17,7 +17,7 @@ from cqil_dist.model.adapter import Adapter, write_adapter
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.plan import Plan
-from cqil_dist.planning.compensation import compensate
+from cqil_dist.planning.compensation import Compensation, compensate
 from cqil_dist.planning.distillation import Course, distill
 from cqil_dist.planning.grouped_model import grouped, load_model
 from cqil_dist.planning.schedule import Schedule
@@ -164,7 +164,7 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
 ) -> None:
     model = fresh(tiny)
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    changes = compensate(model, tiny.plan(PLAN), windows(64, 3), SilentProgress(), rank=48)
+    changes = compensate(Compensation(model, windows(64, 3), 48), tiny.plan(PLAN), SilentProgress())
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     write_adapter(tmp_path, changes, str(tiny.path), tiny.plan(PLAN).to_json())
     assert held_out_kl(tiny, tmp_path) < 0.9 * held_out_kl(tiny, None)
@@ -172,19 +172,21 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
 
 def test_small_ranks_and_too_little_text(tiny: TinyModel, tmp_path: Path) -> None:
     plan = tiny.plan(PLAN)
-    changes = compensate(fresh(tiny), plan, windows(8, 3), SilentProgress(), rank=1)
+    changes = compensate(Compensation(fresh(tiny), windows(8, 3), 1), plan, SilentProgress())
     write_adapter(tmp_path, changes, str(tiny.path), plan.to_json())
     Adapter(tmp_path).check(tiny.config)
     with pytest.raises(TextError, match="give more text, or a larger ridge"):
-        compensate(fresh(tiny), plan, windows(1, 3), SilentProgress(), ridge=0.0)
+        compensate(Compensation(fresh(tiny), windows(1, 3), ridge=0.0), plan, SilentProgress())
     with pytest.raises(PlanError, match="there is nothing to fit"):
-        compensate(fresh(tiny), tiny.plan("sequential"), windows(1, 3), SilentProgress())
+        compensate(
+            Compensation(fresh(tiny), windows(1, 3)), tiny.plan("sequential"), SilentProgress()
+        )
 
 
 def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Path) -> None:
     """The adapter holds both; whoever reads it, peft too, finds what was measured."""
     plan = tiny.plan(PLAN)
-    changes = compensate(fresh(tiny), plan, windows(64, 3), SilentProgress(), rank=16)
+    changes = compensate(Compensation(fresh(tiny), windows(64, 3), 16), plan, SilentProgress())
     write_adapter(tmp_path / "start", changes, str(tiny.path), plan.to_json())
     course = distill(
         fresh(tiny),
