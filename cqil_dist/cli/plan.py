@@ -45,13 +45,16 @@ class _Calibration:
         study = Study.of(model, self.device, ConsoleProgress(), precision=self.precision)
         tokens = self.tokens + self.fit_tokens
         windows = study.windows(self.text or [], self.window, tokens, self.seed)
-        if not self.fit_tokens:
-            original = study.original(windows)
-            return study, original, original, analyze(study, original, original, self.max_group)
-        fitted, windows = windows.split(max(1, self.tokens // self.window))
+        fitted = None
+        if self.fit_tokens:
+            fitted, windows = windows.split(max(1, self.tokens // self.window))
         original = study.original(windows)
-        compared = Compensated(original, Compensation(study.model, fitted))
-        return study, original, compared, analyze(study, original, compared, self.max_group)
+        comparison: Comparison = original
+        if fitted is not None:
+            comparison = Compensated(original, Compensation(study.model, fitted))
+        comparison = study.remembered(comparison)
+        analysis = analyze(study, original, comparison, self.max_group, fitted is not None)
+        return study, original, comparison, analysis
 
 
 # By field of _Calibration.
@@ -94,9 +97,10 @@ def analyze(
     require_folder(output)
     *_, analysis = _Calibration(**calibration).analyze(model)
     record = analysis.to_json()
-    write_record(output / "analysis.json", record)
-    plot_similarity(record, output / "similarity.png")
-    plot_sensitivity(record, output / "sensitivity.png")
+    file = output / ("analysis-compensated.json" if analysis.compensated else "analysis.json")
+    write_record(file, record)
+    plot_similarity(record, file.with_name(f"{file.stem}-similarity.png"))
+    plot_sensitivity(record, file.with_name(f"{file.stem}-sensitivity.png"))
     typer.echo(f"written: {write_report(output)}", err=True)
 
 
@@ -149,6 +153,7 @@ def search(
     record = {
         **{"record": "front", "model": model, "text": analysis.text, "tokens": analysis.tokens},
         **{"perplexity": original.perplexity, "cost": asdict(cost)},
+        "compensated": analysis.compensated,
         "measured": [each.to_json() for each in front],
     }
     write_record(beside.with_suffix(".json"), record)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cqil_dist.plan import Group
 from cqil_dist.planning.original import Comparison, Original
+from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity
 from cqil_dist.planning.study import Study
 
@@ -46,19 +47,23 @@ class Analysis:
         }
 
 
-def analyze(study: Study, original: Original, comparison: Comparison, largest: int) -> Analysis:
-    """Measure a model on the text of `original`; what was measured before is not again.
+def analyze(
+    study: Study, original: Original, comparison: Comparison, largest: int, compensated: bool
+) -> Analysis:
+    """Measure a model on the text of `original`.
 
     Args:
         comparison: of groups with the original.
         largest: layers of the largest groups.
+        compensated: whether `comparison` compensates them.
     """
+    groups = list(candidates(original.num_layers, largest))
     return Analysis(
         study.name,
         original.windows.source,
         original.windows.tokens,
         original.perplexity,
         input_similarity(original),
-        study.sensitivities(comparison, largest),
-        comparison is not original,
+        measure_sensitivities(comparison, groups, study.progress),
+        compensated,
     )

@@ -101,7 +101,8 @@ class Compensation:
                     for norm in _READERS:
                         fit.inputs(norm, true)
                     fit.outputs(self._taught_LW[group.layers[-1] + 1])
-                    said = [hidden_after(self._model, [group], x) for x in said]
+                    if group is not groups[-1]:
+                        said = [hidden_after(self._model, [group], x) for x in said]
                     task.advance()
             yield changes.made
 

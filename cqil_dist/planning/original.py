@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -39,23 +40,19 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a changed model is from the original, on W windows of T tokens.
+    """How far a changed model is from the original, on some text; means over its tokens.
 
     Attributes:
-        kl_W: KL(original || changed) of the next token, nats, mean over each window.
-        loss_W: the changed model's cross entropy on the text itself, nats a token.
+        kl: KL(original || changed) of the next token, nats.
+        loss: the changed model's cross entropy on the text itself, nats.
     """
 
-    kl_W: Tensor
-    loss_W: Tensor
-
-    @property
-    def kl(self) -> float:
-        return float(self.kl_W.mean())
+    kl: float
+    loss: float
 
     @property
     def perplexity(self) -> float:
-        return math.exp(float(self.loss_W.mean()))
+        return math.exp(self.loss)
 
 
 class Original:
@@ -66,6 +63,7 @@ class Original:
 
     Attributes:
         inputs_LWTD: hidden states [T, D] by layer and window: what each layer takes.
+        perplexity: on the text.
     """
 
     @torch.inference_mode()
@@ -76,18 +74,14 @@ class Original:
         self._decoder: Any = model.get_decoder()
         self.inputs_LWTD: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
         self._logprobs_WTV: list[Tensor] = []
-        losses: list[Tensor] = []
+        losses: list[float] = []
         with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
             for tokens_T in windows.token_ids_WT:
                 logprobs_TV = self._record(tokens_T)
                 self._logprobs_WTV.append(logprobs_TV)
                 losses.append(_loss(logprobs_TV, tokens_T))
                 task.advance()
-        self.loss_W = torch.stack(losses)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(float(self.loss_W.mean()))
+        self.perplexity = math.exp(fmean(losses))
 
     @property
     def digest(self) -> str:
@@ -111,16 +105,16 @@ class Original:
             if group.layers != (index,) or list(group.visible(0)) != [0]
         )
         start = next(changed, min(len(groups), self.num_layers - 1))
-        kls: list[Tensor] = []
-        losses: list[Tensor] = []
+        kls: list[float] = []
+        losses: list[float] = []
         with grouped(self.model, groups[start:]):
             for window, tokens_T in enumerate(self.windows.token_ids_WT):
                 logprobs_TV = self._logprobs(self.inputs_LWTD[start][window])
                 original_TV = self._logprobs_WTV[window]
                 kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
-                kls.append(kl.cpu() / len(tokens_T))
+                kls.append(float(kl) / len(tokens_T))
                 losses.append(_loss(logprobs_TV, tokens_T))
-        return Divergence(torch.stack(kls), torch.stack(losses))
+        return Divergence(fmean(kls), fmean(losses))
 
     def _record(self, tokens_T: Tensor) -> Tensor:
         """Log probabilities [T, V]; notes every layer's input on the way."""
@@ -150,5 +144,5 @@ class Original:
         return next_token_logits(self.model, hidden_TD).log_softmax(-1)
 
 
-def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    return F.nll_loss(logprobs_TV[:-1].cpu(), tokens_T[1:])
+def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> float:
+    return float(F.nll_loss(logprobs_TV[:-1], tokens_T[1:].to(logprobs_TV.device)))

@@ -101,7 +101,7 @@ def _loss(difference: dict[str, float], measure: str) -> str:
     """A ratio of perplexities, or a difference of accuracies in points."""
     value, low, high = (difference[part] for part in ("value", "low", "high"))
     if measure == "perplexity":
-        return f"{value:.3f}× ({low:.3f} to {high:.3f})"
+        return f"{value:.3f}x ({low:.3f} to {high:.3f})"
     return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 

@@ -3,7 +3,7 @@
 Under the cache directory, for each model by its content:
 
     plans/<model>/sampled-*.pt           text that the model said
-    plans/<model>/sensitivity-*.jsonl    groups measured on a text
+    plans/<model>/compared-*.jsonl       groups and plans measured on a text
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cqil_dist.model.store import resolve
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Comparison, Original
-from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
+from cqil_dist.planning.remembered import Remembered
 from cqil_dist.planning.texts import Windows, read_windows, sample_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
@@ -35,7 +35,7 @@ from cqil_dist.runtime.resident_memory import keep_freed_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cqil_dist.plan import Group, Plan, PlanSource
+    from cqil_dist.plan import Plan, PlanSource
 
 # Of each weight file so many places are read: fine-tunes of one model differ in every layer.
 _PLACES = 256
@@ -196,11 +196,10 @@ class Study:
     def original(self, windows: Windows) -> Original:
         return Original(self.model, windows, self.progress)
 
-    def sensitivities(self, comparison: Comparison, largest: int) -> dict[Group, float]:
-        """Of every group of 2 to `largest` layers, each measured once for a text."""
-        known = self.folder / f"sensitivity-{comparison.digest}-{self._computed}.jsonl"
-        groups = list(candidates(self.config.num_layers, largest))
-        return measure_sensitivities(comparison, groups, known, self.progress)
+    def remembered(self, comparison: Comparison) -> Remembered:
+        """Comparisons that are made once for a text."""
+        file = self.folder / f"compared-{comparison.digest}-{self._computed}.jsonl"
+        return Remembered(comparison, file)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def test_the_analysis_has_every_group(folder: Path) -> None:
     analysis = read(folder / "analysis.json")
     assert len(analysis["similarity"]) == 6
     assert len(analysis["sensitivities"]) == 5 * 4
-    for picture in ("similarity", "sensitivity", "plan-front"):
+    for picture in ("analysis-similarity", "analysis-sensitivity", "plan-front"):
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 

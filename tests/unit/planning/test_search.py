@@ -106,11 +106,8 @@ def original(tiny_model: TinyModelFactory) -> Original:
 
 
 @pytest.fixture(scope="module")
-def sensitivities(
-    original: Original, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Group, float]:
-    known = tmp_path_factory.mktemp("study") / "known.jsonl"
-    return measure_sensitivities(original, list(candidates(6, 3)), known, SilentProgress())
+def sensitivities(original: Original) -> dict[Group, float]:
+    return measure_sensitivities(original, list(candidates(6, 3)), SilentProgress())
 
 
 COST = CostModel(layer_us=100, head_us=50, link_us=10, ranks=2, vocab_size=300)

@@ -66,6 +66,15 @@ def test_text_is_sampled_from_the_model_once(
     assert study(tiny).windows([], 16, 64, seed=1).digest != first.digest
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.0, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    drawn = texts._drawn(probabilities.log().expand(20_000, 5), generator)
+    frequencies = drawn.bincount(minlength=5) / len(drawn)
+    torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
+    assert frequencies[2] == 0
+
+
 def test_sampling_that_was_interrupted_goes_on(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import TinyModel, TinyModelFactory, assert_near, random_tokens
@@ -16,10 +17,12 @@ from cqil_dist.errors import LaunchError, PlanError, TextError
 from cqil_dist.model.adapter import Adapter, write_adapter
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
-from cqil_dist.plan import Plan
-from cqil_dist.planning.compensation import Compensation, compensate
+from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning import distillation
+from cqil_dist.planning.compensation import Compensated, Compensation, compensate
 from cqil_dist.planning.distillation import Course, distill
 from cqil_dist.planning.grouped_model import grouped, load_model
+from cqil_dist.planning.original import Original
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.study import merge
 from cqil_dist.planning.texts import Windows
@@ -129,6 +132,40 @@ def test_gradient_checkpointing_changes_nothing(tiny: TinyModel, tmp_path: Path)
     assert checkpointed.losses == pytest.approx(plain.losses, abs=1e-5)
 
 
+def test_windows_are_computed_together_or_one_by_one(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = train(tiny, tmp_path / "together", steps=3)
+    monkeypatch.setattr(distillation, "_TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(distillation, "_ROWS_AT_ONCE", 7)
+    apart = train(tiny, tmp_path / "apart", steps=3)
+    assert apart.losses == pytest.approx(together.losses, abs=1e-5)
+    assert apart.held_out == pytest.approx(together.held_out, abs=1e-5)
+
+
+def test_the_first_step_goes_down_the_divergence(tiny: TinyModel, tmp_path: Path) -> None:
+    """The gradient that training takes is that of the KL divergence, as torch derives it."""
+    plan = tiny.plan(PLAN)
+    student = distillation._Student(fresh(tiny), SCHEDULE, None)
+    tokens_BT = TRAIN.token_ids_WT[:2]
+    loss = distillation._train_on(student, plan, tokens_BT, SCHEDULE)
+    found = {name: p.grad.clone() for name, p in gradients(student.lora)}
+    student.lora.zero_grad()
+    with torch.no_grad(), student.lora.disable_adapter():
+        given = student.lora(tokens_BT).logits.log_softmax(-1)
+    with grouped(student.lora, plan.groups):
+        said = student.lora(tokens_BT).logits.log_softmax(-1)
+        kl = F.kl_div(said, given, log_target=True, reduction="sum") / tokens_BT.numel()
+        kl.backward()  # type: ignore[no-untyped-call]
+    assert loss == pytest.approx(float(kl.detach()), abs=1e-5)
+    for name, p in gradients(student.lora):
+        torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-3)
+
+
+def gradients(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+
+
 def test_a_folder_of_another_run_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
     train(tiny, tmp_path, steps=3)
     with pytest.raises(LaunchError, match="another schedule; choose another folder"):
@@ -149,8 +186,6 @@ def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], message: 
 
 
 def test_every_epoch_sees_every_window_once(tiny: TinyModel, tmp_path: Path) -> None:
-    from cqil_dist.planning import distillation
-
     epoch = [index for step in range(8) for index in distillation._indices(16, SCHEDULE, step)]
     following = [
         index for step in range(8, 16) for index in distillation._indices(16, SCHEDULE, step)
@@ -168,6 +203,27 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     write_adapter(tmp_path, changes, str(tiny.path), tiny.plan(PLAN).to_json())
     assert held_out_kl(tiny, tmp_path) < 0.9 * held_out_kl(tiny, None)
+
+
+def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path: Path) -> None:
+    """A plan that is searched for compensation is measured with the changes it will have."""
+    model, plan = fresh(tiny), tiny.plan("P2 S2 E6 D0")
+    original = Original(model, HELD_OUT, SilentProgress())
+    fitting = Compensation(model, windows(64, 3), 48)
+    compensated = Compensated(original, fitting)
+    found = compensated.compare(plan)
+    changes = compensate(fitting, plan, SilentProgress())
+    write_adapter(tmp_path, changes, str(tiny.path), plan.to_json())
+    merged = fresh(tiny)
+    merge(merged, Adapter(tmp_path))
+    original.model = merged
+    assert found.kl == pytest.approx(original.compare(plan).kl, abs=1e-5)
+    original.model = model
+    assert found.kl < 0.9 * original.compare(plan).kl
+    group = Group((2, 3), Bypass(1))
+    assert compensated.compare_group(group).kl < original.compare_group(group).kl
+    sequential = tiny.plan("sequential")
+    assert compensated.compare(sequential).kl == pytest.approx(0, abs=1e-6)
 
 
 def test_small_ranks_and_too_little_text(tiny: TinyModel, tmp_path: Path) -> None:
