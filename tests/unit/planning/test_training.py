@@ -220,7 +220,7 @@ def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path
     assert found.kl == pytest.approx(original.compare(plan).kl, abs=1e-5)
     original.model = model
     assert found.kl < 0.9 * original.compare(plan).kl
-    group = Group((2, 3), Bypass(1))
+    group = Group((2, 3), Bypass("1"))
     assert compensated.compare_group(group).kl < original.compare_group(group).kl
     sequential = tiny.plan("sequential")
     assert compensated.compare(sequential).kl == pytest.approx(0, abs=1e-6)
