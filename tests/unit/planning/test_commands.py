@@ -11,6 +11,7 @@ from browsing import chromium
 from tiny_models import TinyModel, TinyModelFactory
 from typer.testing import CliRunner
 
+from cqil_dist.benchmarks.latency import Result
 from cqil_dist.cli.app import app
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
@@ -37,6 +38,10 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("plan", "analyze", tiny, *small, "--max-group", "2", "-o", str(folder))
         run("plan", "search", tiny, *small, "--max-group", "2", "--depth", "4", "-o", plan)
         run(
+            *("plan", "search", tiny, *small, "--max-group", "2", "--depth", "4"),
+            *("--fit-tokens", "2048", "-o", str(folder / "fitted" / "plan.json")),
+        )
+        run(
             *("plan", "compensate", tiny, "--plan", plan, "--text", str(text), "--tokens", "512"),
             *("--window", "32", "--rank", "4", "-o", str(folder / "start")),
         )
@@ -45,6 +50,9 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--window", "32", "--held-out", "2", "--steps", "4", "--warmup", "1"),
             *("--rank", "4", "--batch", "2", "--init", str(folder / "start"), "-o", adapter),
         )
+        timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
+        latency = {"record": "latency", "results": [timed.to_dict()]}
+        (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         run(
             *("eval", tiny, "--plan", plan, "--adapter", adapter, "--ppl", str(other)),
             *("--window", "32", "-o", str(folder / "eval.json")),
@@ -94,6 +102,22 @@ def test_the_plan_is_the_best_that_was_measured(folder: Path) -> None:
     assert {each["depth"] for each in measured} == {3, 4, 5, 6}
 
 
+def test_a_search_for_compensation_measures_compensated(folder: Path) -> None:
+    """Other text as well: what is fitted on is kept apart."""
+    found = {
+        where: {
+            each["depth"]: each["kl"]
+            for each in read(folder / where / "plan-front.json")["measured"]
+            if each["kind"] == "search"
+        }
+        for where in (".", "fitted")
+    }
+    assert found["fitted"].keys() == found["."].keys()
+    assert found["fitted"][3] < 0.9 * found["."][3]
+    assert read(folder / "fitted" / "plan.json")["measured"]["compensated"]
+    assert not read(folder / "plan.json")["measured"]["compensated"]
+
+
 def test_the_adapter_is_for_the_plan(folder: Path, tiny: TinyModel) -> None:
     adapter = Adapter(folder / "adapter")
     adapter.check(tiny.config)
@@ -111,12 +135,17 @@ def test_the_page_holds_everything_and_asks_for_nothing(folder: Path) -> None:
         page.goto((folder / "report.html").as_uri())
         titles = page.locator("h2").all_inner_texts()
         widths = page.eval_on_selector_all("img", "(all) => all.map((img) => img.naturalWidth)")
-        rows = page.locator("tr").count()
+        (plan,) = page.locator("h2:has-text('Plans') ~ .scroll tr:has-text('4.5')").all()[:1]
+        cells = plan.locator("td").all_inner_texts()
     assert [url for url in asked if not url.startswith("data:")] == [
         (folder / "report.html").as_uri()
     ]
-    assert len(titles) == 3
+    assert [title.split()[0] for title in titles] == ["Analysis", "Depth", "Plans", "Evaluation"]
     assert len(widths) == 3
     assert min(widths) > 300
-    # Titles; four depths; perplexity and two accuracies of no task.
-    assert rows >= 1 + 4 + 1 + 1
+    front = read(folder / "plan-front.json")["measured"]
+    (found,) = [e for e in front if e["kind"] == "search" and e["depth"] == 4]
+    (result,) = read(folder / "eval.json")["results"]
+    assert cells[1:3] == ["4", str(found["exchanges"])]
+    assert cells[3:5] == [f"{found['latency_us'] / 1000:.1f}", "4.5"]
+    assert cells[5].startswith(f"{result['difference']['value']:.3f}x")
