@@ -85,6 +85,11 @@ class Group:
     def size(self) -> int:
         return len(self.layers)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether this is one layer, computed as it was trained."""
+        return self.size == 1 and list(self.visible(0)) == [0]
+
     def visible(self, member: int) -> range:
         """Members whose attention output the feed-forward part of `member` takes as input."""
         return self.bypass.visible(member, self.size)
@@ -254,11 +259,15 @@ class Plan:
         return len(self.groups)
 
     @cached_property
+    def changed(self) -> tuple[Group, ...]:
+        """The groups from the first one on that is more than a layer as it was trained."""
+        first = next((n for n, each in enumerate(self.groups) if not each.is_exact), self.depth)
+        return self.groups[first:]
+
+    @property
     def is_sequential(self) -> bool:
         """Whether this is the original model, computed exactly."""
-        return self.depth == self.num_layers and all(
-            list(group.visible(0)) == [0] for group in self.groups
-        )
+        return not self.changed
 
     @property
     def ideal_reduction(self) -> float:

@@ -61,9 +61,7 @@ class ResolvedLaunch:
         plan = plan_for(config.plan, config.model, model.num_layers)
         adapter = None if config.adapter is None else Path(config.adapter).expanduser().resolve()
         if adapter is not None:
-            changes = Adapter(adapter)
-            changes.check(model)
-            changes.check_plan(plan)
+            Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
         assignments = [assign(plan, world, model.vocab_size)]
         if config.compare is not None:

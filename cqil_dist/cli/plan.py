@@ -18,7 +18,7 @@ from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from cqil_dist.planning.analysis import Analysis
-    from cqil_dist.planning.original import Comparison, Original
+    from cqil_dist.planning.comparison import Comparison
     from cqil_dist.planning.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
@@ -26,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by me
 
 @dataclass(frozen=True)
 class _Calibration:
-    """What groups are measured on; the same by default wherever they are, so as not to be again."""
+    """How `analyze` and `search` measure: the same defaults let one go on from the other."""
 
     text: list[Path] | None = None
     tokens: int = 2048
@@ -37,24 +37,17 @@ class _Calibration:
     device: str = "auto"
     precision: str = "highest"
 
-    def analyze(self, model: str) -> tuple[Study, Original, Comparison, Analysis]:
+    def measure(self, model: str) -> tuple[Study, Comparison, Analysis]:
         from cqil_dist.planning.analysis import analyze
-        from cqil_dist.planning.compensation import Compensated, Compensation
         from cqil_dist.planning.study import Study
 
         study = Study.of(model, self.device, ConsoleProgress(), precision=self.precision)
         tokens = self.tokens + self.fit_tokens
-        windows = study.windows(self.text or [], self.window, tokens, self.seed)
-        fitted = None
+        fitted, windows = None, study.windows(self.text or [], self.window, tokens, self.seed)
         if self.fit_tokens:
             fitted, windows = windows.split(max(1, self.tokens // self.window))
-        original = study.original(windows)
-        comparison: Comparison = original
-        if fitted is not None:
-            comparison = Compensated(original, Compensation(study.model, fitted))
-        comparison = study.remembered(comparison)
-        analysis = analyze(study, original, comparison, self.max_group, fitted is not None)
-        return study, original, comparison, analysis
+        comparison = study.comparison(windows, fitted)
+        return study, comparison, analyze(model, comparison, self.max_group, study.progress)
 
 
 # By field of _Calibration.
@@ -95,7 +88,7 @@ def analyze(
     from cqil_dist.planning.report import write_report
 
     require_folder(output)
-    *_, analysis = _Calibration(**calibration).analyze(model)
+    *_, analysis = _Calibration(**calibration).measure(model)
     record = analysis.to_json()
     file = output / ("analysis-compensated.json" if analysis.compensated else "analysis.json")
     write_record(file, record)
@@ -114,7 +107,7 @@ def search(
         float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
     ] = None,
     max_loss: Annotated[
-        str | None, typer.Option("--max-loss", help="Most rise of perplexity, as 5%.")
+        str | None, typer.Option("--max-loss", help="Most rise of perplexity, as 5% or 0.05.")
     ] = None,
     max_latency_us: Annotated[
         float | None, typer.Option("--max-latency-us", help="Of a token, by the cost model.")
@@ -134,7 +127,7 @@ def search(
     with the least sum, and local search goes on from there by measuring whole plans. Beside the
     plan is written what depth costs: searched plans, the paper's, and removed layers.
     """
-    from cqil_dist.planning.front import Goal, PlanFinder
+    from cqil_dist.planning.front import Goal, PlanFinder, front_json
     from cqil_dist.planning.latency import measure_cost
     from cqil_dist.planning.plots import plot_front
     from cqil_dist.planning.records import require_file, write_record
@@ -142,20 +135,16 @@ def search(
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    study, original, compared, analysis = _Calibration(**calibration).analyze(model)
+    study, comparison, analysis = _Calibration(**calibration).measure(model)
     cost = measure_cost(study.path, ranks, link_us)
-    finder = PlanFinder(original, compared, analysis.sensitivities, cost, seconds, study.progress)
+    finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
-    write_record(output, found.plan_json(original, analysis.compensated))
-    typer.echo(f"written: {output} ({found.describe(original.perplexity)})", err=True)
+    write_record(output, found.plan_json(comparison))
+    described = found.describe(comparison.original.perplexity)
+    typer.echo(f"written: {output} ({described})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
+    record = front_json(model, comparison, cost, front)
     beside = output.with_name(f"{output.stem}-front")
-    record = {
-        **{"record": "front", "model": model, "text": analysis.text, "tokens": analysis.tokens},
-        **{"perplexity": original.perplexity, "cost": asdict(cost)},
-        "compensated": analysis.compensated,
-        "measured": [each.to_json() for each in front],
-    }
     write_record(beside.with_suffix(".json"), record)
     plot_front(record, beside.with_suffix(".png"))
     typer.echo(f"written: {write_report(output.parent)}", err=True)
@@ -236,13 +225,14 @@ def show(
 
 
 def _part(percentage: str | None) -> float | None:
-    """5% as 0.05."""
+    """5% as 0.05, and 0.05 as itself."""
     if percentage is None:
         return None
     try:
-        return float(percentage.removesuffix("%")) / 100
+        number = float(percentage.removesuffix("%"))
     except ValueError as error:
-        raise typer.BadParameter(f"--max-loss takes a percentage such as 5%: {error}") from error
+        raise typer.BadParameter(f"--max-loss takes a part such as 5% or 0.05: {error}") from error
+    return number / 100 if percentage.endswith("%") else number
 
 
 def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from statistics import mode
+from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from cqil_dist.errors import CheckpointError, PlanError, UnsupportedModel
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.plan import Plan
+from cqil_dist.whole_file import whole_file
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -103,6 +104,20 @@ class Adapter:
         content = self._file.read_bytes() + (self.path / CONFIG).read_bytes()
         return hashlib.sha256(content).hexdigest()
 
+    @classmethod
+    def made_for(cls, path: Path, config: ModelConfig, plan: Plan) -> Self:
+        """The adapter in a directory, if it is for this model and plan.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or is for a model of another shape.
+            PlanError: it was made for another plan.
+            UnsupportedModel: it is not LoRA alone.
+        """
+        adapter = cls(path)
+        adapter.check(config)
+        adapter.check_plan(plan)
+        return adapter
+
     def check(self, config: ModelConfig) -> None:
         """Raises CheckpointError where it was made for a model of another shape."""
         shapes = config.projection_shapes
@@ -131,7 +146,7 @@ class Adapter:
                 f"--plan {self.path / PLAN}"
             )
 
-    def change(
+    def delta(
         self, name: str, rows: range | None = None, columns: range | None = None
     ) -> Tensor | None:
         """What it adds to a tensor, or to the part of it in `rows` or `columns`, in float32.
@@ -141,14 +156,14 @@ class Adapter:
         module = name.removesuffix(".weight")
         if module not in self._modules:
             return None
-        lora = self._change(module, rows, columns)
+        lora = self._lora(module, rows, columns)
         return lora.b_OR @ lora.a_RI
 
-    def changes(self) -> dict[str, Lora]:
+    def loras(self) -> dict[str, Lora]:
         """All of it, by module; scales are in B."""
-        return {module: self._change(module, None, None) for module in self._modules}
+        return {module: self._lora(module, None, None) for module in self._modules}
 
-    def _change(self, module: str, rows: range | None, columns: range | None) -> Lora:
+    def _lora(self, module: str, rows: range | None, columns: range | None) -> Lora:
         try:
             with safe_open(self._file, framework="pt") as file:
                 a_RI, b_OR = (
@@ -184,41 +199,41 @@ class Adapter:
 
 
 def write_adapter(
-    path: Path, changes: Mapping[str, Lora], base_model: str, plan: Mapping[str, Any]
+    path: Path, loras: Mapping[str, Lora], base_model: str, plan: Mapping[str, Any]
 ) -> None:
-    """Write changes, by module as "model.layers.3.mlp.down_proj", for peft and for `Adapter`."""
+    """Write an adapter for peft and for `Adapter`.
+
+    Args:
+        path: a folder; the weights come last, and whole.
+        loras: by module, as "model.layers.3.mlp.down_proj".
+        plan: that it is for, in the form `Plan.parse` reads.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    ranks = {module: lora.rank for module, lora in changes.items()}
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    ranks = {module: lora.rank for module, lora in loras.items()}
+    usual = mode(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": usual,
         "lora_alpha": usual,  # scale 1
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != usual},
-        "alpha_pattern": {module: rank for module, rank in ranks.items() if rank != usual},
-        "target_modules": sorted(changes),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(loras),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    tensors: dict[str, Tensor] = {}
-    for module, lora in changes.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora.a_RI.clone(
-            memory_format=torch.contiguous_format
-        )
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora.b_OR.clone(
-            memory_format=torch.contiguous_format
-        )
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_plan(path, plan)
-
-
-def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
-    """Put the plan that an adapter was made for beside it."""
     (path / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    tensors = {
+        f"{_PREFIX}{module}.lora_{part}.weight": factor.contiguous().clone()  # none may be shared
+        for module, lora in loras.items()
+        for part, factor in (("A", lora.a_RI), ("B", lora.b_OR))
+    }
+    with whole_file(path / WEIGHTS) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class TensorReader:
                 "float16 or bfloat16"
             )
         adapter = self._checkpoint.adapter
-        if adapter is not None and (change := adapter.change(name, rows, columns)) is not None:
+        if adapter is not None and (change := adapter.delta(name, rows, columns)) is not None:
             return tensor.float() + change
         return tensor
 

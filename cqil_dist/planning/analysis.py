@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from cqil_dist.plan import Group
-from cqil_dist.planning.original import Comparison, Original
+from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity
-from cqil_dist.planning.study import Study
+from cqil_dist.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,21 @@ class Analysis:
         }
 
 
-def analyze(
-    study: Study, original: Original, comparison: Comparison, largest: int, compensated: bool
-) -> Analysis:
-    """Measure a model on the text of `original`.
+def analyze(model: str, comparison: Comparison, largest: int, progress: Progress) -> Analysis:
+    """Measure a model on the text of a comparison.
 
     Args:
-        comparison: of groups with the original.
+        model: what the user calls it.
         largest: layers of the largest groups.
-        compensated: whether `comparison` compensates them.
     """
+    original = comparison.original
     groups = list(candidates(original.num_layers, largest))
     return Analysis(
-        study.name,
+        model,
         original.windows.source,
         original.windows.tokens,
         original.perplexity,
         input_similarity(original),
-        measure_sensitivities(comparison, groups, study.progress),
-        compensated,
+        measure_sensitivities(comparison, groups, progress),
+        comparison.fitting is not None,
     )

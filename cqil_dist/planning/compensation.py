@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.grouped_model import hidden_after
-from cqil_dist.planning.original import Divergence, Original
+from cqil_dist.planning.merging import Merged
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress, SilentProgress
 
@@ -58,7 +58,7 @@ class Compensation:
         ridge: penalty on a map, as a part of its inputs' mean square.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -91,20 +91,26 @@ class Compensation:
         Raises:
             TextError: there is too little text for so small a ridge.
         """
-        with torch.inference_mode(), _Changes(self._model).undone() as changes:
-            said = self._taught_LW[groups[0].layers[0]]
-            progress = progress or SilentProgress()
-            with progress.task("Fitting groups", len(groups), "groups") as task:
-                for group in groups:
-                    fit = _Fit(changes, group, said, self.ridge, self.rank)
-                    true = self._noted_in_original(group)
-                    for norm in _READERS:
-                        fit.inputs(norm, true)
-                    fit.outputs(self._taught_LW[group.layers[-1] + 1])
-                    if group is not groups[-1]:
-                        said = [hidden_after(self._model, [group], x) for x in said]
-                    task.advance()
+        changes = _Changes(self._model)
+        try:
+            self._fit(changes, groups, progress or SilentProgress())
             yield changes.made
+        finally:
+            changes.merged.undo()
+
+    @torch.no_grad()
+    def _fit(self, changes: _Changes, groups: Sequence[Group], progress: Progress) -> None:
+        said = self._taught_LW[groups[0].layers[0]]
+        with progress.task("Fitting groups", len(groups), "groups") as task:
+            for group in groups:
+                fit = _Fit(changes, group, said, self.ridge, self.rank)
+                true = self._noted_in_original(group)
+                for norm in _READERS:
+                    fit.inputs(norm, true)
+                fit.outputs(self._taught_LW[group.layers[-1] + 1])
+                if group is not groups[-1]:
+                    said = [hidden_after(self._model, [group], x) for x in said]
+                task.advance()
 
     def _noted_in_original(self, group: Group) -> _Noted:
         """What its members read there; the group's own layers are unchanged yet."""
@@ -116,47 +122,16 @@ class Compensation:
 
 
 def compensate(fitting: Compensation, plan: Plan, progress: Progress) -> dict[str, Lora]:
-    """Changes of projections, by module, for every group from the first with several layers.
+    """Changes of projections, by module, for every group from the first that is no exact layer.
 
     Raises:
-        PlanError: every layer of the plan stands alone.
+        PlanError: the plan is the original model.
         TextError: there is too little text for so small a ridge.
     """
-    if not (groups := _from_first_grouped(plan)):
-        raise PlanError(f"plan {plan} has no group of several layers: there is nothing to fit")
-    with fitting.of(groups, progress) as changes:
+    if plan.is_sequential:
+        raise PlanError(f"plan {plan} is the original model: there is nothing to fit")
+    with fitting.of(plan.changed, progress) as changes:
         return changes
-
-
-def _from_first_grouped(plan: Plan) -> Sequence[Group]:
-    first = next((n for n, group in enumerate(plan.groups) if group.size > 1), plan.depth)
-    return plan.groups[first:]
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """Compares plans with the original as they are once their maps are fitted."""
-
-    original: Original
-    fitting: Compensation
-
-    @property
-    def digest(self) -> str:
-        """Of both texts and the maps' settings."""
-        fitting = self.fitting
-        return f"{self.original.digest}-{fitting.windows.digest}-{fitting.rank}-{fitting.ridge}"
-
-    def compare(self, plan: Plan) -> Divergence:
-        """Raises TextError where there is too little text to fit to."""
-        if not (groups := _from_first_grouped(plan)):
-            return self.original.compare(plan)
-        with self.fitting.of(groups):
-            return self.original.compare(plan)
-
-    def compare_group(self, group: Group) -> Divergence:
-        """With maps of this group alone. Raises as `compare`."""
-        with self.fitting.of([group]):
-            return self.original.compare_group(group)
 
 
 _Noted = dict[tuple[int, str], list[Tensor]]
@@ -183,9 +158,9 @@ class _Fit:
         for layer in self.group.layers:
             pairs = zip(read[layer, norm], true[layer, norm], strict=True)
             samples = ((read_TD, true_TD - read_TD) for read_TD, true_TD in pairs)
-            b_DR, a_RD = _linear_map(samples, self.ridge, self.rank)
+            b_DR, a_RD = _reduced_rank_ridge(samples, self.ridge, self.rank)
             for name in _READERS[norm]:
-                weight_OD = self.changes.weight(layer, name).float()
+                weight_OD = self.changes.weight(layer, name)
                 self.changes.make(layer, name, Lora(a_RD, weight_OD @ b_DR))
 
     def outputs(self, taught: Sequence[Tensor]) -> None:
@@ -197,43 +172,32 @@ class _Fit:
             _alike(torch.cat(each, -1), target[0].float(), (target - output)[0].float())
             for each, output, target in zip(parts, outputs, taught, strict=True)
         )
-        b_DR, a_RK = _linear_map(samples, self.ridge, self.rank)
+        b_DR, a_RK = _reduced_rank_ridge(samples, self.ridge, self.rank)
         for layer, a_RD in zip(self.group.layers, a_RK.chunk(self.group.size, dim=1), strict=True):
-            weight_DI = self.changes.weight(layer, _OUTPUT).float()
+            weight_DI = self.changes.weight(layer, _OUTPUT)
             self.changes.make(layer, _OUTPUT, Lora(a_RD @ weight_DI, b_DR))
 
     def _compute(self) -> list[Tensor]:
         return [hidden_after(self.changes.model, [self.group], x) for x in self.said]
 
 
-@dataclass
 class _Changes:
     """What has been changed of a model's projections, by module."""
 
-    model: PreTrainedModel
-    made: dict[str, Lora] = field(default_factory=dict)
-    _before: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.made: dict[str, Lora] = {}
+        self.merged = Merged(model)
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """As it is now."""
-        weight_OI: Tensor = self.model.get_parameter(f"{layer_tensor(layer, name)}.weight")
-        return weight_OI
+        """As it is now, float32."""
+        return self.merged.weight(layer_tensor(layer, name)).float()
 
     def make(self, layer: int, name: str, change: Lora) -> None:
-        """Change a projection that has not been changed yet."""
-        module, weight_OI = layer_tensor(layer, name), self.weight(layer, name)
-        self._before[module] = weight_OI.clone()
-        weight_OI += (change.b_OR @ change.a_RI).to(weight_OI.dtype)
+        """Change a projection, once."""
+        module = layer_tensor(layer, name)
+        self.merged.add(module, change)
         self.made[module] = Lora(change.a_RI.cpu(), change.b_OR.cpu())
-
-    @contextmanager
-    def undone(self) -> Iterator[_Changes]:
-        """After the block the model's weights are as they were."""
-        try:
-            yield self
-        finally:
-            for module, weight_OI in self._before.items():
-                self.model.get_parameter(f"{module}.weight").copy_(weight_OI)
 
 
 @contextmanager
@@ -275,7 +239,7 @@ def _alike(inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor) -> tuple[T
     return scale_T1 * inputs_TK, scale_T1 * residual_TD
 
 
-def _linear_map(
+def _reduced_rank_ridge(
     samples: Iterable[tuple[Tensor, Tensor]], ridge: float, rank: int
 ) -> tuple[Tensor, Tensor]:
     """Factors [D, rank] and [rank, K] of a map of inputs that takes most of a residual away.

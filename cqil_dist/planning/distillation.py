@@ -8,25 +8,24 @@ goes on as if it had not been.
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cqil_dist.errors import LaunchError
 from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
+from cqil_dist.planning.merging import Merged
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
+from cqil_dist.whole_file import whole_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,12 +47,10 @@ class Course:
     Attributes:
         losses: KL divergence of each step's windows, nats a token.
         held_out: by number of steps done, that of the held-out windows.
-        seconds: spent on training.
     """
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def distill(
@@ -86,13 +83,17 @@ def distill(
     course = _resume(output, identity, student.lora, optimizer)
 
     held_out_WT = held_out.token_ids_WT.to(student.lora.device)
-    taught_WTD = torch.cat([student.taught(tokens_CT) for tokens_CT in _at_once(held_out_WT)])
+    teacher_WTD = torch.cat(
+        [student.teacher_hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
+    )
 
     @torch.no_grad()
     def note_held_out() -> None:
         with grouped(student.lora, plan.groups):
-            said_WTD = torch.cat([student.said(tokens_CT) for tokens_CT in _at_once(held_out_WT)])
-        course.held_out[len(course.losses)], _ = student.divergence(taught_WTD, said_WTD)
+            student_WTD = torch.cat(
+                [student.hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
+            )
+        course.held_out[len(course.losses)], _ = student.divergence(teacher_WTD, student_WTD)
         on_progress(course)
 
     with progress.task("Distilling", schedule.steps, "steps") as task:
@@ -100,14 +101,14 @@ def distill(
         if not course.losses:
             note_held_out()
         for step in range(len(course.losses), schedule.steps):
-            began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-            course.losses.append(_train_on(student, plan, _batch(train, schedule, step), schedule))
+            course.losses.append(
+                _add_gradients(student, plan, _batch(train, schedule, step), schedule)
+            )
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            course.seconds += time.perf_counter() - began
             task.advance()
             done = step + 1
             if done % schedule.evaluate_every == 0 or done == schedule.steps:
@@ -116,7 +117,7 @@ def distill(
                 _save_state(output, identity, student.lora, optimizer, course)
     seen = made_with(train, None if start is None else start.plan)
     base = str(model.name_or_path)
-    write_adapter(output, student.changes(), base, {**plan.to_json(), "measured": seen})
+    write_adapter(output, student.loras(), base, {**plan.to_json(), "measured": seen})
     _save_state(output, identity, student.lora, optimizer, course)
     return course
 
@@ -136,13 +137,10 @@ class _Student:
     def __init__(self, model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.start = {} if start is None else start.changes()
-        self._taught: list[tuple[nn.Parameter, Tensor]] = []
-        for module, change in self.start.items():
-            weight = model.get_parameter(f"{module}.weight")
-            self._taught.append((weight, weight.data))
-            change_OI = (change.b_OR @ change.a_RI).to(weight.device)
-            weight.data = (weight.data.float() + change_OI).to(weight.dtype)
+        self.start = {} if start is None else start.loras()
+        self._started = Merged(model)
+        for module, lora in self.start.items():
+            self._started.add(module, lora)
         config = LoraConfig(
             r=schedule.rank,
             lora_alpha=schedule.alpha,
@@ -154,55 +152,48 @@ class _Student:
             torch.manual_seed(schedule.seed)
             self.lora: PeftModel = get_peft_model(model, config)
 
-    def said(self, tokens_CT: Tensor) -> Tensor:
+    def hidden(self, tokens_CT: Tensor) -> Tensor:
         """Its hidden states [C, T, D]."""
         return final_hidden(self.lora, input_ids=tokens_CT)
 
     @torch.no_grad()
-    def taught(self, tokens_CT: Tensor) -> Tensor:
+    def teacher_hidden(self, tokens_CT: Tensor) -> Tensor:
         """The teacher's hidden states [C, T, D]."""
-        own = [weight.data for weight, _ in self._taught]
-        for weight, of_teacher in self._taught:
-            weight.data = of_teacher
-        try:
-            with self.lora.disable_adapter():
-                return self.said(tokens_CT)
-        finally:
-            for (weight, _), of_student in zip(self._taught, own, strict=True):
-                weight.data = of_student
+        with self._started.removed(), self.lora.disable_adapter():
+            return self.hidden(tokens_CT)
 
-    def divergence(self, taught_CTD: Tensor, said_CTD: Tensor) -> tuple[float, Tensor]:
+    def divergence(self, teacher_CTD: Tensor, student_CTD: Tensor) -> tuple[float, Tensor]:
         """KL(teacher || student) of the next token, nats, mean over positions; and its gradient.
 
         With respect to logits the gradient is the difference of the two distributions. No more
         than a part of the positions has its distributions at hand at a time.
 
         Args:
-            taught_CTD: hidden states, as are those said.
+            teacher_CTD: hidden states, as are those said.
 
         Returns:
             The divergence, and its gradient with respect to what was said.
         """
-        taught_ND, said_ND = taught_CTD.flatten(0, -2), said_CTD.detach().flatten(0, -2)
+        teacher_ND, student_ND = teacher_CTD.flatten(0, -2), student_CTD.detach().flatten(0, -2)
         total = 0.0
-        gradient_ND = torch.empty_like(said_ND)
-        for first in range(0, len(said_ND), _ROWS_AT_ONCE):
+        gradient_ND = torch.empty_like(student_ND)
+        for first in range(0, len(student_ND), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            leaf_RD = said_ND[rows].requires_grad_()
+            leaf_RD = student_ND[rows].requires_grad_()
             with torch.enable_grad():
                 logits_RV = next_token_logits(self.lora, leaf_RD)
             with torch.no_grad():
-                taught_RV = next_token_logits(self.lora, taught_ND[rows]).log_softmax(-1)
-                said_RV = logits_RV.log_softmax(-1)
-                likely_RV = taught_RV.exp()
-                total += float((likely_RV * taught_RV.sub_(said_RV)).sum())
-                change_RV = said_RV.exp_().sub_(likely_RV).div_(len(said_ND))
+                teacher_RV = next_token_logits(self.lora, teacher_ND[rows]).log_softmax(-1)
+                student_RV = logits_RV.log_softmax(-1)
+                likely_RV = teacher_RV.exp()
+                total += float((likely_RV * teacher_RV.sub_(student_RV)).sum())
+                change_RV = student_RV.exp_().sub_(likely_RV).div_(len(student_ND))
             (gradient_ND[rows],) = torch.autograd.grad(logits_RV, leaf_RD, change_RV)
-        return total / len(said_ND), gradient_ND.view_as(said_CTD)
+        return total / len(student_ND), gradient_ND.view_as(student_CTD)
 
-    def changes(self) -> dict[str, Lora]:
+    def loras(self) -> dict[str, Lora]:
         """All that it adds to the teacher's weights, by module."""
-        changes = dict(self.start)
+        loras = dict(self.start)
         for name, module in self.lora.get_base_model().named_modules():
             if not hasattr(module, "lora_A"):
                 continue
@@ -214,20 +205,20 @@ class _Student:
             if (start := self.start.get(name)) is not None:
                 a_RI = torch.cat([start.a_RI, a_RI])
                 b_OR = torch.cat([start.b_OR, b_OR], dim=1)
-            changes[name] = Lora(a_RI, b_OR)
-        return changes
+            loras[name] = Lora(a_RI, b_OR)
+        return loras
 
 
-def _train_on(student: _Student, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
+def _add_gradients(student: _Student, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
     """Add a batch's gradients; its loss."""
     total = 0.0
     for tokens_CT in _at_once(tokens_BT.to(student.lora.device)):
-        taught_CTD = student.taught(tokens_CT)
+        teacher_CTD = student.teacher_hidden(tokens_CT)
         with grouped(student.lora, plan.groups, checkpointing=schedule.gradient_checkpointing):
-            said_CTD = student.said(tokens_CT)
-            kl, gradient_CTD = student.divergence(taught_CTD, said_CTD)
+            student_CTD = student.hidden(tokens_CT)
+            kl, gradient_CTD = student.divergence(teacher_CTD, student_CTD)
             share = len(tokens_CT) / len(tokens_BT)
-            said_CTD.backward(share * gradient_CTD)  # type: ignore[no-untyped-call]
+            student_CTD.backward(share * gradient_CTD)  # type: ignore[no-untyped-call]
         total += share * kl
     return total
 
@@ -240,14 +231,18 @@ def _at_once(tokens_WT: Tensor) -> Sequence[Tensor]:
 def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:
     """A step's windows: every window once in each epoch, in an order of the epoch's own."""
     count = len(windows.token_ids_WT)
-    return windows.token_ids_WT[list(_indices(count, schedule, step))]
+    return windows.token_ids_WT[_indices(count, schedule, step)]
 
 
-def _indices(count: int, schedule: Schedule, step: int) -> Iterator[int]:
-    for number in range(step * schedule.batch, (step + 1) * schedule.batch):
-        epoch, position = divmod(number, count)
-        generator = torch.Generator().manual_seed(schedule.seed + 1_000_003 * epoch)
-        yield int(torch.randperm(count, generator=generator)[position])
+def _indices(count: int, schedule: Schedule, step: int) -> list[int]:
+    numbers = range(step * schedule.batch, (step + 1) * schedule.batch)
+    orders = {
+        epoch: torch.randperm(
+            count, generator=torch.Generator().manual_seed(schedule.seed + 1_000_003 * epoch)
+        )
+        for epoch in {number // count for number in numbers}
+    }
+    return [int(orders[number // count][number % count]) for number in numbers]
 
 
 def _identity(
@@ -276,17 +271,14 @@ def _resume(
     if not (file := output / _STATE).is_file():
         return Course()
     state = torch.load(file, map_location=student.device, weights_only=True)
-    earlier, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
-    if earlier != now:
-        changed = [key for key, value in earlier.items() if value != now[key]]
+    if changed := [key for key, value in state["identity"].items() if value != identity[key]]:
         raise LaunchError(
             f"{output} holds a run with another {', '.join(changed)}; choose another folder, or "
             "remove that one to begin anew"
         )
     set_peft_model_state_dict(student, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
-    held_out = {int(step): kl for step, kl in state["held_out"].items()}
-    return Course(list(state["losses"]), held_out, state["seconds"])
+    return Course(**state["course"])
 
 
 def _save_state(
@@ -298,15 +290,11 @@ def _save_state(
 ) -> None:
     from peft import get_peft_model_state_dict
 
-    output.mkdir(parents=True, exist_ok=True)
     state = {
-        "identity": json.dumps(identity),
+        "identity": dict(identity),
         "adapter": get_peft_model_state_dict(student),
         "optimizer": optimizer.state_dict(),
-        "losses": course.losses,
-        "held_out": {str(step): kl for step, kl in course.held_out.items()},
-        "seconds": course.seconds,
+        "course": asdict(course),
     }
-    temporary = output / f".{_STATE}.{os.getpid()}"
-    torch.save(state, temporary)
-    temporary.replace(output / _STATE)
+    with whole_file(output / _STATE) as file:
+        torch.save(state, file)

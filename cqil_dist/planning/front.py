@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Plan
+from cqil_dist.planning.comparison import Comparison, Divergence
 from cqil_dist.planning.latency import CostModel
-from cqil_dist.planning.original import Comparison, Divergence, Original
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search import PlanSearch
 from cqil_dist.planning.sensitivity import Sensitivities
@@ -70,14 +70,15 @@ class Measured:
             "plan": None if self.plan is None else self.plan.to_json(),
         }
 
-    def plan_json(self, original: Original, compensated: bool) -> dict[str, Any]:
+    def plan_json(self, comparison: Comparison) -> dict[str, Any]:
         """The plan, as `Plan.parse` reads it, and what was measured of it."""
         assert self.plan is not None, "a plan was found"
+        original = comparison.original
         measured = {
             "kl": self.divergence.kl,
             "perplexity": self.divergence.perplexity,
             "original_perplexity": original.perplexity,
-            "compensated": compensated,
+            "compensated": comparison.fitting is not None,
             **made_with(original.windows),
         }
         return {**self.plan.to_json(), "measured": measured}
@@ -99,20 +100,17 @@ class PlanFinder:
 
     def __init__(
         self,
-        original: Original,
         comparison: Comparison,
         sensitivities: Sensitivities,
         cost: CostModel,
         seconds: float,
         progress: Progress,
     ) -> None:
-        self._original = original
-        self._comparison = comparison
+        self._original = comparison.original
         self._cost = cost
         self._progress = progress
-        self._divergences: dict[Plan, Divergence] = {}
         self._search = PlanSearch(
-            original.num_layers, sensitivities, self._measure, seconds, progress
+            self._original.num_layers, sensitivities, comparison.compare, seconds, progress
         )
 
     def find(self, goal: Goal) -> Measured:
@@ -180,7 +178,7 @@ class PlanFinder:
     def _keeps_to(self, plan: Plan, goal: Goal) -> bool:
         if goal.max_latency_us is not None:
             return self._cost.latency_us(plan) <= goal.max_latency_us
-        divergence = self._divergences[plan]
+        divergence = self._search.measured[plan]
         if goal.max_kl is not None:
             return divergence.kl <= goal.max_kl
         assert goal.max_loss is not None, "one of a goal's bounds is given"
@@ -201,13 +199,26 @@ class PlanFinder:
         self._search.kl(self._search.reachable[max(within)])
         return max(within)
 
-    def _measure(self, plan: Plan) -> float:
-        self._divergences[plan] = self._comparison.compare(plan)
-        return self._divergences[plan].kl
-
     def _measured(self, plan: Plan) -> Measured:
-        return self._of_plan("search", plan, self._divergences[plan])
+        return self._of_plan("search", plan, self._search.measured[plan])
 
     def _of_plan(self, kind: str, plan: Plan, divergence: Divergence) -> Measured:
         latency_us, exchanges = self._cost.latency_us(plan), self._cost.exchanges(plan)
         return Measured(kind, plan.depth, divergence, plan, latency_us, exchanges)
+
+
+def front_json(
+    model: str, comparison: Comparison, cost: CostModel, measured: Sequence[Measured]
+) -> dict[str, Any]:
+    """What depth costs a model, as `plot_front` and the report read it."""
+    original = comparison.original
+    return {
+        "record": "front",
+        "model": model,
+        "text": original.windows.source,
+        "tokens": original.windows.tokens,
+        "perplexity": original.perplexity,
+        "compensated": comparison.fitting is not None,
+        "cost": asdict(cost),
+        "measured": [each.to_json() for each in measured],
+    }

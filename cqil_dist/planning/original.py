@@ -4,55 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.comparison import Divergence
 from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Comparison(Protocol):
-    """How far a model is from the original once its layers run in groups."""
-
-    @property
-    def digest(self) -> str:
-        """Of all that its results depend on beside the model."""
-        ...
-
-    def compare(self, plan: Plan) -> Divergence:
-        """Of a whole plan."""
-        ...
-
-    def compare_group(self, group: Group) -> Divergence:
-        """Of one group, with every other layer as it is."""
-        ...
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a changed model is from the original, on some text; means over its tokens.
-
-    Attributes:
-        kl: KL(original || changed) of the next token, nats.
-        loss: the changed model's cross entropy on the text itself, nats.
-    """
-
-    kl: float
-    loss: float
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
 
 
 class Original:
@@ -83,11 +49,6 @@ class Original:
                 task.advance()
         self.perplexity = math.exp(fmean(losses))
 
-    @property
-    def digest(self) -> str:
-        """Of the text."""
-        return self.windows.digest
-
     def compare(self, plan: Plan) -> Divergence:
         """Run a plan's groups in place of the original's layers."""
         return self.compare_groups(plan.groups)
@@ -102,7 +63,7 @@ class Original:
         changed = (
             index
             for index, group in enumerate(groups)
-            if group.layers != (index,) or list(group.visible(0)) != [0]
+            if group.layers != (index,) or not group.is_exact
         )
         start = next(changed, min(len(groups), self.num_layers - 1))
         kls: list[float] = []

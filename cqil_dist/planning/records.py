@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from cqil_dist.errors import LaunchError
+from cqil_dist.whole_file import whole_file
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def require_file(path: Path) -> None:

@@ -13,8 +13,9 @@ from itertools import pairwise
 
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.comparison import Divergence
 from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
-from cqil_dist.progress import Progress, SilentProgress
+from cqil_dist.progress import Progress
 
 # Of the plans one group deeper, from how many to go on; and from each, how many plans to measure.
 _LOOSENED = 3
@@ -48,7 +49,7 @@ class PlanSearch:
     """Searches among plans of the groups whose sensitivity is known.
 
     Attributes:
-        measure: the divergence of a whole plan.
+        measure: compares a whole plan with the original.
         measured: all that has been measured so far.
         reachable: the additively best plan of each depth.
         seconds: how long to search from now on; what is begun is finished.
@@ -56,10 +57,10 @@ class PlanSearch:
 
     num_layers: int
     sensitivities: Sensitivities
-    measure: Callable[[Plan], float]
+    measure: Callable[[Plan], Divergence]
     seconds: float
-    progress: Progress = field(default_factory=SilentProgress)
-    measured: dict[Plan, float] = field(default_factory=dict)
+    progress: Progress
+    measured: dict[Plan, Divergence] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ends = time.monotonic() + self.seconds
@@ -73,13 +74,13 @@ class PlanSearch:
         """The divergence of a whole plan, measured once."""
         if plan not in self.measured:
             self.measured[plan] = self.measure(plan)
-        return self.measured[plan]
+        return self.measured[plan].kl
 
     def front(self) -> dict[int, Plan]:
         """The best plan of every depth measured so far."""
         best: dict[int, Plan] = {}
-        for plan, kl in self.measured.items():
-            if plan.depth not in best or kl < self.measured[best[plan.depth]]:
+        for plan in self.measured:
+            if plan.depth not in best or self.kl(plan) < self.kl(best[plan.depth]):
                 best[plan.depth] = plan
         return dict(sorted(best.items()))
 
@@ -106,9 +107,9 @@ class PlanSearch:
                     self.kl(plan)
                     task.update(len(self.measured) - counted)
                 better = self.front()[depth]
-                if self.measured[better] >= kl:
+                if self.kl(better) >= kl:
                     break
-                current, kl = better, self.measured[better]
+                current, kl = better, self.kl(better)
         return self.front()[depth]
 
     def _neighbours(self, plan: Plan) -> Iterator[Plan]:

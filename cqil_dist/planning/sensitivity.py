@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from cqil_dist.plan import Bypass, Group
-from cqil_dist.planning.original import Comparison
 from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from cqil_dist.planning.comparison import Comparison
 
 Sensitivities = Mapping[Group, float]
 """KL(original || model with this one group), nats a token, by group."""

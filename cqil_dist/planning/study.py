@@ -1,15 +1,14 @@
-"""One model, the text it is measured on, and what has been measured: kept, so that it is not again.
+"""One model, and what is kept of measuring it: text that it said, and how far plans are from it.
 
 Under the cache directory, for each model by its content:
 
-    plans/<model>/sampled-*.pt           text that the model said
-    plans/<model>/compared-*.jsonl       groups and plans measured on a text
+    plans/<model>/sampled-*.pt                   text that the model said
+    plans/<model>/<numerics>/compared-*.jsonl    groups and plans measured on a text
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +23,15 @@ from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
 from cqil_dist.model.tokenizer import load_tokenizer
+from cqil_dist.planning.comparison import Comparison
+from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.grouped_model import load_model
-from cqil_dist.planning.original import Comparison, Original
-from cqil_dist.planning.remembered import Remembered
+from cqil_dist.planning.original import Original
 from cqil_dist.planning.texts import Windows, read_windows, sample_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
 from cqil_dist.runtime.resident_memory import keep_freed_memory
+from cqil_dist.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,23 +162,21 @@ class Study:
     def _sampled(self, length: int, tokens: int, seed: int) -> Windows:
         """Kept batch after batch, so that sampling that was interrupted goes on."""
         count = max(1, tokens // length)
-        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self._computed}.pt"
+        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self._numerics}.pt"
         ids_WT = torch.empty(0, length, dtype=torch.long)
         if kept.is_file():
             ids_WT = torch.load(kept, weights_only=True)
         if (begun := len(ids_WT)) < count:
-            kept.parent.mkdir(parents=True, exist_ok=True)
             for batch_BT in sample_windows(
                 self.model, self.tokenizer, length, count, seed, self.progress, begun
             ):
                 ids_WT = torch.cat([ids_WT, batch_BT])
-                temporary = kept.with_suffix(f".{os.getpid()}")
-                torch.save(ids_WT, temporary)
-                temporary.replace(kept)
+                with whole_file(kept) as file:
+                    torch.save(ids_WT, file)
         return Windows(ids_WT, f"sampled from the model, seed {seed}")
 
     @property
-    def _computed(self) -> str:
+    def _numerics(self) -> str:
         """How, where it makes a difference to what is measured."""
         return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.precision}"
 
@@ -188,23 +187,14 @@ class Study:
             CheckpointError: it is damaged, or made for a model of another shape.
             PlanError: it was made for another plan.
         """
-        adapter = Adapter(path)
-        adapter.check(self.config)
-        adapter.check_plan(plan)
-        return adapter
+        return Adapter.made_for(path, self.config, plan)
 
-    def original(self, windows: Windows) -> Original:
-        return Original(self.model, windows, self.progress)
+    def comparison(self, windows: Windows, fitted: Windows | None = None) -> Comparison:
+        """Compares plans with the original on these windows.
 
-    def remembered(self, comparison: Comparison) -> Remembered:
-        """Comparisons that are made once for a text."""
-        file = self.folder / f"compared-{comparison.digest}-{self._computed}.jsonl"
-        return Remembered(comparison, file)
-
-
-@torch.no_grad()
-def merge(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add an adapter's changes to a model's weights."""
-    for name, parameter in model.named_parameters():
-        if (change := adapter.change(name)) is not None:
-            parameter += change.to(parameter.device, parameter.dtype)
+        Args:
+            fitted: other text, to compensate what is compared by; None leaves it as it is.
+        """
+        original = Original(self.model, windows, self.progress)
+        fitting = None if fitted is None else Compensation(self.model, fitted)
+        return Comparison(original, fitting, self.folder / self._numerics)

@@ -21,7 +21,8 @@ from cqil_dist.planning.evaluation.intervals import (
 from cqil_dist.planning.evaluation.scoring import likelihoods, loss_by_window
 from cqil_dist.planning.evaluation.tasks import Task
 from cqil_dist.planning.grouped_model import grouped
-from cqil_dist.planning.study import Study, merge
+from cqil_dist.planning.merging import merge
+from cqil_dist.planning.study import Study
 from cqil_dist.planning.texts import Windows
 
 PROMPTS = (
@@ -30,7 +31,7 @@ PROMPTS = (
     "To make bread, you first",
     "Water boils at a temperature of",
 )
-_SAMPLED_TOKENS = 40
+_COMPLETION_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _completion(study: Study, prompt: str) -> str:
     said = study.model.generate(
         given,
         attention_mask=torch.ones_like(given),
-        max_new_tokens=_SAMPLED_TOKENS,
+        max_new_tokens=_COMPLETION_TOKENS,
         do_sample=False,
     )
     text = study.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)

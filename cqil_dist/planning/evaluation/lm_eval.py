@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 
 from cqil_dist.plan import PlanSource
 from cqil_dist.planning.grouped_model import grouped
-from cqil_dist.planning.study import Study, merge
+from cqil_dist.planning.merging import merge
+from cqil_dist.planning.study import Study
 from cqil_dist.progress import ConsoleProgress
 
 

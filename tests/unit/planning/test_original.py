@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from tiny_models import TinyModel, TinyModelFactory, random_tokens
 
 from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.comparison import Comparison, Divergence
 from cqil_dist.planning.grouped_model import load_model
-from cqil_dist.planning.original import Divergence, Original
-from cqil_dist.planning.remembered import Remembered
+from cqil_dist.planning.original import Original
 from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity, without_layers
 from cqil_dist.planning.texts import Windows
@@ -83,41 +84,29 @@ def test_the_layer_that_changes_its_input_least_goes_first() -> None:
     assert [g.layers[0] for g in without_layers(similarity, 2)] == [0, 3]
 
 
-class Watched:
-    """Compares with an original, and notes what it was asked."""
-
-    def __init__(self, original: Original) -> None:
-        self.original = original
-        self.digest = original.digest
-        self.asked: list[Group | Plan] = []
-
-    def compare(self, plan: Plan) -> Divergence:
-        self.asked.append(plan)
-        return self.original.compare(plan)
-
-    def compare_group(self, group: Group) -> Divergence:
-        self.asked.append(group)
-        return self.original.compare_group(group)
-
-
-def test_an_interrupted_measurement_goes_on(original: Original, tmp_path: Path) -> None:
+def test_an_interrupted_measurement_goes_on(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = list(candidates(6, 2))
     plan = Plan.covering([groups[7]], 6)
-    known = tmp_path / "known.jsonl"
-    first = measure_sensitivities(Remembered(original, known), groups[:5], PROGRESS)
+    first = measure_sensitivities(Comparison(original, None, tmp_path), groups[:5], PROGRESS)
+    (known,) = tmp_path.iterdir()
     with known.open("a", encoding="utf-8") as file:
         file.write('\n{"of": {"layers": [3, 4], "byp')  # killed while it wrote
-    watched = Watched(original)
-    comparison = Remembered(watched, known)
-    found = measure_sensitivities(comparison, groups, PROGRESS)
-    assert watched.asked == groups[5:]
-    assert {group: found[group] for group in groups[:5]} == first
-    assert found[groups[7]] == pytest.approx(original.compare(plan).kl)
-    assert comparison.compare(plan) == comparison.compare(plan) == original.compare(plan)
-    assert watched.asked == [*groups[5:], plan]
 
-    watched.asked.clear()
-    again = Remembered(watched, known)
-    assert measure_sensitivities(again, groups, PROGRESS) == found
-    assert again.compare(plan) == original.compare(plan)
-    assert watched.asked == []
+    computed: list[object] = []
+    compare_groups = original.compare_groups
+
+    def watched(groups: Sequence[Group]) -> Divergence:
+        computed.append(groups)
+        return compare_groups(groups)
+
+    monkeypatch.setattr(original, "compare_groups", watched)
+    found = measure_sensitivities(Comparison(original, None, tmp_path), groups, PROGRESS)
+    assert len(computed) == len(groups) - 5
+    assert {group: found[group] for group in groups[:5]} == first
+    for _ in range(2):
+        comparison = Comparison(original, None, tmp_path)
+        assert measure_sensitivities(comparison, groups, PROGRESS) == found
+        assert comparison.compare(plan).kl == pytest.approx(found[groups[7]])
+    assert len(computed) == len(groups) - 5 + 1, "the plan, once"

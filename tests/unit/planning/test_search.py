@@ -11,6 +11,7 @@ from tiny_models import TinyModelFactory, random_tokens
 
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning.comparison import Comparison, Divergence
 from cqil_dist.planning.front import Goal, PlanFinder
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.latency import CostModel
@@ -71,22 +72,22 @@ def test_local_search_finds_a_best_plan_that_sums_do_not_show() -> None:
     """Two groups cost nothing together, though each is dear by itself; so does one bypass."""
     planted = Plan.covering([Group((1, 2), Bypass("full")), Group((5, 6, 7))], LAYERS)
 
-    def measure(plan: Plan) -> float:
+    def measure(plan: Plan) -> Divergence:
         apart = len(set(plan.groups) ^ set(planted.groups))
-        return total(plan) * 0.01 + apart
+        return Divergence(total(plan) * 0.01 + apart, 0.0)
 
-    search = PlanSearch(LAYERS, SENSITIVITIES, measure, MANY_S)
+    search = PlanSearch(LAYERS, SENSITIVITIES, measure, MANY_S, SilentProgress())
     assert search.refine(planted.depth) == planted
 
 
 def test_time_bounds_the_search() -> None:
     measured: list[Plan] = []
 
-    def measure(plan: Plan) -> float:
+    def measure(plan: Plan) -> Divergence:
         measured.append(plan)
-        return total(plan)
+        return Divergence(total(plan), 0.0)
 
-    search = PlanSearch(LAYERS, SENSITIVITIES, measure, seconds=0.0)
+    search = PlanSearch(LAYERS, SENSITIVITIES, measure, 0.0, SilentProgress())
     assert search.refine(5) == additive_front(LAYERS, SENSITIVITIES)[5]
     assert len(measured) == 1
     with pytest.raises(PlanError, match=r"depth is 2, but .* reach depths 3 to 8"):
@@ -106,16 +107,21 @@ def original(tiny_model: TinyModelFactory) -> Original:
 
 
 @pytest.fixture(scope="module")
-def sensitivities(original: Original) -> dict[Group, float]:
-    return measure_sensitivities(original, list(candidates(6, 3)), SilentProgress())
+def comparison(original: Original, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return Comparison(original, None, tmp_path_factory.mktemp("compared"))
+
+
+@pytest.fixture(scope="module")
+def sensitivities(comparison: Comparison) -> dict[Group, float]:
+    return measure_sensitivities(comparison, list(candidates(6, 3)), SilentProgress())
 
 
 COST = CostModel(layer_us=100, head_us=50, link_us=10, ranks=2, vocab_size=300)
 
 
 @pytest.fixture
-def finder(original: Original, sensitivities: dict[Group, float]) -> PlanFinder:
-    return PlanFinder(original, original, sensitivities, COST, MANY_S, SilentProgress())
+def finder(comparison: Comparison, sensitivities: dict[Group, float]) -> PlanFinder:
+    return PlanFinder(comparison, sensitivities, COST, MANY_S, SilentProgress())
 
 
 def test_a_planted_pair_is_found(finder: PlanFinder) -> None:
@@ -160,10 +166,10 @@ def test_the_plan_found_keeps_to_its_bound(finder: PlanFinder) -> None:
 
 
 def test_goals_that_cannot_be_kept_are_said(
-    original: Original, sensitivities: dict[Group, float]
+    comparison: Comparison, sensitivities: dict[Group, float]
 ) -> None:
     dear = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
-    finder = PlanFinder(original, original, dear, COST, MANY_S, SilentProgress())
+    finder = PlanFinder(comparison, dear, COST, MANY_S, SilentProgress())
     with pytest.raises(PlanError, match="no two layers can run together within this bound"):
         finder.find(Goal(max_kl=1e-3))
     for goal in ({}, {"depth": 5, "max_kl": 1.0}):

@@ -19,12 +19,13 @@ from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.planning import distillation
-from cqil_dist.planning.compensation import Compensated, Compensation, compensate
+from cqil_dist.planning.comparison import Comparison
+from cqil_dist.planning.compensation import Compensation, compensate
 from cqil_dist.planning.distillation import Course, distill
 from cqil_dist.planning.grouped_model import grouped, load_model
+from cqil_dist.planning.merging import merge
 from cqil_dist.planning.original import Original
 from cqil_dist.planning.schedule import Schedule
-from cqil_dist.planning.study import merge
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import SilentProgress
 
@@ -148,7 +149,7 @@ def test_the_first_step_goes_down_the_divergence(tiny: TinyModel, tmp_path: Path
     plan = tiny.plan(PLAN)
     student = distillation._Student(fresh(tiny), SCHEDULE, None)
     tokens_BT = TRAIN.token_ids_WT[:2]
-    loss = distillation._train_on(student, plan, tokens_BT, SCHEDULE)
+    loss = distillation._add_gradients(student, plan, tokens_BT, SCHEDULE)
     found = {name: p.grad.clone() for name, p in gradients(student.lora)}
     student.lora.zero_grad()
     with torch.no_grad(), student.lora.disable_adapter():
@@ -185,7 +186,7 @@ def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], message: 
         replace(SCHEDULE, **changes)
 
 
-def test_every_epoch_sees_every_window_once(tiny: TinyModel, tmp_path: Path) -> None:
+def test_every_epoch_sees_every_window_once() -> None:
     epoch = [index for step in range(8) for index in distillation._indices(16, SCHEDULE, step)]
     following = [
         index for step in range(8, 16) for index in distillation._indices(16, SCHEDULE, step)
@@ -208,22 +209,28 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
 def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path: Path) -> None:
     """A plan that is searched for compensation is measured with the changes it will have."""
     model, plan = fresh(tiny), tiny.plan("P2 S2 E6 D0")
-    original = Original(model, HELD_OUT, SilentProgress())
-    fitting = Compensation(model, windows(64, 3), 48)
-    compensated = Compensated(original, fitting)
-    found = compensated.compare(plan)
-    changes = compensate(fitting, plan, SilentProgress())
-    write_adapter(tmp_path, changes, str(tiny.path), plan.to_json())
-    merged = fresh(tiny)
-    merge(merged, Adapter(tmp_path))
-    original.model = merged
-    assert found.kl == pytest.approx(original.compare(plan).kl, abs=1e-5)
-    original.model = model
-    assert found.kl < 0.9 * original.compare(plan).kl
     group = Group((2, 3), Bypass("1"))
-    assert compensated.compare_group(group).kl < original.compare_group(group).kl
-    sequential = tiny.plan("sequential")
-    assert compensated.compare(sequential).kl == pytest.approx(0, abs=1e-6)
+    original = Original(model, HELD_OUT, SilentProgress())
+    plain = Comparison(original, None, tmp_path)
+    fitting = Compensation(model, windows(64, 3), 48)
+    compensated = Comparison(original, fitting, tmp_path)
+    found = compensated.compare(plan).kl
+    assert found < 0.9 * plain.compare(plan).kl
+    assert compensated.compare_group(group).kl < plain.compare_group(group).kl
+    assert compensated.compare(tiny.plan("sequential")).kl == pytest.approx(0, abs=1e-6)
+
+    changes = compensate(fitting, plan, SilentProgress())
+    write_adapter(tmp_path / "adapter", changes, str(tiny.path), plan.to_json())
+    merge(model, Adapter(tmp_path / "adapter"))
+    assert original.compare(plan).kl == pytest.approx(found, abs=1e-5)
+
+
+def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
+    """A layer by itself may be changed too: parallel attention and feed-forward."""
+    plan = Plan.covering([Group((1,), Bypass("parallel")), Group((3, 4))], 6)
+    changes = compensate(Compensation(fresh(tiny), windows(8, 3)), plan, SilentProgress())
+    fitted = {int(module.split(".")[2]) for module in changes}
+    assert fitted == {1, 2, 3, 4, 5}
 
 
 def test_small_ranks_and_too_little_text(tiny: TinyModel, tmp_path: Path) -> None:
