@@ -34,8 +34,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Items of each task; default: all.")
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option("--windows", min=1, help="Of each text, at random; default: all.")
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="Of each text, windows at random; default: all."),
     ] = None,
     window: options.Window = 512,
     seed: options.Seed = 0,
@@ -54,7 +55,6 @@ def evaluate(
     from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
-    from cqil_dist.planning.texts import read_windows
 
     if output is not None:
         require_file(output)
@@ -63,11 +63,11 @@ def evaluate(
     wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
     read = [read_task(file, limit) for file in wanted]
     study = Study.of(model, device, ConsoleProgress(), precision=precision)
-    texts = [read_windows([file], study.tokenizer, window, windows, seed) for file in ppl or []]
+    texts = [study.windows([file], window, tokens, seed) for file in ppl or []]
     parsed = study.plan(plan)
-    changes = None if adapter is None else study.adapter(adapter, parsed)
-    refuse_known_text(texts, plan, None if changes is None else changes.plan)
-    evaluation = evaluate_plan(study, parsed, changes, texts, read)
+    merged = None if adapter is None else study.adapter(adapter, parsed)
+    refuse_known_text(texts, plan, model, None if merged is None else merged.plan)
+    evaluation = evaluate_plan(study, parsed, merged, texts, read)
     Console().print(_table(evaluation))
     if output is not None:
         write_record(output, evaluation.to_json())

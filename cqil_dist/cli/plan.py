@@ -159,13 +159,15 @@ def compensate(
     sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
     seed: options.Seed = 0,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each group's change.")] = 256,
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, help="Directions of each map that are kept.")
+    ] = 256,
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
     device: options.Device = "auto",
     precision: options.Precision = "highest",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("compensated"),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
 

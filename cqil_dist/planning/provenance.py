@@ -9,6 +9,7 @@ from typing import Any
 
 from cqil_dist.errors import TextError
 from cqil_dist.planning.texts import Windows
+from cqil_dist.recommended import recommended
 
 
 def made_with(windows: Windows, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -22,15 +23,15 @@ def made_with(windows: Windows, earlier: Mapping[str, Any] | None = None) -> dic
 
 
 def refuse_known_text(
-    texts: Sequence[Windows], plan: str, adapter_plan: Mapping[str, Any] | None
+    texts: Sequence[Windows], plan: str, model: str, adapter_plan: Mapping[str, Any] | None
 ) -> None:
     """Raises TextError where a plan's file, or an adapter, was made with one of these texts.
 
     Args:
-        plan: as the user gave it.
+        plan, model: as the user gave them.
         adapter_plan: what lies in the adapter.
     """
-    known = _files(_record(plan)) | _files(adapter_plan)
+    known = _files(_record(plan, model)) | _files(adapter_plan)
     for text in texts:
         if known & text.files:
             raise TextError(
@@ -44,9 +45,10 @@ def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
     return frozenset(measured.get("files", []) if isinstance(measured, Mapping) else [])
 
 
-def _record(plan: str) -> Mapping[str, Any] | None:
+def _record(plan: str, model: str) -> Mapping[str, Any] | None:
     try:
-        found = json.loads(Path(plan).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no file: a name, notation, or JSON itself
+        text = recommended(plan, model) or Path(plan).read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError):  # no file: notation, or JSON itself
         return None
     return found if isinstance(found, dict) else None

@@ -33,7 +33,7 @@ def write_report(folder: Path) -> Path:
     )
     environment.filters |= {
         "interval": _interval,
-        "loss": _loss,
+        "difference": _difference,
         "picture": _picture,
         "plan": _plan_text,
     }
@@ -66,38 +66,37 @@ def _rows(records: _Records) -> list[dict[str, Any]]:
 
     An adapter is merged: with it a plan takes the time that it takes without.
     """
-    costs = [CostModel(**found["cost"]) for _, found in records["front"]]
+    costs = {found["model"]: CostModel(**found["cost"]) for _, found in records["front"]}
     timed = {
-        _plan_text(result["plan"]): result
+        (found["setting"]["model"], _plan_text(result["plan"])): result
         for _, found in records["latency"]
         for result in found["results"]
         if result["plan"] is not None
     }
-    evaluated = [found for _, found in records["evaluation"]]
-    known = {_plan_text(found["plan"]) for found in evaluated}
-    only_timed = [timed[text] for text in timed if text not in known]
+    evaluated = [(found["model"], found) for _, found in records["evaluation"]]
+    known = {(model, _plan_text(found["plan"])) for model, found in evaluated}
     rows: list[dict[str, Any]] = []
-    for found in [*only_timed, *evaluated]:
+    for model, found in [*((key[0], timed[key]) for key in timed if key not in known), *evaluated]:
         plan = Plan.parse(found["plan"], found["plan"]["num_layers"])
-        losses = {
-            (result["measure"], result["of"]): result["difference"]
-            for result in found.get("results", ())
-        }
+        cost, timing = costs.get(model), timed.get((model, str(plan)))
         rows.append(
             {
                 "plan": str(plan),
                 "adapter": found.get("adapter"),
                 "depth": plan.depth,
-                "exchanges": costs[0].exchanges(plan) if costs else None,
-                "predicted_ms": costs[0].latency_us(plan) / 1000 if costs else None,
-                "measured_ms": timed[str(plan)]["itl_p50_ms"] if str(plan) in timed else None,
-                "losses": losses,
+                "exchanges": None if cost is None else cost.exchanges(plan),
+                "predicted_ms": None if cost is None else cost.latency_us(plan) / 1000,
+                "measured_ms": None if timing is None else timing["itl_p50_ms"],
+                "losses": {
+                    (result["measure"], result["of"]): result["difference"]
+                    for result in found.get("results", ())
+                },
             }
         )
     return sorted(rows, key=lambda row: -row["depth"])
 
 
-def _loss(difference: dict[str, float], measure: str) -> str:
+def _difference(difference: dict[str, float], measure: str) -> str:
     """A ratio of perplexities, or a difference of accuracies in points."""
     value, low, high = (difference[part] for part in ("value", "low", "high"))
     if measure == "perplexity":

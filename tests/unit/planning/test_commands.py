@@ -51,7 +51,8 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--rank", "4", "--batch", "2", "--init", str(folder / "start"), "-o", adapter),
         )
         timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
-        latency = {"record": "latency", "results": [timed.to_dict()]}
+        setting = {"model": str(tiny.path)}
+        latency = {"record": "latency", "setting": setting, "results": [timed.to_dict()]}
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         run(
             *("eval", tiny, "--plan", plan, "--adapter", adapter, "--ppl", str(other)),
