@@ -113,6 +113,7 @@ def measure(
     prompt_tokens, output_tokens = case.prompt_tokens, case.output_tokens
     text_ids = load_tokenizer(path)(PROMPT)["input_ids"]
     prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
+    max_len = prompt_tokens + output_tokens
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         local = stack.enter_context(connected(address, 1 + ranks * len(plans), verbose=False))
@@ -122,7 +123,7 @@ def measure(
                 Worker(prepare_transformers, (cores[0],), path, case.device, case.dtype)
             )
             workers = [
-                stack.enter_context(Worker(prepare_layers, (core,), path, ranks))
+                stack.enter_context(Worker(prepare_layers, (core,), path, ranks, max_len))
                 for core in (cores[:ranks] if bound else ())
             ]
         engines = {

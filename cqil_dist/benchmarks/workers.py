@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,8 @@ from cqil_dist.plan import Plan
 from cqil_dist.runtime.rank import CacheShape, RankProgram
 
 Measurement = Callable[..., list[float]]
+
+_LAYERS_BYTES = 1 << 30
 
 
 class Worker:
@@ -129,17 +132,21 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
     return measure
 
 
-def prepare_layers(path: Path, world: int) -> Measurement:
+def prepare_layers(path: Path, world: int, max_len: int) -> Measurement:
     """Where a decode step's time goes without any exchange: layers, and a rank's head share.
+
+    Of as many layers as do not fit into a processor's caches; large ones stand for all alike.
 
     `measure(position, repetitions)` gives [milliseconds of one layer, of the head shard, ...]:
     medians are taken by the caller.
     """
     config = ModelConfig.from_directory(path)
+    layer_bytes = 4 * sum(out * inner for out, inner in config.projection_shapes.values())
+    config = replace(config, num_layers=min(config.num_layers, 1 + _LAYERS_BYTES // layer_bytes))
     checkpoint = Checkpoint(path)
     device = torch.device("cpu")
     sequential = assign(Plan.sequential(config.num_layers), 1, config.vocab_size)
-    cache = CacheShape(slots=1, max_len=config.max_positions)
+    cache = CacheShape(slots=1, max_len=max_len)
     program = RankProgram(0, [sequential], config, [checkpoint], cache, torch.float32, device)
     exchange = TcpExchange(0, {}, {}, torch.float32, device, max_bytes=0)
     rows = assign(sequential.plan, world, config.vocab_size).head_rows[0]

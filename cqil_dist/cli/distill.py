@@ -69,6 +69,7 @@ def distill(
     from cqil_dist.planning.distillation import Course
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_course
+    from cqil_dist.planning.provenance import made_with, record_of
     from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
@@ -96,7 +97,8 @@ def distill(
         schedule,
         output,
         progress,
-        teacher=study.folder.name,
+        teacher=f"{study.folder.name} {study.numerics}",
+        made=made_with(train, record_of(plan, model), None if start is None else start.plan),
         start=start,
         on_progress=show,
     )

@@ -144,9 +144,8 @@ def search(
     typer.echo(f"written: {output} ({described})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
     record = front_json(model, comparison, cost, front)
-    beside = output.with_name(f"{output.stem}-front")
-    write_record(beside.with_suffix(".json"), record)
-    plot_front(record, beside.with_suffix(".png"))
+    write_record(output.with_name(f"{output.stem}-front.json"), record)
+    plot_front(record, output.with_name(f"{output.stem}-front.png"))
     typer.echo(f"written: {write_report(output.parent)}", err=True)
 
 
@@ -177,7 +176,7 @@ def compensate(
     from cqil_dist.model.adapter import write_adapter
     from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.compensation import compensate as fit
-    from cqil_dist.planning.provenance import made_with
+    from cqil_dist.planning.provenance import made_with, record_of
     from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
@@ -186,7 +185,8 @@ def compensate(
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed, sampled_tokens)
     changes = fit(Compensation(study.model, windows, rank, ridge), parsed, study.progress)
-    write_adapter(output, changes, model, {**parsed.to_json(), "measured": made_with(windows)})
+    made = made_with(windows, record_of(plan, model))
+    write_adapter(output, changes, model, {**parsed.to_json(), "measured": made})
     typer.echo(f"written: {output}", err=True)
 
 
@@ -234,7 +234,13 @@ def _part(percentage: str | None) -> float | None:
         number = float(percentage.removesuffix("%"))
     except ValueError as error:
         raise typer.BadParameter(f"--max-loss takes a part such as 5% or 0.05: {error}") from error
-    return number / 100 if percentage.endswith("%") else number
+    if percentage.endswith("%"):
+        return number / 100
+    if number >= 1:
+        raise typer.BadParameter(
+            f"--max-loss {percentage} is {number:.0%}; for less, write 5% or 0.05"
+        )
+    return number
 
 
 def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[str, Any]:

@@ -53,6 +53,9 @@ _UNSUPPORTED = {
     "target_parameters": None,
 }
 
+# Ways to begin training that leave the base model as it is.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -208,7 +211,8 @@ def write_adapter(
         loras: by module, as "model.layers.3.mlp.down_proj".
         plan: that it is for, in the form `Plan.parse` reads.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    # What is interrupted from here on reads as an adapter without weights, never as another one.
+    (path / WEIGHTS).unlink(missing_ok=True)
     ranks = {module: lora.rank for module, lora in loras.items()}
     usual = mode(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != usual}
@@ -225,8 +229,9 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (path / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    for name, content in ((CONFIG, config), (PLAN, plan)):
+        with whole_file(path / name) as file:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors = {
         f"{_PREFIX}{module}.lora_{part}.weight": factor.contiguous().clone()  # none may be shared
         for module, lora in loras.items()
@@ -248,6 +253,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / CONFIG} is not an adapter's config: {error!r}") from error
     if kind != "LORA":
         raise UnsupportedModel(f"the adapter in {path} is of type {kind}; only LORA can be merged")
+    if (start := config.get("init_lora_weights")) not in _STARTS:
+        raise UnsupportedModel(
+            f"the adapter in {path} has init_lora_weights = {start!r}, which changes the base "
+            "model too; convert it to plain LoRA (peft: path_initial_model_for_weight_conversion)"
+        )
     for key, neutral in _UNSUPPORTED.items():
         if (value := config.get(key, neutral)) not in (neutral, None, False, []):
             raise UnsupportedModel(

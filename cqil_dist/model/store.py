@@ -165,7 +165,8 @@ def _gguf_recipe(file: Path, progress: Progress) -> Recipe:
         check_directory(build.directory)
         return {"path": str(file)}
 
-    content = _content_sha256(file, progress)
+    gguf.check_magic(file)
+    content = content_sha256(file, progress)
     return Recipe(f"gguf-{content[:16]}", file.name, f"GGUF file, sha256 {content}", make)
 
 
@@ -179,9 +180,9 @@ def _hub_recipe(model: str, repo: str, revision: str) -> Recipe:
     return Recipe(key, model, f"hub {repo}@{revision}", make)
 
 
-def _content_sha256(file: Path, progress: Progress) -> str:
+def content_sha256(file: Path, progress: Progress) -> str:
     """Checksum of a user's file, remembered for as long as its size and time stay the same."""
-    memory = cache_dir() / "gguf-sha256.json"
+    memory = cache_dir() / "sha256.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -190,7 +191,6 @@ def _content_sha256(file: Path, progress: Progress) -> str:
     stamp = [state.st_size, state.st_mtime_ns]
     if (seen := known.get(str(file))) and seen[:2] == stamp:
         return str(seen[2])
-    gguf.check_magic(file)
     with progress.task(f"Computing checksum of {file.name}", state.st_size, "B") as task:
         content = sha256_of(file, task.advance)
     # Two processes may write at once: the loser's file is hashed again next time, no more.

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cqil_dist.plan import Group, Plan
+
 if TYPE_CHECKING:
-    from cqil_dist.plan import Group, Plan
     from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.original import Original
 
@@ -46,6 +47,7 @@ class Comparison:
 
     def __init__(self, original: Original, fitting: Compensation | None, folder: Path) -> None:
         """Args: folder: of the results of one model and way of computing it."""
+        self._folder = folder
         self.original = original
         self.fitting = fitting
         texts = [original.windows.digest]
@@ -71,6 +73,16 @@ class Comparison:
                 return self.original.compare_group(group)
 
         return self._once(group.to_json(), measure)
+
+    def compare_layers(self, layers: Sequence[int]) -> Divergence:
+        """Of these layers alone, one after another, the others left out; never compensated."""
+        groups = [Group((layer,)) for layer in layers]
+        return self._once({"kept": list(layers)}, lambda: self.original.compare_groups(groups))
+
+    @property
+    def uncompensated(self) -> Comparison:
+        """Compares the same as it is."""
+        return Comparison(self.original, None, self._folder) if self.fitting else self
 
     def _compensated(self, groups: Sequence[Group]) -> AbstractContextManager[object]:
         return self.fitting.of(groups) if self.fitting and groups else nullcontext()

@@ -50,7 +50,7 @@ _OUTPUT = "mlp.down_proj"
 class Compensation:
     """Fits maps to the groups of one model, on one text, as often as asked.
 
-    Holds a hidden state a token and layer.
+    Holds a hidden state a token and layer; while maps are in place, the weights they change twice.
 
     Attributes:
         windows: calibration text; ten times as many tokens as the model is wide, or more.
@@ -247,10 +247,11 @@ def _reduced_rank_ridge(
     Args:
         samples: inputs [N, K] and residuals [N, D], float32, part after part.
     """
-    gram_KK = cross_KD = torch.zeros((), dtype=torch.float64)
-    for inputs_NK, residual_ND in samples:
-        gram_KK = (inputs_NK.T @ inputs_NK) + gram_KK.to(inputs_NK.device)
-        cross_KD = (inputs_NK.T @ residual_ND) + cross_KD.to(inputs_NK.device)
+    parts = ((x_NK.T @ x_NK, x_NK.T @ residual_ND) for x_NK, residual_ND in samples)
+    gram_KK, cross_KD = next(parts)
+    for gram, cross in parts:
+        gram_KK += gram
+        cross_KD += cross
     damped_KK = gram_KK.clone()
     damped_KK.diagonal().add_(ridge * gram_KK.diagonal().mean())
     factor_KK, failed = torch.linalg.cholesky_ex(damped_KK)

@@ -21,7 +21,6 @@ from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.merging import Merged
-from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
@@ -63,13 +62,16 @@ def distill(
     progress: Progress,
     *,
     teacher: str = "",
+    made: Mapping[str, Any] | None = None,
     start: Adapter | None = None,
     on_progress: Callable[[Course], None] = lambda course: None,
 ) -> Course:
     """Train an adapter for a plan, and write it to `output` in peft's format, the plan with it.
 
     Args:
-        teacher: what tells the model's weights from others; a run of others is not gone on with.
+        teacher: what tells the model's weights and arithmetic from others'; a run of others is not
+            gone on with.
+        made: what is written of the text beside the plan, under "measured".
         start: changes to begin with; the adapter holds them beside what is trained.
         on_progress: called after each look at the held-out windows.
 
@@ -79,7 +81,7 @@ def distill(
     student = _Student(model, schedule, start)
     trained = [p for p in student.lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
-    identity = _identity(teacher, model.dtype, plan, train, schedule, start)
+    identity = _identity(teacher, plan, train, schedule, start)
     course = _resume(output, identity, student.lora, optimizer)
 
     held_out_WT = held_out.token_ids_WT.to(student.lora.device)
@@ -115,9 +117,8 @@ def distill(
                 note_held_out()
             if done % schedule.checkpoint_every == 0 and done < schedule.steps:
                 _save_state(output, identity, student.lora, optimizer, course)
-    seen = made_with(train, None if start is None else start.plan)
-    base = str(model.name_or_path)
-    write_adapter(output, student.loras(), base, {**plan.to_json(), "measured": seen})
+    described = plan.to_json() if made is None else {**plan.to_json(), "measured": made}
+    write_adapter(output, student.loras(), str(model.name_or_path), described)
     _save_state(output, identity, student.lora, optimizer, course)
     return course
 
@@ -247,7 +248,6 @@ def _indices(count: int, schedule: Schedule, step: int) -> list[int]:
 
 def _identity(
     teacher: str,
-    dtype: torch.dtype,
     plan: Plan,
     train: Windows,
     schedule: Schedule,
@@ -255,7 +255,6 @@ def _identity(
 ) -> dict[str, Any]:
     return {
         "model": teacher,
-        "dtype": str(dtype),
         "plan": plan.to_json(),
         "text": train.digest,
         "schedule": asdict(schedule),

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from cqil_dist.errors import PlanError
-from cqil_dist.plan import Bypass, Plan
+from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.planning.comparison import Comparison, Divergence
 from cqil_dist.planning.latency import CostModel
 from cqil_dist.planning.provenance import made_with
-from cqil_dist.planning.search import PlanSearch
+from cqil_dist.planning.search import PlanSearch, additive_front
 from cqil_dist.planning.sensitivity import Sensitivities
 from cqil_dist.planning.similarity import regular_plan, without_layers
 from cqil_dist.progress import Progress
@@ -107,6 +107,8 @@ class PlanFinder:
         progress: Progress,
     ) -> None:
         self._original = comparison.original
+        self._plain = comparison.uncompensated
+        self._sensitivities = sensitivities
         self._cost = cost
         self._progress = progress
         self._search = PlanSearch(
@@ -122,9 +124,11 @@ class PlanFinder:
         if goal.depth is not None:
             return self._measured(self._search.refine(goal.depth))
         if goal.max_latency_us is not None:
-            depth = self._depth_within(goal.max_latency_us)
-        else:
-            depth = self._shallowest(goal)
+            start = self._deepest_within(goal.max_latency_us)
+            return self._measured(
+                self._search.refine(start.depth, start, lambda plan: self._keeps_to(plan, goal))
+            )
+        depth = self._shallowest(goal)
         self._search.refine(depth)
         within = self._within(goal, depth)  # refining looks at divergence alone
         return self._measured(min(within, key=self._search.kl))
@@ -147,9 +151,9 @@ class PlanFinder:
                 for bypass in ("0", "1"):
                     plan = regular_plan(similarity_LL, 2, depth, Bypass.parse(bypass))
                     if plan is not None:
-                        divergence = self._original.compare(plan)
+                        divergence = self._plain.compare(plan)
                         yield self._of_plan(f"CQIL D{bypass}", plan, divergence)
-                divergence = self._original.compare_groups(without_layers(similarity_LL, depth))
+                divergence = self._plain.compare_layers(without_layers(similarity_LL, depth))
                 yield Measured("layers removed", depth, divergence, None, None, None)
                 task.advance()
 
@@ -184,20 +188,23 @@ class PlanFinder:
         assert goal.max_loss is not None, "one of a goal's bounds is given"
         return divergence.perplexity <= (1 + goal.max_loss) * self._original.perplexity
 
-    def _depth_within(self, max_latency_us: float) -> int:
-        within = [
-            depth
-            for depth, plan in self._search.reachable.items()
-            if self._cost.latency_us(plan) <= max_latency_us
-        ]
+    def _deepest_within(self, max_latency_us: float) -> Plan:
+        """Of plans that lose least, and of those that also exchange least or share work evenly."""
+        quick = {
+            group: kl
+            for group, kl in self._sensitivities.items()
+            if _meets_once(group) and group.size <= self._cost.ranks
+        }
+        fronts = [self._search.reachable, additive_front(self._original.num_layers, quick)]
+        plans = [plan for front in fronts for plan in front.values()]
+        within = [plan for plan in plans if self._cost.latency_us(plan) <= max_latency_us]
         if not within:
-            fastest = min(map(self._cost.latency_us, self._search.reachable.values()))
+            fastest = min(map(self._cost.latency_us, plans))
             raise PlanError(
                 f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
                 f"{fastest:.0f} us on {self._cost.ranks} ranks"
             )
-        self._search.kl(self._search.reachable[max(within)])
-        return max(within)
+        return max(within, key=lambda plan: plan.depth)
 
     def _measured(self, plan: Plan) -> Measured:
         return self._of_plan("search", plan, self._search.measured[plan])
@@ -222,3 +229,8 @@ def front_json(
         "cost": asdict(cost),
         "measured": [each.to_json() for each in measured],
     }
+
+
+def _meets_once(group: Group) -> bool:
+    """Whether no member sees another's attention: their outputs meet, and nothing before."""
+    return all(set(group.visible(member)) <= {member} for member in range(group.size))

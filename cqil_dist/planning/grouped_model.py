@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cqil_dist.errors import PlanError
+from cqil_dist.errors import CheckpointError, PlanError
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.reference import group_output
 from cqil_dist.plan import Group
@@ -29,14 +30,20 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
 
     Raises:
         UnsupportedModel: its structure is not one whose layers can be grouped.
-        CheckpointError: its files are damaged.
+        CheckpointError: its files are damaged, or lack a tensor.
     """
     from transformers import AutoModelForCausalLM
 
-    ModelConfig.from_directory(path)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa"
-    )
+    ModelConfig.from_directory(path)  # refuses what cannot be grouped
+    model: PreTrainedModel
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot read the weights in {path}: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes such up
+        raise CheckpointError(f"the checkpoint in {path} lacks {missing[0]}; it is not complete")
     return model.to(device).eval()
 
 

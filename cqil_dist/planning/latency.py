@@ -56,8 +56,8 @@ def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        measure = prepare_layers(path, 1)
         position = min(_CONTEXT, config.max_positions - 1)
+        measure = prepare_layers(path, 1, position + 1)
         measure(position, _WARM_UP)
         times_ms = measure(position, _REPEATS)
     finally:

@@ -12,13 +12,13 @@ from cqil_dist.planning.texts import Windows
 from cqil_dist.recommended import recommended
 
 
-def made_with(windows: Windows, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def made_with(windows: Windows, *earlier: Mapping[str, Any] | None) -> dict[str, Any]:
     """What to write of a text beside what was made with it, under the key "measured".
 
     Args:
-        earlier: the plan inside the adapter that it was made from, if any.
+        earlier: what is written of what it was made from: of a plan, of the plan in an adapter.
     """
-    files = windows.files | _files(earlier)
+    files = windows.files.union(*map(_files, earlier))
     return {"text": windows.source, "tokens": windows.tokens, "files": sorted(files)}
 
 
@@ -31,7 +31,7 @@ def refuse_known_text(
         plan, model: as the user gave them.
         adapter_plan: what lies in the adapter.
     """
-    known = _files(_record(plan, model)) | _files(adapter_plan)
+    known = _files(record_of(plan, model)) | _files(adapter_plan)
     for text in texts:
         if known & text.files:
             raise TextError(
@@ -40,15 +40,16 @@ def refuse_known_text(
             )
 
 
-def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
-    measured = record.get("measured") if isinstance(record, Mapping) else None
-    return frozenset(measured.get("files", []) if isinstance(measured, Mapping) else [])
-
-
-def _record(plan: str, model: str) -> Mapping[str, Any] | None:
+def record_of(plan: str, model: str) -> Mapping[str, Any] | None:
+    """What is written of a plan, given as the user does; None where nothing is."""
     try:
         text = recommended(plan, model) or Path(plan).read_text(encoding="utf-8")
         found = json.loads(text)
     except (OSError, ValueError):  # no file: notation, or JSON itself
         return None
     return found if isinstance(found, dict) else None
+
+
+def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
+    measured = record.get("measured") if isinstance(record, Mapping) else None
+    return frozenset(measured.get("files", []) if isinstance(measured, Mapping) else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from cqil_dist.errors import LaunchError
@@ -29,5 +30,7 @@ def require_folder(path: Path) -> None:
     """Make a folder to write to. Raises LaunchError where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            """It can be written to."""
     except OSError as error:
         raise LaunchError(f"cannot write to the folder {path}: {error}") from error

@@ -7,7 +7,7 @@ or tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -84,50 +84,55 @@ class PlanSearch:
                 best[plan.depth] = plan
         return dict(sorted(best.items()))
 
-    def refine(self, depth: int) -> Plan:
+    def refine(
+        self,
+        depth: int,
+        start: Plan | None = None,
+        allowed: Callable[[Plan], bool] = lambda plan: True,
+    ) -> Plan:
         """The best plan of this depth that local search finds in the time that is left.
 
         A round takes a group apart and joins two others, in the way that measures best, or changes
         one group's bypass. Ends where no such change helps.
 
+        Args:
+            start: where to begin; the best known plan of this depth if None.
+            allowed: which plans may be taken, `start` among them.
+
         Raises:
             PlanError: no plan of the known groups has this depth.
         """
-        if depth not in self.reachable:
+        if start is None and depth not in self.reachable:
             raise PlanError(
                 f"depth is {depth}, but groups of the sizes that were measured reach depths "
                 f"{min(self.reachable)} to {max(self.reachable)}"
             )
-        start = self.front().get(depth, self.reachable[depth])
+        best = start or self.front().get(depth, self.reachable[depth])
         with self.progress.task(f"Refining depth {depth}", unit="plans") as task:
             counted = len(self.measured)
-            current, kl = start, self.kl(start)
-            while time.monotonic() < self._ends:
-                for plan in self._neighbours(current):
-                    self.kl(plan)
+            self.kl(best)
+            improved = True
+            while improved and time.monotonic() < self._ends:
+                improved = False
+                for plan in self._neighbours(best):
+                    if allowed(plan) and self.kl(plan) < self.kl(best):
+                        best, improved = plan, True
                     task.update(len(self.measured) - counted)
-                better = self.front()[depth]
-                if self.kl(better) >= kl:
-                    break
-                current, kl = better, self.kl(better)
-        return self.front()[depth]
+        return best
 
     def _neighbours(self, plan: Plan) -> Iterator[Plan]:
-        """Plans of the same depth that may be better, most promising first; until time is up.
-
-        Where one is, what follows begins at it: the caller has measured it by then.
-        """
+        """Plans of the same depth that may be better, most promising first; until time is up."""
         loosened = sorted(self._loosened(plan), key=self._kl_in_time)
         for deeper in loosened[:_LOOSENED]:
             tightened = sorted(self._tightened(deeper), key=self._sum)
-            for found in [each for each in tightened if each != plan][:_TIGHTENED]:
-                if time.monotonic() > self._ends:
-                    return
-                yield found
-        for found in self._other_bypasses(self.front()[plan.depth]):
+            yield from self._in_time([each for each in tightened if each != plan][:_TIGHTENED])
+        yield from self._in_time(self._other_bypasses(plan))
+
+    def _in_time(self, plans: Iterable[Plan]) -> Iterator[Plan]:
+        for plan in plans:
             if time.monotonic() > self._ends:
                 return
-            yield found
+            yield plan
 
     def _loosened(self, plan: Plan) -> Iterator[Plan]:
         """Every plan in which one group is two."""

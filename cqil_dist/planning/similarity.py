@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.plan import Bypass, Plan
 from cqil_dist.planning.original import Original
 
 
@@ -40,7 +38,7 @@ def regular_plan(similarity_LL: Tensor, size: int, depth: int, bypass: Bypass) -
     return max(spans, key=lambda plan: _mean_similarity(similarity_LL, plan))
 
 
-def without_layers(similarity_LL: Tensor, depth: int) -> Sequence[Group]:
+def without_layers(similarity_LL: Tensor, depth: int) -> list[int]:
     """The layers that are left where those that change their input least are removed.
 
     That is ShortGPT's block influence (arXiv 2403.03853). The last layer, whose output is no
@@ -49,7 +47,7 @@ def without_layers(similarity_LL: Tensor, depth: int) -> Sequence[Group]:
     influence = 1 - similarity_LL.diagonal(offset=1)
     layers = len(similarity_LL)
     removed = set(influence.argsort()[: layers - depth].tolist())
-    return [Group((layer,)) for layer in range(layers) if layer not in removed]
+    return [layer for layer in range(layers) if layer not in removed]
 
 
 def _mean_similarity(similarity_LL: Tensor, plan: Plan) -> float:

@@ -21,12 +21,13 @@ from cqil_dist.errors import LaunchError, TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.store import resolve
+from cqil_dist.model.store import content_sha256, resolve
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Original
+from cqil_dist.planning.records import require_folder
 from cqil_dist.planning.texts import Windows, read_windows, sample_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 
     from cqil_dist.plan import Plan, PlanSource
 
-# Of each weight file so many places are read: fine-tunes of one model differ in every layer.
-_PLACES = 256
-_PLACE_BYTES = 4096
 _SAMPLED_TOKENS = 262_144
+# Windows that are sampled at the same time, as far as their keys and values fit into so much.
+_SAMPLED_AT_ONCE = 128
+_SAMPLED_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,12 @@ class Study:
 
     @cached_property
     def folder(self) -> Path:
-        """Where what is measured of this model is kept."""
-        content = hashlib.sha256()
-        for file in sorted([self.path / "config.json", *self.path.glob("*.safetensors")]):
-            size = file.stat().st_size
-            content.update(f"{file.name} {size}\n".encode())
-            with file.open("rb") as stream:
-                for place in range(_PLACES):
-                    stream.seek(size * place // _PLACES)
-                    content.update(stream.read(_PLACE_BYTES))
-        return cache_dir() / "plans" / content.hexdigest()[:16]
+        """Where what is measured of this model is kept. Raises LaunchError if nothing can be."""
+        files = sorted([self.path / "config.json", *self.path.glob("*.safetensors")])
+        content = "".join(content_sha256(file.resolve(), self.progress) for file in files)
+        folder = cache_dir() / "plans" / hashlib.sha256(content.encode()).hexdigest()[:16]
+        require_folder(folder)
+        return folder
 
     def windows(
         self,
@@ -144,8 +141,13 @@ class Study:
             sampled_tokens: of the model's own beside the files'.
 
         Raises:
-            TextError: the files cannot be read, or hold too little.
+            TextError: the files cannot be read or hold too little, or the model takes less at once.
         """
+        if length > self.config.max_positions:
+            raise TextError(
+                f"windows are to have {length} tokens but the model takes "
+                f"{self.config.max_positions}; give a smaller --window"
+            )
         if not files:
             if sampled_tokens:
                 raise TextError(
@@ -162,13 +164,17 @@ class Study:
     def _sampled(self, length: int, tokens: int, seed: int) -> Windows:
         """Kept batch after batch, so that sampling that was interrupted goes on."""
         count = max(1, tokens // length)
-        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self._numerics}.pt"
+        config = self.config
+        kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
+        fitting = _SAMPLED_BYTES // (kv_values * self.dtype.itemsize)
+        at_once = max(1, min(_SAMPLED_AT_ONCE, fitting))
+        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self.numerics}.pt"
         ids_WT = torch.empty(0, length, dtype=torch.long)
         if kept.is_file():
             ids_WT = torch.load(kept, weights_only=True)
         if (begun := len(ids_WT)) < count:
             for batch_BT in sample_windows(
-                self.model, self.tokenizer, length, count, seed, self.progress, begun
+                self.model, self.tokenizer, length, count, seed, self.progress, at_once, begun
             ):
                 ids_WT = torch.cat([ids_WT, batch_BT])
                 with whole_file(kept) as file:
@@ -176,7 +182,7 @@ class Study:
         return Windows(ids_WT, f"sampled from the model, seed {seed}")
 
     @property
-    def _numerics(self) -> str:
+    def numerics(self) -> str:
         """How, where it makes a difference to what is measured."""
         return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.precision}"
 
@@ -197,4 +203,4 @@ class Study:
         """
         original = Original(self.model, windows, self.progress)
         fitting = None if fitted is None else Compensation(self.model, fitted)
-        return Comparison(original, fitting, self.folder / self._numerics)
+        return Comparison(original, fitting, self.folder / self.numerics)

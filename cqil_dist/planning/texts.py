@@ -18,9 +18,6 @@ from cqil_dist.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Sequences that are sampled at the same time. More take more memory, fewer take longer.
-_SAMPLED_AT_ONCE = 128
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -43,7 +40,8 @@ class Windows:
     @cached_property
     def digest(self) -> str:
         """Of the tokens: what was measured on them can be found again."""
-        return hashlib.sha256(self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
+        shape = str(tuple(self.token_ids_WT.shape)).encode()
+        return hashlib.sha256(shape + self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
 
     def mixed_with(self, other: Windows, seed: int) -> Windows:
         """The windows of both, in an order that follows from the seed."""
@@ -114,6 +112,7 @@ def sample_windows(
     count: int,
     seed: int,
     progress: Progress,
+    at_once: int,
     begun: int = 0,
 ) -> Iterator[Tensor]:
     """Windows [B, T] that the model itself says, at temperature 1, batch after batch.
@@ -122,13 +121,14 @@ def sample_windows(
     many kinds; none ends before it is full.
 
     Args:
+        at_once: windows of a batch; what is said follows from it too.
         begun: windows that are there already, of whole batches; the others follow from the seed.
     """
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
     with progress.task("Sampling text", (count - begun) * length, "tokens") as task:
-        for first in range(begun, count, _SAMPLED_AT_ONCE):
-            batch = min(_SAMPLED_AT_ONCE, count - first)
+        for first in range(begun, count, at_once):
+            batch = min(at_once, count - first)
             generator = torch.Generator().manual_seed(seed + 1_000_003 * first)
             said_B = ordinary[torch.randint(len(ordinary), (batch,), generator=generator)]
             window_TB = [said_B]

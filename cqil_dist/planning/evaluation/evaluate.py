@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.evaluation.intervals import (
@@ -99,7 +100,15 @@ def evaluate(
     """Score the original, then the plan with its adapter.
 
     The adapter stays merged into the study's model.
+
+    Raises:
+        TextError: a text or task has but one item, which says nothing of how sure a score is.
     """
+    counts = {text.source: len(text.token_ids_WT) for text in texts}
+    counts |= {task.name: len(task.items) for task in tasks}
+    for name, count in counts.items():
+        if count < 2:
+            raise TextError(f"{name} has {count} item, but an interval takes 2 or more; give more")
     original = _score(study, nullcontext(), texts, tasks, prompts)
     if adapter is not None:
         merge(study.model, adapter)

@@ -11,6 +11,7 @@ import torch
 from tiny_models import TinyModel, TinyModelFactory
 
 from cqil_dist.errors import TextError
+from cqil_dist.planning import study as study_module
 from cqil_dist.planning import texts
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.texts import Windows, read_windows
@@ -79,7 +80,7 @@ def test_sampling_that_was_interrupted_goes_on(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(texts, "_SAMPLED_AT_ONCE", 2)
+    monkeypatch.setattr(study_module, "_SAMPLED_AT_ONCE", 2)
     whole = study(tiny).windows([], 16, 96, seed=0)
     (kept,) = tmp_path.rglob("sampled-*.pt")
     torch.save(whole.token_ids_WT[:4], kept)
