@@ -168,6 +168,7 @@ def cut_tensor(path: Path) -> None:
         ),
         (change_config(peft_type="IA3"), UnsupportedModel, "of type IA3"),
         (change_config(use_dora=True), UnsupportedModel, "use_dora = True"),
+        (change_config(init_lora_weights="pissa"), UnsupportedModel, "changes the base model too"),
         (change_config(bias="all"), UnsupportedModel, "bias = 'all'"),
         (rename("layers.5", "layers.6"), CheckpointError, "of this model of 6 layers"),
         (rename("up_proj.lora_A", "up_proj.lora_E"), UnsupportedModel, "not a LoRA factor"),

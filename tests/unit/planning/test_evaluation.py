@@ -22,9 +22,9 @@ from cqil_dist.model.adapter import Adapter
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
 from cqil_dist.planning.evaluation.tasks import read_task
-from cqil_dist.planning.provenance import made_with
+from cqil_dist.planning.provenance import made_with, record_of, refuse_known_text
 from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import read_windows
+from cqil_dist.planning.texts import Windows, read_windows
 from cqil_dist.progress import SilentProgress
 
 PLAN = "P2 S0 E6 D1"
@@ -219,6 +219,41 @@ def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Pa
         result = CliRunner().invoke(app, [*arguments, "--ppl", str(file), "--device", "cpu"])
         assert result.exit_code == code, result.output
         assert ("was made with" in result.output) == (code == 1)
+
+
+def test_what_an_adapter_was_made_from_is_not_forgotten(tiny: TinyModel, tmp_path: Path) -> None:
+    """A plan's text stays known when an adapter is made from it with another text."""
+    searched, fitted = tmp_path / "searched.txt", tmp_path / "fitted.txt"
+    for file, text in ((searched, TEXT), (fitted, TEXT.swapcase())):
+        file.write_text(text, encoding="utf-8")
+    plan, adapter = tmp_path / "plan.json", tmp_path / "adapter"
+    measured = made_with(read_windows([searched], tiny.tokenizer, 32))
+    plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
+    common = ["--model", str(tiny.path), "--window", "32", "--device", "cpu"]
+    made = ["--plan", str(plan), "--text", str(fitted), "--tokens", "256", "-o", str(adapter)]
+    result = CliRunner().invoke(app, ["plan", "compensate", *common, *made])
+    assert result.exit_code == 0, result.output
+    use = ["--plan", str(adapter / "plan.json"), "--adapter", str(adapter)]
+    for file in (searched, fitted):
+        result = CliRunner().invoke(app, ["eval", *common, *use, "--ppl", str(file)])
+        assert result.exit_code == 1
+        assert "was made with" in result.output
+
+
+def test_named_plans_know_their_text(tmp_path: Path) -> None:
+    known = record_of("fast", "smollm2-135m")
+    assert known is not None
+    (checksum,) = known["measured"]["files"]
+    seen = Windows(torch.zeros(2, 8, dtype=torch.long), "fit.txt", frozenset([checksum]))
+    with pytest.raises(TextError, match=r"was made with fit\.txt"):
+        refuse_known_text([seen], "fast", "smollm2-135m", None)
+
+
+def test_one_item_is_refused_before_anything_is_scored(tiny: TinyModel, tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"context": "a", "continuation": " b"}\n', encoding="utf-8")
+    with pytest.raises(TextError, match="one has 1 item, but an interval takes 2 or more"):
+        evaluated(tiny, PLAN, [file])
 
 
 def test_nothing_to_evaluate_on_is_said(tiny: TinyModel, tmp_path: Path) -> None:

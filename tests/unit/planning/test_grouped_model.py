@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import TinyModelFactory, assert_near, random_tokens, tiny_config
 
-from cqil_dist.errors import PlanError
+from cqil_dist.errors import CheckpointError, PlanError
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.grouped_model import grouped, load_model
 
@@ -69,18 +73,44 @@ def test_the_model_is_itself_again_afterwards(tiny_model: TinyModelFactory) -> N
         assert_near(model(torch.tensor([tokens])).logits[0], tiny.original_logits(tokens))
 
 
-def test_checkpointing_changes_no_gradient(tiny_model: TinyModelFactory) -> None:
+def test_checkpointing_computes_groups_twice_and_changes_no_gradient(
+    tiny_model: TinyModelFactory,
+) -> None:
     tiny = tiny_model()
     tokens = torch.tensor([random_tokens(9)])
     gradients = []
     for checkpointing in (False, True):
         model = load_model(tiny.path, torch.float32, CPU)
+        computed = count_calls(model.get_decoder().layers[1].mlp)
         with grouped(model, tiny.plan("P3 S0 E6 D1").groups, checkpointing=checkpointing):
             model(tokens).logits.logsumexp(-1).sum().backward()
+        assert len(computed) == 1 + checkpointing
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient is not None
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    """Grows by one with each."""
+    calls: list[int] = []
+    module.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+def test_an_incomplete_checkpoint_is_refused(tiny_model: TinyModelFactory, tmp_path: Path) -> None:
+    """transformers would make up what is missing."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model().path, copy)
+    (file,) = copy.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight"):
+        load_model(copy, torch.float32, CPU)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        load_model(copy, torch.float32, CPU)
 
 
 def test_a_layer_that_is_not_there_is_named(tiny_model: TinyModelFactory) -> None:

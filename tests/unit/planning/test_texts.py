@@ -113,3 +113,14 @@ def test_all_text_cannot_be_held_out() -> None:
     assert (len(train.token_ids_WT), len(kept.token_ids_WT)) == (1, 3)
     with pytest.raises(TextError, match="4 windows of text, of which 4 are to be held out"):
         windows.split(4)
+
+
+def test_windows_of_another_shape_are_other_windows() -> None:
+    rows = torch.arange(16)
+    assert Windows(rows.view(2, 8), "a").digest != Windows(rows.view(4, 4), "a").digest
+
+
+def test_windows_longer_than_the_model_takes_are_refused(tiny: TinyModel, tmp_path: Path) -> None:
+    most = tiny.config.max_positions
+    with pytest.raises(TextError, match=f"{most + 1} tokens but the model takes {most}; give a"):
+        study(tiny).windows([tmp_path / "any.txt"], most + 1, None, seed=0)
