@@ -13,8 +13,7 @@ class KVCache:
 
     Positions a sequence has not written are zero: attention multiplies what its mask leaves out by
     a weight of zero, and NaN, of a fresh page or of an earlier sequence that overflowed, would
-    survive that. Fresh memory costs nothing until it is touched, and a slot is cleared for its
-    next sequence as far as the last one went.
+    survive that. A slot is cleared for its next sequence as far as the last one went.
     """
 
     def __init__(

@@ -65,6 +65,7 @@ class Compensation:
         windows: Windows,
         rank: int = 256,
         ridge: float = 0.3,
+        progress: Progress | None = None,
     ) -> None:
         self.windows = windows
         self.rank = rank
@@ -74,9 +75,12 @@ class Compensation:
         embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
         # What the original hands to each layer, and makes of the last one.
         self._taught_LW = [embedded]
-        for layer in range(len(decoder.layers)):
-            group = Group((layer,))
-            self._taught_LW.append([hidden_after(model, [group], x) for x in self._taught_LW[-1]])
+        layers = len(decoder.layers)
+        with (progress or SilentProgress()).task("Computing layers", layers, "layers") as task:
+            for layer in range(layers):
+                alone = [Group((layer,))]
+                self._taught_LW.append([hidden_after(model, alone, x) for x in self._taught_LW[-1]])
+                task.advance()
 
     @contextmanager
     def of(

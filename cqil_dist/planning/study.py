@@ -202,5 +202,7 @@ class Study:
             fitted: other text, to compensate what is compared by; None leaves it as it is.
         """
         original = Original(self.model, windows, self.progress)
-        fitting = None if fitted is None else Compensation(self.model, fitted)
+        fitting = None
+        if fitted is not None:
+            fitting = Compensation(self.model, fitted, progress=self.progress)
         return Comparison(original, fitting, self.folder / self.numerics)
