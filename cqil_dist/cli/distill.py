@@ -9,21 +9,21 @@ import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import LaunchError
-from cqil_dist.planning.schedule import Schedule
+from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
 
-# By field of Schedule.
+# By field of TrainingConfig.
 _TRAINING: dict[str, Any] = {
-    "steps": Annotated[int, typer.Option(help="Of the optimizer.")],
-    "batch": Annotated[int, typer.Option(help="Windows of text a step.")],
-    "learning_rate": Annotated[float, typer.Option(help="At its highest.")],
-    "warmup": Annotated[int, typer.Option(help="Steps over which the learning rate rises.")],
-    "rank": Annotated[int, typer.Option(help="Of LoRA.")],
-    "alpha": Annotated[int, typer.Option(help="Of LoRA.")],
-    "seed": Annotated[int, typer.Option(help="Of the adapter's beginning and the text's order.")],
-    "checkpoint_every": Annotated[int, typer.Option(help="Steps between two saved states.")],
-    "evaluate_every": Annotated[
-        int, typer.Option(help="Steps between two looks at held-out text.")
+    "steps": Annotated[int, typer.Option(help="Optimizer steps.")],
+    "batch_size": Annotated[int, typer.Option(help="Windows of text a step.")],
+    "learning_rate": Annotated[float, typer.Option(help="Peak learning rate.")],
+    "warmup_steps": Annotated[int, typer.Option(help="Steps until the peak learning rate.")],
+    "lora_r": Annotated[int, typer.Option(help="LoRA rank.")],
+    "lora_alpha": Annotated[int, typer.Option(help="LoRA alpha; the scale is alpha / rank.")],
+    "seed": Annotated[int, typer.Option(help="Seed of the adapter and of the text's order.")],
+    "save_steps": Annotated[int, typer.Option(help="Steps between two saved states.")],
+    "eval_steps": Annotated[
+        int, typer.Option(help="Steps between two evaluations on held-out text.")
     ],
     "gradient_checkpointing": Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
@@ -31,7 +31,7 @@ _TRAINING: dict[str, Any] = {
 }
 
 
-@options.options_of(Schedule, _TRAINING, "training")
+@options.options_of(TrainingConfig, _TRAINING, "training")
 def distill(
     training: dict[str, Any],
     model: options.Model,
@@ -66,27 +66,27 @@ def distill(
     Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
     goes on with a run that was interrupted, and ends as if it had not been.
     """
-    from cqil_dist.planning.distillation import Course
+    from cqil_dist.planning.distillation import TrainingLog
     from cqil_dist.planning.distillation import distill as train_adapter
-    from cqil_dist.planning.plots import plot_course
+    from cqil_dist.planning.plots import plot_training
     from cqil_dist.planning.provenance import made_with, record_of
     from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
 
     require_folder(output)
     progress = ConsoleProgress()
-    schedule = Schedule(**training)
+    config = TrainingConfig(**training)
     study = Study.of(model, device, progress, dtype, precision)
     parsed = study.plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise LaunchError(f"--init and --output are both {output}; write to another folder")
     start = None if init is None else study.adapter(init, parsed)
-    windows = study.windows(text or [], window, tokens, schedule.seed, sampled_tokens)
+    windows = study.windows(text or [], window, tokens, config.seed, sampled_tokens)
     train, kept = windows.split(held_out)
 
-    def show(course: Course) -> None:
-        plot_course(course, output / "loss.png")
-        steps, kl = max(course.held_out.items())
+    def show(log: TrainingLog) -> None:
+        plot_training(log, output / "loss.png")
+        steps, kl = max(log.held_out.items())
         progress.note(f"after {steps} steps: held-out KL {kl:.4f} nats a token")
 
     train_adapter(
@@ -94,12 +94,12 @@ def distill(
         parsed,
         train,
         kept,
-        schedule,
+        config,
         output,
         progress,
         teacher=f"{study.folder.name} {study.numerics}",
         made=made_with(train, record_of(plan, model), None if start is None else start.plan),
         start=start,
-        on_progress=show,
+        on_evaluation=show,
     )
     typer.echo(f"written: {output}", err=True)

@@ -21,8 +21,8 @@ from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
 from cqil_dist.planning.merging import Merged
-from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import Progress
 from cqil_dist.whole_file import whole_file
 
@@ -40,7 +40,7 @@ _TOKENS_AT_ONCE = 2048
 
 
 @dataclass
-class Course:
+class TrainingLog:
     """What a training run has shown so far.
 
     Attributes:
@@ -57,15 +57,15 @@ def distill(
     plan: Plan,
     train: Windows,
     held_out: Windows,
-    schedule: Schedule,
+    config: TrainingConfig,
     output: Path,
     progress: Progress,
     *,
     teacher: str = "",
     made: Mapping[str, Any] | None = None,
     start: Adapter | None = None,
-    on_progress: Callable[[Course], None] = lambda course: None,
-) -> Course:
+    on_evaluation: Callable[[TrainingLog], None] = lambda log: None,
+) -> TrainingLog:
     """Train an adapter for a plan, and write it to `output` in peft's format, the plan with it.
 
     Args:
@@ -73,16 +73,16 @@ def distill(
             gone on with.
         made: what is written of the text beside the plan, under "measured".
         start: changes to begin with; the adapter holds them beside what is trained.
-        on_progress: called after each look at the held-out windows.
+        on_evaluation: called after each look at the held-out windows.
 
     Raises:
-        LaunchError: `output` holds a run of another model, plan, text or schedule.
+        LaunchError: `output` holds a run of another model, plan, text or config.
     """
-    student = _Student(model, schedule, start)
+    student = _Student(model, config, start)
     trained = [p for p in student.lora.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.0)
-    identity = _identity(teacher, plan, train, schedule, start)
-    course = _resume(output, identity, student.lora, optimizer)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    identity = _identity(teacher, plan, train, config, start)
+    log = _resume(output, identity, student.lora, optimizer)
 
     held_out_WT = held_out.token_ids_WT.to(student.lora.device)
     teacher_WTD = torch.cat(
@@ -95,32 +95,30 @@ def distill(
             student_WTD = torch.cat(
                 [student.hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
             )
-        course.held_out[len(course.losses)], _ = student.divergence(teacher_WTD, student_WTD)
-        on_progress(course)
+        log.held_out[len(log.losses)], _ = student.divergence(teacher_WTD, student_WTD)
+        on_evaluation(log)
 
-    with progress.task("Distilling", schedule.steps, "steps") as task:
-        task.update(len(course.losses))
-        if not course.losses:
+    with progress.task("Distilling", config.steps, "steps") as task:
+        task.update(len(log.losses))
+        if not log.losses:
             note_held_out()
-        for step in range(len(course.losses), schedule.steps):
+        for step in range(len(log.losses), config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step)
-            course.losses.append(
-                _add_gradients(student, plan, _batch(train, schedule, step), schedule)
-            )
+                group["lr"] = config.rate(step)
+            log.losses.append(_add_gradients(student, plan, _batch(train, config, step), config))
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             task.advance()
             done = step + 1
-            if done % schedule.evaluate_every == 0 or done == schedule.steps:
+            if done % config.eval_steps == 0 or done == config.steps:
                 note_held_out()
-            if done % schedule.checkpoint_every == 0 and done < schedule.steps:
-                _save_state(output, identity, student.lora, optimizer, course)
+            if done % config.save_steps == 0 and done < config.steps:
+                _save_state(output, identity, student.lora, optimizer, log)
     described = plan.to_json() if made is None else {**plan.to_json(), "measured": made}
     write_adapter(output, student.loras(), str(model.name_or_path), described)
-    _save_state(output, identity, student.lora, optimizer, course)
-    return course
+    _save_state(output, identity, student.lora, optimizer, log)
+    return log
 
 
 class _Student:
@@ -135,23 +133,25 @@ class _Student:
         start: the changes to begin with, by module.
     """
 
-    def __init__(self, model: PreTrainedModel, schedule: Schedule, start: Adapter | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: TrainingConfig, start: Adapter | None
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
         self.start = {} if start is None else start.loras()
         self._started = Merged(model)
         for module, lora in self.start.items():
             self._started.add(module, lora)
-        config = LoraConfig(
-            r=schedule.rank,
-            lora_alpha=schedule.alpha,
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
             target_modules=list(PROJECTIONS),
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(schedule.seed)
-            self.lora: PeftModel = get_peft_model(model, config)
+            torch.manual_seed(config.seed)
+            self.lora: PeftModel = get_peft_model(model, lora)
 
     def hidden(self, tokens_CT: Tensor) -> Tensor:
         """Its hidden states [C, T, D]."""
@@ -210,12 +210,14 @@ class _Student:
         return loras
 
 
-def _add_gradients(student: _Student, plan: Plan, tokens_BT: Tensor, schedule: Schedule) -> float:
+def _add_gradients(
+    student: _Student, plan: Plan, tokens_BT: Tensor, config: TrainingConfig
+) -> float:
     """Add a batch's gradients; its loss."""
     total = 0.0
     for tokens_CT in _at_once(tokens_BT.to(student.lora.device)):
         teacher_CTD = student.teacher_hidden(tokens_CT)
-        with grouped(student.lora, plan.groups, checkpointing=schedule.gradient_checkpointing):
+        with grouped(student.lora, plan.groups, checkpointing=config.gradient_checkpointing):
             student_CTD = student.hidden(tokens_CT)
             kl, gradient_CTD = student.divergence(teacher_CTD, student_CTD)
             share = len(tokens_CT) / len(tokens_BT)
@@ -229,17 +231,17 @@ def _at_once(tokens_WT: Tensor) -> Sequence[Tensor]:
     return torch.split(tokens_WT, max(1, _TOKENS_AT_ONCE // tokens_WT.shape[1]))
 
 
-def _batch(windows: Windows, schedule: Schedule, step: int) -> Tensor:
+def _batch(windows: Windows, config: TrainingConfig, step: int) -> Tensor:
     """A step's windows: every window once in each epoch, in an order of the epoch's own."""
     count = len(windows.token_ids_WT)
-    return windows.token_ids_WT[_indices(count, schedule, step)]
+    return windows.token_ids_WT[_indices(count, config, step)]
 
 
-def _indices(count: int, schedule: Schedule, step: int) -> list[int]:
-    numbers = range(step * schedule.batch, (step + 1) * schedule.batch)
+def _indices(count: int, config: TrainingConfig, step: int) -> list[int]:
+    numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
     orders = {
         epoch: torch.randperm(
-            count, generator=torch.Generator().manual_seed(schedule.seed + 1_000_003 * epoch)
+            count, generator=torch.Generator().manual_seed(config.seed + 1_000_003 * epoch)
         )
         for epoch in {number // count for number in numbers}
     }
@@ -250,25 +252,25 @@ def _identity(
     teacher: str,
     plan: Plan,
     train: Windows,
-    schedule: Schedule,
+    config: TrainingConfig,
     start: Adapter | None,
 ) -> dict[str, Any]:
     return {
         "model": teacher,
         "plan": plan.to_json(),
         "text": train.digest,
-        "schedule": asdict(schedule),
+        "config": asdict(config),
         "start": None if start is None else start.digest,
     }
 
 
 def _resume(
     output: Path, identity: Mapping[str, Any], student: PeftModel, optimizer: torch.optim.Optimizer
-) -> Course:
+) -> TrainingLog:
     from peft import set_peft_model_state_dict
 
     if not (file := output / _STATE).is_file():
-        return Course()
+        return TrainingLog()
     state = torch.load(file, map_location=student.device, weights_only=True)
     if changed := [key for key, value in state["identity"].items() if value != identity[key]]:
         raise LaunchError(
@@ -277,7 +279,7 @@ def _resume(
         )
     set_peft_model_state_dict(student, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
-    return Course(**state["course"])
+    return TrainingLog(**state["log"])
 
 
 def _save_state(
@@ -285,7 +287,7 @@ def _save_state(
     identity: Mapping[str, Any],
     student: PeftModel,
     optimizer: torch.optim.Optimizer,
-    course: Course,
+    log: TrainingLog,
 ) -> None:
     from peft import get_peft_model_state_dict
 
@@ -293,7 +295,7 @@ def _save_state(
         "identity": dict(identity),
         "adapter": get_peft_model_state_dict(student),
         "optimizer": optimizer.state_dict(),
-        "course": asdict(course),
+        "log": asdict(log),
     }
     with whole_file(output / _STATE) as file:
         torch.save(state, file)

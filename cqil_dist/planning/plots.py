@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cqil_dist.planning.distillation import Course
+    from cqil_dist.planning.distillation import TrainingLog
 
 _SMOOTHED = 20
 
 
-def plot_course(course: Course, path: Path) -> None:
+def plot_training(log: TrainingLog, path: Path) -> None:
     """Loss of every step, its running mean, and that of the held-out text."""
     with _axes(path) as axes:
-        losses = course.losses
+        losses = log.losses
         axes.plot(losses, color="#c9c9c9", linewidth=0.8, label="a step's windows")
         means = [
             sum(part) / len(part)
@@ -25,8 +25,8 @@ def plot_course(course: Course, path: Path) -> None:
         ]
         axes.plot(means, color="#4477aa", label=f"mean of {_SMOOTHED} steps")
         axes.plot(
-            list(course.held_out),
-            list(course.held_out.values()),
+            list(log.held_out),
+            list(log.held_out.values()),
             "o-",
             color="#cc3311",
             label="held-out text",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import chromium
-from tiny_models import TinyModel, TinyModelFactory
+from tiny_models import TinyModel
 from typer.testing import CliRunner
 
 from cqil_dist.benchmarks.latency import Result
@@ -17,11 +17,6 @@ from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
 
 TEXT = "The keeper of the lighthouse walks to the market to buy bread, fish and news. " * 40
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: TinyModelFactory) -> TinyModel:
-    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +42,8 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         run(
             *("distill", tiny, "--plan", plan, "--text", str(text), "--tokens", "512"),
-            *("--window", "32", "--held-out", "2", "--steps", "4", "--warmup", "1"),
-            *("--rank", "4", "--batch", "2", "--init", str(folder / "start"), "-o", adapter),
+            *("--window", "32", "--held-out", "2", "--steps", "4", "--warmup-steps", "1"),
+            *("--lora-r", "4", "--batch-size", "2", "--init", str(folder / "start"), "-o", adapter),
         )
         timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
         setting = {"model": str(tiny.path)}

@@ -13,7 +13,7 @@ import torch
 from adapters import random_adapter
 from lm_eval_task import QUESTIONS, local_tasks
 from lm_eval_task import evaluate as evaluate_with_lm_eval
-from tiny_models import TinyModel, TinyModelFactory
+from tiny_models import TinyModel
 from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
@@ -29,11 +29,6 @@ from cqil_dist.progress import SilentProgress
 
 PLAN = "P2 S0 E6 D1"
 TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: TinyModelFactory) -> TinyModel:
-    return tiny_model()
 
 
 def study(tiny: TinyModel) -> Study:

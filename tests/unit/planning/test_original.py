@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import TinyModel, TinyModelFactory, random_tokens
+from tiny_models import TinyModel, random_tokens
 
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.comparison import Comparison, Divergence
@@ -22,11 +22,6 @@ from cqil_dist.progress import SilentProgress
 
 PROGRESS = SilentProgress()
 TOKENS = [random_tokens(20, seed) for seed in range(3)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: TinyModelFactory) -> TinyModel:
-    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TinyModel, TinyModelFactory
+from tiny_models import TinyModel
 
 from cqil_dist.errors import TextError
 from cqil_dist.planning import study as study_module
@@ -30,11 +30,6 @@ class CountedProgress(SilentProgress):
     def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         self.opened.append(Task(total))
         yield self.opened[-1]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: TinyModelFactory) -> TinyModel:
-    return tiny_model()
 
 
 def study(tiny: TinyModel, progress: Progress | None = None) -> Study:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import TinyModel, TinyModelFactory, assert_near, random_tokens
+from tiny_models import TinyModel, assert_near, random_tokens
 
 from cqil_dist.errors import LaunchError, PlanError, TextError
 from cqil_dist.model.adapter import Adapter, write_adapter
@@ -21,25 +21,25 @@ from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.planning import distillation
 from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.compensation import Compensation, compensate
-from cqil_dist.planning.distillation import Course, distill
+from cqil_dist.planning.distillation import TrainingLog, distill
 from cqil_dist.planning.grouped_model import grouped, load_model
 from cqil_dist.planning.merging import merge
 from cqil_dist.planning.original import Original
-from cqil_dist.planning.schedule import Schedule
 from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import SilentProgress
 
 PLAN = "P2 S0 E6 D0"
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(
+CONFIG = TrainingConfig(
     steps=12,
-    batch=2,
+    batch_size=2,
     learning_rate=0.01,
-    warmup=2,
-    rank=8,
-    alpha=8,
-    checkpoint_every=4,
-    evaluate_every=6,
+    warmup_steps=2,
+    lora_r=8,
+    lora_alpha=8,
+    save_steps=4,
+    eval_steps=6,
 )
 
 
@@ -49,11 +49,6 @@ def windows(count: int, seed: int, length: int = 32) -> Windows:
 
 
 TRAIN, HELD_OUT = windows(16, 1), windows(4, 2)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model: TinyModelFactory) -> TinyModel:
-    return tiny_model()
 
 
 def fresh(tiny: TinyModel) -> Any:
@@ -73,20 +68,18 @@ def held_out_kl(tiny: TinyModel, adapter: Path | None) -> float:
     return total / len(HELD_OUT.token_ids_WT)
 
 
-def train(tiny: TinyModel, output: Path, **changes: Any) -> Course:
-    schedule = replace(SCHEDULE, **changes)
-    return distill(
-        fresh(tiny), tiny.plan(PLAN), TRAIN, HELD_OUT, schedule, output, SilentProgress()
-    )
+def train(tiny: TinyModel, output: Path, **changes: Any) -> TrainingLog:
+    config = replace(CONFIG, **changes)
+    return distill(fresh(tiny), tiny.plan(PLAN), TRAIN, HELD_OUT, config, output, SilentProgress())
 
 
 def test_distillation_lowers_the_divergence_of_text_not_trained_on(
     tiny: TinyModel, tmp_path: Path
 ) -> None:
-    course = train(tiny, tmp_path, steps=20)
+    log = train(tiny, tmp_path, steps=20)
     before, after = held_out_kl(tiny, None), held_out_kl(tiny, tmp_path)
-    assert course.held_out[0] == pytest.approx(before, abs=1e-4)
-    assert course.held_out[20] == pytest.approx(after, abs=1e-4)
+    assert log.held_out[0] == pytest.approx(before, abs=1e-4)
+    assert log.held_out[20] == pytest.approx(after, abs=1e-4)
     assert after < 0.9 * before
     inside = Adapter(tmp_path).plan
     assert inside is not None
@@ -101,8 +94,8 @@ def test_a_resumed_run_is_an_unbroken_one(tiny: TinyModel, tmp_path: Path) -> No
     class Killed(Exception):
         pass
 
-    def kill(course: Course) -> None:
-        if len(course.losses) == 6:
+    def kill(log: TrainingLog) -> None:
+        if len(log.losses) == 6:
             raise Killed
 
     with pytest.raises(Killed):
@@ -111,10 +104,10 @@ def test_a_resumed_run_is_an_unbroken_one(tiny: TinyModel, tmp_path: Path) -> No
             tiny.plan(PLAN),
             TRAIN,
             HELD_OUT,
-            SCHEDULE,
+            CONFIG,
             tmp_path / "broken",
             SilentProgress(),
-            on_progress=kill,
+            on_evaluation=kill,
         )
     resumed = train(tiny, tmp_path / "broken")
     assert resumed.losses == unbroken.losses
@@ -140,7 +133,7 @@ def test_bfloat16_weights_are_compensated_and_trained_in_float32(
         plan,
         TRAIN,
         HELD_OUT,
-        replace(SCHEDULE, gradient_checkpointing=True),
+        replace(CONFIG, gradient_checkpointing=True),
         tmp_path / "trained",
         SilentProgress(),
         start=Adapter(tmp_path / "start"),
@@ -165,9 +158,9 @@ def test_windows_are_computed_together_or_one_by_one(
 def test_the_first_step_goes_down_the_divergence(tiny: TinyModel, tmp_path: Path) -> None:
     """The gradient that training takes is that of the KL divergence, as torch derives it."""
     plan = tiny.plan(PLAN)
-    student = distillation._Student(fresh(tiny), SCHEDULE, None)
+    student = distillation._Student(fresh(tiny), CONFIG, None)
     tokens_BT = TRAIN.token_ids_WT[:2]
-    loss = distillation._add_gradients(student, plan, tokens_BT, SCHEDULE)
+    loss = distillation._add_gradients(student, plan, tokens_BT, CONFIG)
     found = {name: p.grad.clone() for name, p in gradients(student.lora)}
     student.lora.zero_grad()
     with torch.no_grad(), student.lora.disable_adapter():
@@ -187,7 +180,7 @@ def gradients(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def test_a_folder_of_another_run_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
     train(tiny, tmp_path, steps=3)
-    with pytest.raises(LaunchError, match="another schedule; choose another folder"):
+    with pytest.raises(LaunchError, match="another config; choose another folder"):
         train(tiny, tmp_path, steps=4)
 
 
@@ -195,19 +188,19 @@ def test_a_folder_of_another_run_is_refused(tiny: TinyModel, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"steps": 0}, "steps is 0 but must be at least 1"),
-        ({"warmup": 12}, "warmup is 12 but must be at least 0 and below steps, 12"),
+        ({"warmup_steps": 12}, "warmup_steps is 12 but must be at least 0 and below steps, 12"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        replace(SCHEDULE, **changes)
+        replace(CONFIG, **changes)
 
 
 def test_every_epoch_sees_every_window_once() -> None:
-    epoch = [index for step in range(8) for index in distillation._indices(16, SCHEDULE, step)]
+    epoch = [index for step in range(8) for index in distillation._indices(16, CONFIG, step)]
     following = [
-        index for step in range(8, 16) for index in distillation._indices(16, SCHEDULE, step)
+        index for step in range(8, 16) for index in distillation._indices(16, CONFIG, step)
     ]
     assert sorted(epoch) == sorted(following) == list(range(16))
     assert epoch != following
@@ -269,20 +262,20 @@ def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Pat
     plan = tiny.plan(PLAN)
     changes = compensate(Compensation(fresh(tiny), windows(64, 3), 16), plan, SilentProgress())
     write_adapter(tmp_path / "start", changes, str(tiny.path), plan.to_json())
-    course = distill(
+    log = distill(
         fresh(tiny),
         plan,
         TRAIN,
         HELD_OUT,
-        replace(SCHEDULE, alpha=16, learning_rate=0.001),
+        replace(CONFIG, lora_alpha=16, learning_rate=0.001),
         tmp_path / "trained",
         SilentProgress(),
         start=Adapter(tmp_path / "start"),
     )
     before = held_out_kl(tiny, tmp_path / "start")
-    assert course.held_out[0] == pytest.approx(before, abs=1e-4)
-    assert course.held_out[12] < 0.98 * before
-    assert course.held_out[12] == pytest.approx(held_out_kl(tiny, tmp_path / "trained"), abs=1e-4)
+    assert log.held_out[0] == pytest.approx(before, abs=1e-4)
+    assert log.held_out[12] < 0.98 * before
+    assert log.held_out[12] == pytest.approx(held_out_kl(tiny, tmp_path / "trained"), abs=1e-4)
 
     merged = fresh(tiny)
     merge(merged, Adapter(tmp_path / "trained"))

@@ -9,47 +9,48 @@ from cqil_dist.errors import LaunchError
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingConfig:
     """How to train.
 
     Attributes:
         steps: of the optimizer.
-        batch: windows a step.
+        batch_size: windows a step.
         learning_rate: at its highest; falls to 0 by a cosine.
-        warmup: steps over which it rises.
-        rank, alpha: of LoRA.
+        warmup_steps: steps over which it rises.
+        lora_r, lora_alpha: of peft's `LoraConfig`.
         seed: of the adapter's beginning and the windows' order.
-        checkpoint_every: steps between two saved states.
-        evaluate_every: steps between two looks at the held-out windows.
+        save_steps: steps between two saved states.
+        eval_steps: steps between two looks at the held-out windows.
         gradient_checkpointing: compute groups a second time in place of keeping what is in them.
     """
 
     steps: int = 2000
-    batch: int = 8
+    batch_size: int = 8
     learning_rate: float = 1e-4
-    warmup: int = 50
-    rank: int = 32
-    alpha: int = 32
+    warmup_steps: int = 50
+    lora_r: int = 32
+    lora_alpha: int = 32
     seed: int = 0
-    checkpoint_every: int = 100
-    evaluate_every: int = 100
+    save_steps: int = 100
+    eval_steps: int = 100
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        counted = ("steps", "batch", "rank", "alpha", "checkpoint_every", "evaluate_every")
+        counted = ("steps", "batch_size", "lora_r", "lora_alpha", "save_steps", "eval_steps")
         for name in counted:
             if (value := getattr(self, name)) < 1:
                 raise LaunchError(f"{name} is {value} but must be at least 1")
-        if not 0 <= self.warmup < self.steps:
+        if not 0 <= self.warmup_steps < self.steps:
             raise LaunchError(
-                f"warmup is {self.warmup} but must be at least 0 and below steps, {self.steps}"
+                f"warmup_steps is {self.warmup_steps} but must be at least 0 and below steps, "
+                f"{self.steps}"
             )
         if not 0 < self.learning_rate < math.inf:
             raise LaunchError(f"learning_rate is {self.learning_rate} but must be above 0")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / (self.steps - self.warmup)
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
