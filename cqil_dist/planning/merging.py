@@ -50,10 +50,10 @@ class Merged:
         return weight
 
 
-def merge(model: PreTrainedModel, adapter: Adapter) -> Merged:
-    """Add an adapter's changes to a model's weights."""
+def merge(model: PreTrainedModel, adapter: Adapter | None) -> Merged:
+    """Add an adapter's changes to a model's weights; none, where there is no adapter."""
     merged = Merged(model)
-    for module, lora in adapter.loras().items():
+    for module, lora in ({} if adapter is None else adapter.loras()).items():
         merged.add(module, lora)
     return merged
 

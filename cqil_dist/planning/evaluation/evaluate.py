@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cqil_dist.planning.evaluation.scoring import likelihoods, loss_by_window
 from cqil_dist.planning.evaluation.tasks import Task
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
+from cqil_dist.planning.records import write_record
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.texts import Windows
 
@@ -33,6 +35,7 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 _COMPLETION_TOKENS = 40
+_MEASURES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,7 @@ def evaluate(
     tasks: Sequence[Task],
     prompts: Sequence[str] = PROMPTS,
 ) -> Evaluation:
-    """Score the original, then the plan with its adapter.
-
-    The adapter stays merged into the study's model.
+    """Score the original, once for each text and task, and the plan with its adapter.
 
     Raises:
         TextError: a text or task has but one item, which says nothing of how sure a score is.
@@ -109,15 +110,18 @@ def evaluate(
     for name, count in counts.items():
         if count < 2:
             raise TextError(f"{name} has {count} item, but an interval takes 2 or more; give more")
-    original = _score(study, nullcontext(), texts, tasks, prompts)
-    if adapter is not None:
-        merge(study.model, adapter)
-    other = _score(study, grouped(study.model, plan.groups), texts, tasks, prompts)
+    original = _score(study, texts, tasks, prompts, study.folder / study.numerics)
+    merged = merge(study.model, adapter)
+    try:
+        with grouped(study.model, plan.groups):
+            other = _score(study, texts, tasks, prompts, None)
+    finally:
+        merged.undo()
     results = [
         Result("perplexity", text.source, len(text.token_ids_WT), compare_perplexities(a, b))
         for text, a, b in zip(texts, original.losses, other.losses, strict=True)
     ]
-    for measure in ("acc", "acc_norm"):
+    for measure in _MEASURES:
         pairs = zip(original.accuracies[measure], other.accuracies[measure], strict=True)
         scored = [
             Result(measure, task.name, len(task.items), compare_means(a, b))
@@ -145,33 +149,57 @@ class _Scores:
 
 def _score(
     study: Study,
-    computing: AbstractContextManager[None],
     texts: Sequence[Windows],
     tasks: Sequence[Task],
     prompts: Sequence[str],
+    kept: Path | None,
 ) -> _Scores:
-    scores = _Scores([], {"acc": [], "acc_norm": []}, [])
-    with computing:
-        for text in texts:
-            scores.losses.append(loss_by_window(study.model, text, study.progress))
-        for task in tasks:
-            asked = [each for item in task.items for each in item.asked]
-            found = likelihoods(
-                study.model,
-                study.tokenizer,
-                asked,
-                study.model.config.max_position_embeddings,
-                study.progress,
-                f"Scoring {task.name}",
-            )
-            answers = iter(found)
-            answered = [(item, [next(answers) for _ in item.asked]) for item in task.items]
-            scores.accuracies["acc"].append([item.accuracy(each) for item, each in answered])
-            scores.accuracies["acc_norm"].append(
-                [item.normalized_accuracy(each) for item, each in answered]
-            )
-        scores.said.extend(_completion(study, prompt) for prompt in prompts)
+    """Of the study's model as it is now.
+
+    Args:
+        kept: folder of earlier scores of this very model, which are not computed again.
+    """
+    scores = _Scores([], {measure: [] for measure in _MEASURES}, [])
+    for text in texts:
+        scores.losses.append(_once(kept, text.digest, partial(_losses, study, text)))
+    for task in tasks:
+        found = _once(kept, task.digest, partial(_accuracies, study, task))
+        for measure in _MEASURES:
+            scores.accuracies[measure].append(found[measure])
+    scores.said.extend(_completion(study, prompt) for prompt in prompts)
     return scores
+
+
+def _losses(study: Study, text: Windows) -> list[float]:
+    return loss_by_window(study.model, text, study.progress)
+
+
+def _accuracies(study: Study, task: Task) -> dict[str, list[float]]:
+    """By measure and item."""
+    found = likelihoods(
+        study.model,
+        study.tokenizer,
+        [each for item in task.items for each in item.asked],
+        study.model.config.max_position_embeddings,
+        study.progress,
+        f"Scoring {task.name}",
+    )
+    answers = iter(found)
+    answered = [(item, [next(answers) for _ in item.asked]) for item in task.items]
+    return {
+        "acc": [item.accuracy(each) for item, each in answered],
+        "acc_norm": [item.normalized_accuracy(each) for item, each in answered],
+    }
+
+
+def _once(kept: Path | None, digest: str, score: Callable[[], Any]) -> Any:
+    """Read from the folder what was scored before."""
+    if kept is None:
+        return score()
+    file = kept / f"scored-{digest}.json"
+    if not file.is_file():
+        write_record(file, {"scores": score()})
+    return json.loads(file.read_text(encoding="utf-8"))["scores"]
 
 
 @torch.inference_mode()

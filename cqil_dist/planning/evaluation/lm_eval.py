@@ -46,8 +46,8 @@ class GroupedLM(HFLM):  # type: ignore[misc]
     ) -> None:
         study = Study.of(pretrained, device, ConsoleProgress())
         parsed = study.plan(plan)
-        if adapter is not None:
-            merge(study.model, study.adapter(Path(adapter), parsed))
+        changes = None if adapter is None else study.adapter(Path(adapter), parsed)
+        merge(study.model, changes)
         super().__init__(pretrained=study.model, tokenizer=study.tokenizer, **options)
         self._computing = ExitStack()
         self._computing.enter_context(grouped(study.model, parsed.groups))

@@ -9,9 +9,11 @@ Choices and continuations begin with the blank that sets them off from the conte
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,11 @@ class Task:
 
     name: str
     items: tuple[Item, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the questions."""
+        return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
 
 def read_task(path: Path, limit: int | None = None) -> Task:

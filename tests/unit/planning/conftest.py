@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tiny_models import TinyModel, TinyModelFactory
 
@@ -9,3 +11,11 @@ from tiny_models import TinyModel, TinyModelFactory
 @pytest.fixture(scope="module")
 def tiny(tiny_model: TinyModelFactory) -> TinyModel:
     return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is measured is kept in the test's own folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CQIL_CACHE", str(folder))
+    return folder

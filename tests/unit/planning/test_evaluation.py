@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter
+from cqil_dist.planning.evaluation import evaluate as evaluate_module
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
 from cqil_dist.planning.evaluation.tasks import read_task
@@ -130,6 +131,43 @@ def test_perplexity_is_transformers_loss(tiny: TinyModel, tmp_path: Path) -> Non
     assert result.paired.original.low == pytest.approx(math.exp(fmean(losses) - half), rel=1e-4)
     changed = result.paired.other.value / result.paired.original.value
     assert result.paired.difference.value == pytest.approx(changed, rel=1e-4)
+
+
+def test_the_original_is_scored_once(
+    tiny: TinyModel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a text and a task each; another plan's scores are compared with what is known."""
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    other.write_text(TEXT.swapcase(), encoding="utf-8")
+    adapter = Adapter(random_adapter(tmp_path / "adapter", tiny))
+    computed: list[str] = []
+    for name in ("loss_by_window", "likelihoods"):
+        monkeypatch.setattr(
+            evaluate_module, name, counted(computed, getattr(evaluate_module, name))
+        )
+
+    def run(file: Path) -> Evaluation:
+        windows = read_windows([file], tiny.tokenizer, 32)
+        return evaluate(one, tiny.plan(PLAN), adapter, [windows], [read_task(questions)])
+
+    one = study(tiny)
+    first = run(text)
+    assert computed == ["loss_by_window", "likelihoods"] * 2
+    assert run(text) == first, "the adapter does not stay in the model"
+    assert computed == ["loss_by_window", "likelihoods"] * 3
+    run(other)
+    assert computed[6:] == ["loss_by_window", "loss_by_window", "likelihoods"]
+
+
+def counted(names: list[str], function: Any) -> Any:
+    """The function, which notes its name when it is called."""
+
+    def call(*arguments: Any) -> Any:
+        names.append(function.__name__)
+        return function(*arguments)
+
+    return call
 
 
 def test_the_last_word_must_be_the_greedy_one(tiny: TinyModel, tmp_path: Path) -> None:
