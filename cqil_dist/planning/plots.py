@@ -62,7 +62,8 @@ def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
         drawn = axes.imshow(kl, cmap="magma_r", norm=LogNorm(), aspect="auto")
         axes.figure.colorbar(drawn, label="KL, nats a token")
         axes.set_yticks(range(len(kinds)), [f"{size} layers, {bypass}" for size, bypass in kinds])
-        axes.set(xlabel="first layer", title="What a group costs by itself")
+        how = "compensated" if record.get("compensated") else "by itself"
+        axes.set(xlabel="first layer", title=f"What a group costs {how}")
 
 
 _KINDS = {
@@ -83,8 +84,12 @@ def plot_front(record: dict[str, Any], path: Path) -> None:
                 for each in record["measured"]
                 if each["kind"] == kind and each["kl"] > 1e-6
             )
+            fitted = kind == "search" and record.get("compensated")
+            label = f"{kind}, compensated" if fitted else kind
             if points:
-                axes.plot(*zip(*points, strict=True), marks, color=colour, label=kind, markersize=4)
+                axes.plot(
+                    *zip(*points, strict=True), marks, color=colour, label=label, markersize=4
+                )
         axes.set(xlabel="groups one after another", ylabel="KL divergence, nats a token")
         axes.set_yscale("log")
         axes.invert_xaxis()
