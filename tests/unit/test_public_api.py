@@ -70,7 +70,7 @@ def test_importing_the_package_costs_nothing() -> None:
         "status",
         "timeline",
         "recommended",
-        "planning.schedule",
+        "planning.training_config",
     ],
 )
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:
