@@ -107,11 +107,7 @@ def test_environment_without_pip(shelf: Path, cache: Path, monkeypatch: pytest.M
 def test_smollm2_135m() -> None:
     """The real one, fetched by its name into the user's cache if it is not there yet."""
     fetched = store.fetch("smollm2-135m", SILENT)
-    # transformers writes its own version, and what else it likes, into the small files.
-    record = store.BUILTIN_MODELS["smollm2-135m"]
-    assert fetched.bytes == pytest.approx(record.converted_bytes, abs=4096)
-    weights = fetched.path / "model.safetensors"
-    assert weights.stat().st_size == 538_090_408
+    assert fetched.bytes == store.BUILTIN_MODELS["smollm2-135m"].converted_bytes
     script = (
         "import sys, time\n"
         "from cqil_dist.model.store import resolve\n"
