@@ -81,8 +81,8 @@ def distill(
     if init is not None and init.resolve() == output.resolve():
         raise LaunchError(f"--init and --output are both {output}; write to another folder")
     start = None if init is None else study.adapter(init, parsed)
-    windows = study.windows(text or [], window, tokens, config.seed, sampled_tokens)
-    train, kept = windows.split(held_out)
+    read, kept = study.windows(text or [], window, tokens, config.seed).split(held_out)
+    train = study.extended(read, sampled_tokens, config.seed)
 
     def show(log: TrainingLog) -> None:
         plot_training(log, output / "loss.png")

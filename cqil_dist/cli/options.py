@@ -59,7 +59,9 @@ Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text to m
 SampledTokens = Annotated[
     int,
     typer.Option(
-        "--sampled-tokens", min=0, help="Text of the model's own, mixed with that of --text."
+        "--sampled-tokens",
+        min=0,
+        help="Text of the model's own, mixed with that of --text; half goes on from that.",
     ),
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]

@@ -28,7 +28,7 @@ from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Original
 from cqil_dist.planning.records import require_folder
-from cqil_dist.planning.texts import Windows, read_windows, sample_windows
+from cqil_dist.planning.texts import Openings, Windows, read_windows, sample_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
 from cqil_dist.runtime.resident_memory import keep_freed_memory
@@ -126,19 +126,11 @@ class Study:
         require_folder(folder)
         return folder
 
-    def windows(
-        self,
-        files: Sequence[Path],
-        length: int,
-        tokens: int | None,
-        seed: int,
-        sampled_tokens: int = 0,
-    ) -> Windows:
+    def windows(self, files: Sequence[Path], length: int, tokens: int | None, seed: int) -> Windows:
         """Calibration text: of these files, or where there are none, of the model's own.
 
         Args:
             tokens: how much; None for all that the files hold, or 262,144 of the model's own.
-            sampled_tokens: of the model's own beside the files'.
 
         Raises:
             TextError: the files cannot be read or hold too little, or the model takes less at once.
@@ -148,33 +140,43 @@ class Study:
                 f"windows are to have {length} tokens but the model takes "
                 f"{self.config.max_positions}; give a smaller --window"
             )
-        if not files:
-            if sampled_tokens:
-                raise TextError(
-                    f"{sampled_tokens} sampled tokens are to go beside files, but there are none; "
-                    "say with --tokens how much text the model samples, or give --text"
-                )
-            return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
-        count = None if tokens is None else max(1, tokens // length)
-        read = read_windows(files, self.tokenizer, length, count, seed)
-        if not sampled_tokens:
-            return read
-        return read.mixed_with(self._sampled(length, sampled_tokens, seed), seed)
+        if files:
+            count = None if tokens is None else max(1, tokens // length)
+            return read_windows(files, self.tokenizer, length, count, seed)
+        return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
 
-    def _sampled(self, length: int, tokens: int, seed: int) -> Windows:
+    def extended(self, text: Windows, tokens: int, seed: int) -> Windows:
+        """A text from files with so many tokens of the model's own, half of them going on from it.
+
+        Raises:
+            TextError: the text is the model's own already.
+        """
+        if not tokens:
+            return text
+        if not text.files:
+            raise TextError(
+                f"{tokens} sampled tokens are to go beside files, but there are none; "
+                "say with --tokens how much text the model samples, or give --text"
+            )
+        sampled = self._sampled(text.token_ids_WT.shape[1], tokens, seed, text)
+        return text.mixed_with(sampled, seed)
+
+    def _sampled(self, length: int, tokens: int, seed: int, text: Windows | None = None) -> Windows:
         """Kept batch after batch, so that sampling that was interrupted goes on."""
         count = max(1, tokens // length)
         config = self.config
         kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
         fitting = _SAMPLED_BYTES // (kv_values * self.dtype.itemsize)
         at_once = max(1, min(_SAMPLED_AT_ONCE, fitting))
-        kept = self.folder / f"sampled-{length}x{count}-{seed}-{self.numerics}.pt"
+        openings = Openings.ordinary(config.vocab_size, self.tokenizer, text)
+        drawn = f"{length}x{count}-{at_once}-{seed}-{openings.digest}"
+        kept = self.folder / f"sampled-{drawn}-{self.numerics}.pt"
         ids_WT = torch.empty(0, length, dtype=torch.long)
         if kept.is_file():
             ids_WT = torch.load(kept, weights_only=True)
         if (begun := len(ids_WT)) < count:
             for batch_BT in sample_windows(
-                self.model, self.tokenizer, length, count, seed, self.progress, at_once, begun
+                self.model, openings, length, count, seed, self.progress, at_once, begun
             ):
                 ids_WT = torch.cat([ids_WT, batch_BT])
                 with whole_file(kept) as file:

@@ -105,9 +105,52 @@ def read_windows(
     return Windows(windows, ", ".join(path.name for path in paths), checksums)
 
 
+@dataclass(frozen=True)
+class Openings:
+    """What windows begin with that a model goes on from, so that they are of many kinds.
+
+    A token taken at random, as in LLM-QAT (arXiv 2305.17888). Where there is a text, every second
+    window begins with a stretch of it in place of that, half a window at most: what the model says
+    then is of the text's kind.
+
+    Attributes:
+        tokens_N: to take one of.
+        text: to take stretches of.
+    """
+
+    tokens_N: Tensor
+    text: Windows | None = None
+
+    @classmethod
+    def ordinary(
+        cls, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: Windows | None = None
+    ) -> Openings:
+        """With every token that is not a special one."""
+        special = set(tokenizer.all_special_ids)
+        return cls(torch.tensor([i for i in range(vocab_size) if i not in special]), text)
+
+    @cached_property
+    def digest(self) -> str:
+        text = "" if self.text is None else self.text.digest
+        return hashlib.sha256(self.tokens_N.numpy().tobytes() + text.encode()).hexdigest()[:16]
+
+    def draw(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Begun windows [count, length]; -1 from where the model is to go on."""
+        begun_WT = torch.full((count, length), -1)
+        begun_WT[:, 0] = self.tokens_N[_integers(len(self.tokens_N), count, generator)]
+        if self.text is not None:
+            text_WT = self.text.token_ids_WT
+            for window_T in begun_WT[::2]:
+                row = _integers(len(text_WT), 1, generator)[0]
+                tokens = 1 + int(_integers(length // 2, 1, generator))
+                first = int(_integers(text_WT.shape[1] - tokens + 1, 1, generator))
+                window_T[:tokens] = text_WT[row, first : first + tokens]
+        return begun_WT
+
+
 def sample_windows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    openings: Openings,
     length: int,
     count: int,
     seed: int,
@@ -117,31 +160,33 @@ def sample_windows(
 ) -> Iterator[Tensor]:
     """Windows [B, T] that the model itself says, at temperature 1, batch after batch.
 
-    Each begins with a token taken at random, as in LLM-QAT (arXiv 2305.17888), so that they are of
-    many kinds; none ends before it is full.
+    None ends before it is full.
 
     Args:
         at_once: windows of a batch; what is said follows from it too.
         begun: windows that are there already, of whole batches; the others follow from the seed.
     """
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
     with progress.task("Sampling text", (count - begun) * length, "tokens") as task:
         for first in range(begun, count, at_once):
             batch = min(at_once, count - first)
             generator = torch.Generator().manual_seed(seed + 1_000_003 * first)
-            said_B = ordinary[torch.randint(len(ordinary), (batch,), generator=generator)]
-            window_TB = [said_B]
+            window_BT = openings.draw(batch, length, generator)
             with torch.inference_mode():
                 cache: Any = None
-                while len(window_TB) < length:
-                    task.advance(batch)
-                    output = model(said_B[:, None].to(model.device), cache=cache, use_cache=True)
+                for at in range(1, length):
+                    said_B1 = window_BT[:, at - 1 : at].to(model.device)
+                    output = model(said_B1, cache=cache, use_cache=True)
                     cache = output.cache
-                    said_B = _drawn(output.logits[:, -1].float(), generator)
-                    window_TB.append(said_B)
+                    drawn_B = _drawn(output.logits[:, -1].float(), generator)
+                    given_B = window_BT[:, at]
+                    window_BT[:, at] = torch.where(given_B < 0, drawn_B, given_B)
+                    task.advance(batch)
                 task.advance(batch)
-            yield torch.stack(window_TB, dim=1)
+            yield window_BT
+
+
+def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(below, (count,), generator=generator)
 
 
 def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:

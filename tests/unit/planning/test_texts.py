@@ -14,7 +14,7 @@ from cqil_dist.errors import TextError
 from cqil_dist.planning import study as study_module
 from cqil_dist.planning import texts
 from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import Windows, read_windows
+from cqil_dist.planning.texts import Openings, Windows, read_windows
 from cqil_dist.progress import Progress, SilentProgress, Task
 
 TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
@@ -30,6 +30,10 @@ class CountedProgress(SilentProgress):
     def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         self.opened.append(Task(total))
         yield self.opened[-1]
+
+
+def _joined(tokens: list[int]) -> str:
+    return "," + "".join(f"{token}," for token in tokens)
 
 
 def study(tiny: TinyModel, progress: Progress | None = None) -> Study:
@@ -84,22 +88,43 @@ def test_sampling_that_was_interrupted_goes_on(
     assert [task.completed for task in counted.opened] == [2 * 16], "only what was missing"
 
 
-def test_files_and_sampled_text_are_mixed(
+def test_text_is_extended_by_what_the_model_says_after_it(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    mixed = study(tiny).windows([file], 16, 64, seed=0, sampled_tokens=32)
-    parts = [
-        study(tiny).windows([file], 16, 64, seed=0),
-        study(tiny).windows([], 16, 32, seed=0),
-    ]
-    separate = [row for part in parts for row in part.token_ids_WT.tolist()]
-    assert sorted(mixed.token_ids_WT.tolist()) == sorted(separate)
-    assert mixed.files == parts[0].files
+    read = study(tiny).windows([file], 16, 64, seed=0)
+    extended = study(tiny).extended(read, 128, seed=0)
+    assert extended.digest == study(tiny).extended(read, 128, seed=0).digest
+    assert extended.files == read.files
+    rows: list[list[int]] = extended.token_ids_WT.tolist()
+    assert len(rows) == 4 + 8
+    for row in read.token_ids_WT.tolist():
+        rows.remove(row)
+    text = _joined(read.token_ids_WT.flatten().tolist())
+    assert sum(_joined(row[:2]) in text for row in rows) >= 3, "every second one"
+    assert not any(_joined(row) in text for row in rows)
+    assert all(0 <= token < tiny.config.vocab_size for row in rows for token in row)
     with pytest.raises(TextError, match="to go beside files, but there are none"):
-        study(tiny).windows([], 16, 64, seed=0, sampled_tokens=32)
+        study(tiny).extended(study(tiny).windows([], 16, 64, seed=0), 32, seed=0)
+
+
+def test_stretches_of_a_text_open_every_second_window() -> None:
+    text = Windows(torch.arange(160, 224).view(4, 16), "a")
+    drawn_WT = Openings(torch.arange(10), text).draw(200, 16, torch.Generator().manual_seed(0))
+    lengths = set()
+    for index, window_T in enumerate(drawn_WT):
+        opening = window_T[window_T >= 0].tolist()
+        assert opening == window_T[: len(opening)].tolist(), "the model goes on from there"
+        if index % 2:
+            assert len(opening) == 1
+            assert opening[0] < 10
+        else:
+            assert opening == list(range(opening[0], opening[0] + len(opening)))
+            assert opening[0] // 16 == opening[-1] // 16
+            lengths.add(len(opening))
+    assert lengths == set(range(1, 9))
 
 
 def test_all_text_cannot_be_held_out() -> None:
