@@ -18,7 +18,7 @@ from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
 from cqil_dist.progress import Progress
 
 # Of the plans one group deeper, from how many to go on; and from each, how many plans to measure.
-_LOOSENED = 3
+_LOOSENED = 4
 _TIGHTENED = 8
 
 
@@ -122,8 +122,7 @@ class PlanSearch:
 
     def _neighbours(self, plan: Plan) -> Iterator[Plan]:
         """Plans of the same depth that may be better, most promising first; until time is up."""
-        loosened = sorted(self._loosened(plan), key=self._kl_in_time)
-        for deeper in loosened[:_LOOSENED]:
+        for deeper in sorted(self._loosened(plan), key=self._sum)[:_LOOSENED]:
             tightened = sorted(self._tightened(deeper), key=self._sum)
             yield from self._in_time([each for each in tightened if each != plan][:_TIGHTENED])
         yield from self._in_time(self._other_bypasses(plan))
@@ -161,6 +160,3 @@ class PlanSearch:
 
     def _sum(self, plan: Plan) -> float:
         return sum(self.sensitivities.get(group, 0.0) for group in plan.groups)
-
-    def _kl_in_time(self, plan: Plan) -> float:
-        return self.kl(plan) if time.monotonic() < self._ends else self._sum(plan)
