@@ -9,6 +9,7 @@ import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import LaunchError
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
 
@@ -32,8 +33,10 @@ _TRAINING: dict[str, Any] = {
 
 
 @options.options_of(TrainingConfig, _TRAINING, "training")
+@options.compute_options
 def distill(
     training: dict[str, Any],
+    computing: dict[str, Any],
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
@@ -49,16 +52,6 @@ def distill(
     init: Annotated[
         Path | None, typer.Option("--init", help="Adapter to begin with (cqil plan compensate).")
     ] = None,
-    device: options.Device = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Of the model; the adapter has float32. auto (float32 on a CPU, bfloat16 on a "
-            "GPU), float32 or bfloat16 (faster where the CPU has AVX512-BF16 or AMX).",
-        ),
-    ] = "auto",
-    precision: options.Precision = "highest",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
 ) -> None:
     """Train a LoRA adapter for a plan; the model without adapter and plan is the teacher.
@@ -76,7 +69,7 @@ def distill(
     require_folder(output)
     progress = ConsoleProgress()
     config = TrainingConfig(**training)
-    study = Study.of(model, device, progress, dtype, precision)
+    study = Study.of(model, ComputeConfig(**computing), progress)
     parsed = study.plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise LaunchError(f"--init and --output are both {output}; write to another folder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,13 +11,16 @@ from rich.table import Table
 
 from cqil_dist.cli import options
 from cqil_dist.errors import TextError
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from cqil_dist.planning.evaluation.evaluate import Evaluation
 
 
+@options.compute_options
 def evaluate(
+    computing: dict[str, Any],
     model: options.Model,
     plan: options.PlanText = "sequential",
     adapter: options.Adapter = None,
@@ -40,8 +43,6 @@ def evaluate(
     ] = None,
     window: options.Window = 512,
     seed: options.Seed = 0,
-    device: options.Device = "auto",
-    precision: options.Precision = "highest",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
 ) -> None:
     """Perplexity and task accuracy of a plan and of the original on the same items.
@@ -62,7 +63,7 @@ def evaluate(
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
     wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
     read = [read_task(file, limit) for file in wanted]
-    study = Study.of(model, device, ConsoleProgress(), precision=precision)
+    study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
     texts = [study.windows([file], window, tokens, seed) for file in ppl or []]
     parsed = study.plan(plan)
     merged = None if adapter is None else study.adapter(adapter, parsed)

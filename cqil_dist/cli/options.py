@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.planning.compute_config import ComputeConfig
 
 Model = Annotated[
     str,
@@ -66,14 +67,6 @@ SampledTokens = Annotated[
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
-Precision = Annotated[
-    str,
-    typer.Option(
-        "--matmul-precision",
-        help="Of float32 products, as torch names it: highest; high and medium are faster where "
-        "the processor has TF32 (GPUs) or bfloat16 (CPUs with AMX).",
-    ),
-]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 # By field of LaunchConfig.
@@ -130,6 +123,26 @@ _SERVING: dict[str, Any] = {
     ],
 }
 
+# By field of ComputeConfig.
+_COMPUTING: dict[str, Any] = {
+    "device": Device,
+    "dtype": Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="Of the model: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16.",
+        ),
+    ],
+    "matmul_precision": Annotated[
+        str,
+        typer.Option(
+            "--matmul-precision",
+            help="Of float32 products, as torch names it: highest; high and medium are faster "
+            "where the processor has TF32 (GPUs) or bfloat16 (CPUs with AMX).",
+        ),
+    ],
+}
+
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -143,6 +156,11 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
     known = _LAUNCHING | (_SERVING if serving else {})
     kinds = {name: kind for name, kind in known.items() if name not in left_out}
     return options_of(LaunchConfig, kinds, "launching")
+
+
+def compute_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that measures the options of `ComputeConfig`, in its parameter `computing`."""
+    return options_of(ComputeConfig, _COMPUTING, "computing")(command)
 
 
 def options_of(config: type[Any], kinds: Mapping[str, Any], parameter: str) -> Decorator:

@@ -14,6 +14,7 @@ from rich.table import Table
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -34,14 +35,12 @@ class _Calibration:
     seed: int = 0
     max_group: int = 3
     fit_tokens: int = 0
-    device: str = "auto"
-    precision: str = "highest"
 
-    def measure(self, model: str) -> tuple[Study, Comparison, Analysis]:
+    def measure(self, model: str, computing: dict[str, Any]) -> tuple[Study, Comparison, Analysis]:
         from cqil_dist.planning.analysis import analyze
         from cqil_dist.planning.study import Study
 
-        study = Study.of(model, self.device, ConsoleProgress(), precision=self.precision)
+        study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
         tokens = self.tokens + self.fit_tokens
         fitted, windows = None, study.windows(self.text or [], self.window, tokens, self.seed)
         if self.fit_tokens:
@@ -66,16 +65,16 @@ _CALIBRATION: dict[str, Any] = {
             "much other text; 0: as they are. 16384 for a model 576 wide.",
         ),
     ],
-    "device": options.Device,
-    "precision": options.Precision,
 }
 
 
 @app.command()
 @options.options_of(_Calibration, _CALIBRATION, "calibration")
+@options.compute_options
 def analyze(
     model: options.Model,
     calibration: dict[str, Any],
+    computing: dict[str, Any],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("plans"),
 ) -> None:
     """How alike layers' inputs are, and what running each group concurrently costs.
@@ -88,7 +87,7 @@ def analyze(
     from cqil_dist.planning.report import write_report
 
     require_folder(output)
-    *_, analysis = _Calibration(**calibration).measure(model)
+    *_, analysis = _Calibration(**calibration).measure(model, computing)
     record = analysis.to_json()
     file = output / ("analysis-compensated.json" if analysis.compensated else "analysis.json")
     write_record(file, record)
@@ -99,9 +98,11 @@ def analyze(
 
 @app.command()
 @options.options_of(_Calibration, _CALIBRATION, "calibration")
+@options.compute_options
 def search(
     model: options.Model,
     calibration: dict[str, Any],
+    computing: dict[str, Any],
     depth: Annotated[int | None, typer.Option("--depth", help="Groups of the plan.")] = None,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
@@ -135,7 +136,7 @@ def search(
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    study, comparison, analysis = _Calibration(**calibration).measure(model)
+    study, comparison, analysis = _Calibration(**calibration).measure(model, computing)
     cost = measure_cost(study.path, ranks, link_us)
     finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
@@ -150,7 +151,9 @@ def search(
 
 
 @app.command()
+@options.compute_options
 def compensate(
+    computing: dict[str, Any],
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
@@ -164,8 +167,6 @@ def compensate(
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
-    device: options.Device = "auto",
-    precision: options.Precision = "highest",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("compensated"),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
@@ -181,7 +182,7 @@ def compensate(
     from cqil_dist.planning.study import Study
 
     require_folder(output)
-    study = Study.of(model, device, ConsoleProgress(), precision=precision)
+    study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed)
     windows = study.extended(windows, sampled_tokens, seed)

@@ -21,17 +21,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cqil_dist.errors import PlanError, TextError
 from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.grouped_model import hidden_after
+from cqil_dist.planning.grouped_model import hidden_after, hidden_states
 from cqil_dist.planning.merging import Merged
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress, SilentProgress
@@ -58,7 +59,6 @@ class Compensation:
         ridge: penalty on a map, as a part of its inputs' mean square.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -71,16 +71,24 @@ class Compensation:
         self.rank = rank
         self.ridge = ridge
         self._model = model
-        decoder: Any = model.get_decoder()
-        embedded = [decoder.embed_tokens(t[None].to(model.device)) for t in windows.token_ids_WT]
-        # What the original hands to each layer, and makes of the last one.
-        self._taught_LW = [embedded]
-        layers = len(decoder.layers)
-        with (progress or SilentProgress()).task("Computing layers", layers, "layers") as task:
-            for layer in range(layers):
-                alone = [Group((layer,))]
-                self._taught_LW.append([hidden_after(model, alone, x) for x in self._taught_LW[-1]])
+        self._progress = progress or SilentProgress()
+
+    @cached_property
+    def _states_WL(self) -> list[list[Tensor]]:
+        """By window, what the original hands to each layer, and what the last makes of it.
+
+        Computed when first needed: where everything was measured before, nothing is fitted.
+        """
+        count = len(self.windows.token_ids_WT)
+        with (
+            torch.no_grad(),
+            self._progress.task("Computing text to fit to", count, "windows") as task,
+        ):
+            states_WL: list[list[Tensor]] = []
+            for tokens_T in self.windows.token_ids_WT:
+                states_WL.append(hidden_states(self._model, tokens_T))
                 task.advance()
+        return states_WL
 
     @contextmanager
     def of(
@@ -104,24 +112,25 @@ class Compensation:
 
     @torch.no_grad()
     def _fit(self, changes: _Changes, groups: Sequence[Group], progress: Progress) -> None:
-        said = self._taught_LW[groups[0].layers[0]]
+        said = self._states(groups[0].layers[0])
         with progress.task("Fitting groups", len(groups), "groups") as task:
             for group in groups:
                 fit = _Fit(changes, group, said, self.ridge, self.rank)
-                true = self._noted_in_original(group)
+                true = self._read_in_original(group)
                 for norm in _READERS:
                     fit.inputs(norm, true)
-                fit.outputs(self._taught_LW[group.layers[-1] + 1])
-                if group is not groups[-1]:
-                    said = [hidden_after(self._model, [group], x) for x in said]
+                said = fit.outputs(self._states(group.layers[-1] + 1))
                 task.advance()
 
-    def _noted_in_original(self, group: Group) -> _Noted:
+    def _states(self, layer: int) -> list[Tensor]:
+        """What the original hands to a layer, by window."""
+        return [states_L[layer] for states_L in self._states_WL]
+
+    def _read_in_original(self, group: Group) -> _Noted:
         """What its members read there; the group's own layers are unchanged yet."""
-        alone = [Group((layer,)) for layer in group.layers]
-        with _noted(self._model, group, _READERS) as true:
-            for x in self._taught_LW[group.layers[0]]:
-                hidden_after(self._model, alone, x)
+        true: _Noted = {}
+        for layer in group.layers:
+            true |= _read(self._model, Group((layer,)), _READERS, self._states(layer))
         return true
 
 
@@ -157,8 +166,7 @@ class _Fit:
 
     def inputs(self, norm: str, true: _Noted) -> None:
         """Bring what each member reads after a norm nearer what it reads in the original."""
-        with _noted(self.changes.model, self.group, [norm]) as read:
-            self._compute()
+        read = _read(self.changes.model, self.group, [norm], self.said)
         for layer in self.group.layers:
             pairs = zip(read[layer, norm], true[layer, norm], strict=True)
             samples = ((read_TD, true_TD - read_TD) for read_TD, true_TD in pairs)
@@ -167,22 +175,25 @@ class _Fit:
                 weight_OD = self.changes.weight(layer, name)
                 self.changes.make(layer, name, Lora(a_RD, weight_OD @ b_DR))
 
-    def outputs(self, taught: Sequence[Tensor]) -> None:
-        """Bring the group's outputs nearer what is taught."""
+    def outputs(self, taught: Sequence[Tensor]) -> list[Tensor]:
+        """Bring the group's outputs nearer what is taught; returns what they are now."""
         with _noted(self.changes.model, self.group, [_OUTPUT]) as noted:
-            outputs = self._compute()
-        parts = zip(*(noted[layer, _OUTPUT] for layer in self.group.layers), strict=True)
+            outputs = [hidden_after(self.changes.model, [self.group], x) for x in self.said]
+        members = [noted[layer, _OUTPUT] for layer in self.group.layers]
+        parts = [torch.cat(each, -1) for each in zip(*members, strict=True)]
         samples = (
-            _alike(torch.cat(each, -1), target[0].float(), (target - output)[0].float())
-            for each, output, target in zip(parts, outputs, taught, strict=True)
+            _alike(part_TK, target[0].float(), (target - output)[0].float())
+            for part_TK, output, target in zip(parts, outputs, taught, strict=True)
         )
         b_DR, a_RK = _reduced_rank_ridge(samples, self.ridge, self.rank)
         for layer, a_RD in zip(self.group.layers, a_RK.chunk(self.group.size, dim=1), strict=True):
             weight_DI = self.changes.weight(layer, _OUTPUT)
             self.changes.make(layer, _OUTPUT, Lora(a_RD @ weight_DI, b_DR))
-
-    def _compute(self) -> list[Tensor]:
-        return [hidden_after(self.changes.model, [self.group], x) for x in self.said]
+        changed = (part_TK @ a_RK.T @ b_DR.T for part_TK in parts)
+        return [
+            output + change_TD.to(output.dtype)
+            for output, change_TD in zip(outputs, changed, strict=True)
+        ]
 
 
 class _Changes:
@@ -231,6 +242,28 @@ def _noted(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _read(
+    model: PreTrainedModel, group: Group, norms: Iterable[str], inputs: Sequence[Tensor]
+) -> _Noted:
+    """What the members read after these norms, where the group is given these inputs.
+
+    The feed-forward parts, most of the work, come after both norms and are left out.
+    """
+    decoder: Any = model.get_decoder()
+    layers = [decoder.layers[layer] for layer in group.layers]
+    left_out = [layer.mlp for layer in layers]
+    for layer in layers:
+        layer.mlp = nn.Identity()
+    try:
+        with _noted(model, group, norms) as read:
+            for x in inputs:
+                hidden_after(model, [group], x)
+    finally:
+        for layer, mlp in zip(layers, left_out, strict=True):
+            layer.mlp = mlp
+    return read
 
 
 def _alike(inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,14 +97,21 @@ def next_token_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
 def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Tensor) -> Tensor:
     """What these groups make of the first one's input; the final norm is not applied."""
     decoder: Any = model.get_decoder()
-    outputs: list[Tensor] = []
-    hook = decoder.norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    norm, decoder.norm = decoder.norm, nn.Identity()
     try:
         with grouped(model, groups):
-            final_hidden(model, inputs_embeds=hidden_BTD)
+            return final_hidden(model, inputs_embeds=hidden_BTD)
     finally:
-        hook.remove()
-    return outputs[0]
+        decoder.norm = norm
+
+
+def hidden_states(model: PreTrainedModel, tokens_T: Tensor) -> list[Tensor]:
+    """What the model hands to each layer, in order, and what the last makes of it: [1, T, D]."""
+    decoder: Any = model.get_decoder()
+    states = [decoder.embed_tokens(tokens_T[None].to(model.device))]
+    for layer in range(len(decoder.layers)):
+        states.append(hidden_after(model, [Group((layer,))], states[-1]))
+    return states
 
 
 class _Passing(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.comparison import Divergence
-from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
+from cqil_dist.planning.grouped_model import (
+    final_hidden,
+    grouped,
+    hidden_states,
+    next_token_logits,
+)
 from cqil_dist.planning.texts import Windows
 from cqil_dist.progress import Progress
 
@@ -28,7 +33,7 @@ class Original:
     vocabulary entry, and a hidden state a token and layer.
 
     Attributes:
-        inputs_LWTD: hidden states [T, D] by layer and window: what each layer takes.
+        states_WL: by window, what each layer takes and what the last makes of it: [1, T, D] each.
         perplexity: on the text.
     """
 
@@ -37,15 +42,15 @@ class Original:
         self.model = model
         self.windows = windows
         self.num_layers: int = model.config.num_hidden_layers
-        self._decoder: Any = model.get_decoder()
-        self.inputs_LWTD: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
+        self.states_WL: list[list[Tensor]] = []
         self._logprobs_WTV: list[Tensor] = []
         losses: list[float] = []
         with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
             for tokens_T in windows.token_ids_WT:
-                logprobs_TV = self._record(tokens_T)
-                self._logprobs_WTV.append(logprobs_TV)
-                losses.append(_loss(logprobs_TV, tokens_T))
+                self.states_WL.append(hidden_states(model, tokens_T))
+                with grouped(model, []):
+                    self._logprobs_WTV.append(self._logprobs(self.states_WL[-1][-1]))
+                losses.append(_loss(self._logprobs_WTV[-1], tokens_T))
                 task.advance()
         self.perplexity = math.exp(fmean(losses))
 
@@ -70,38 +75,16 @@ class Original:
         losses: list[float] = []
         with grouped(self.model, groups[start:]):
             for window, tokens_T in enumerate(self.windows.token_ids_WT):
-                logprobs_TV = self._logprobs(self.inputs_LWTD[start][window])
+                logprobs_TV = self._logprobs(self.states_WL[window][start])
                 original_TV = self._logprobs_WTV[window]
                 kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
                 kls.append(float(kl) / len(tokens_T))
                 losses.append(_loss(logprobs_TV, tokens_T))
         return Divergence(fmean(kls), fmean(losses))
 
-    def _record(self, tokens_T: Tensor) -> Tensor:
-        """Log probabilities [T, V]; notes every layer's input on the way."""
-
-        def note(index: int, x: Tensor) -> None:
-            self.inputs_LWTD[index].append(x[0])
-
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda module, args, kwargs, index=index: note(
-                    index, args[0] if args else kwargs["hidden_states"]
-                ),
-                with_kwargs=True,
-            )
-            for index, layer in enumerate(self._decoder.layers)
-        ]
-        try:
-            embedded = self._decoder.embed_tokens(tokens_T.to(self.model.device))
-            return self._logprobs(embedded)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _logprobs(self, x_TD: Tensor) -> Tensor:
-        """Log probabilities [T, V] of what the model makes of a first layer's input."""
-        hidden_TD = final_hidden(self.model, inputs_embeds=x_TD[None])[0]
+    def _logprobs(self, state_1TD: Tensor) -> Tensor:
+        """Log probabilities [T, V] of what the groups in place make of a state."""
+        hidden_TD = final_hidden(self.model, inputs_embeds=state_1TD)[0]
         return next_token_logits(self.model, hidden_TD).log_softmax(-1)
 
 

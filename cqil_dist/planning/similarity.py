@@ -15,8 +15,8 @@ def input_similarity(original: Original) -> Tensor:
     layers = original.num_layers
     sums = torch.zeros(layers, layers)
     count = 0
-    for inputs_LTD in zip(*original.inputs_LWTD, strict=True):
-        unit_LTD = F.normalize(torch.stack(inputs_LTD).float(), dim=-1)
+    for states_L in original.states_WL:
+        unit_LTD = F.normalize(torch.cat(states_L[:layers]).float(), dim=-1)
         sums += torch.einsum("ltd,mtd->lm", unit_LTD, unit_LTD).cpu()
         count += unit_LTD.shape[1]
     return sums / count

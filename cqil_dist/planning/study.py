@@ -25,6 +25,7 @@ from cqil_dist.model.store import content_sha256, resolve
 from cqil_dist.model.tokenizer import load_tokenizer
 from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.compensation import Compensation
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Original
 from cqil_dist.planning.records import require_folder
@@ -53,53 +54,41 @@ class Study:
         name: what the user calls it.
         device: where it is computed.
         dtype: of its weights there.
-        precision: of float32 products, in torch's words.
+        matmul_precision: of float32 products, in torch's words.
     """
 
     name: str
     path: Path
     device: torch.device
     dtype: torch.dtype
-    precision: str
+    matmul_precision: str
     progress: Progress
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        device: str,
-        progress: Progress,
-        dtype: str = "auto",
-        precision: str = "highest",
-    ) -> Study:
+    def of(cls, name: str, computing: ComputeConfig, progress: Progress) -> Study:
         """Fetch the model if need be. Sets the process's precision of float32 products.
-
-        Args:
-            device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
-            dtype: "float32", "bfloat16", or "auto": float32 on a CPU, bfloat16 on a GPU.
-            precision: "highest", "high" or "medium", as `torch.set_float32_matmul_precision`.
 
         Raises:
             ModelError: the model cannot be found.
-            LaunchError: there is no such device, dtype or precision.
+            LaunchError: there is no such device.
         """
+        device, dtype = computing.device, computing.dtype
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda"):
-            raise LaunchError(f"device {device!r} is not one of auto, cpu, cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise LaunchError("device is 'cuda' but torch sees no GPU; install its CUDA build")
         if dtype == "auto":
             dtype = "bfloat16" if device == "cuda" else "float32"
-        if dtype not in ("float32", "bfloat16"):
-            raise LaunchError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
-        if precision not in ("highest", "high", "medium"):
-            raise LaunchError(f"matmul precision {precision!r} is not one of highest, high, medium")
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(computing.matmul_precision)
         keep_freed_memory()
-        found = resolve(name, progress)
-        dtype_there = getattr(torch, dtype)
-        return cls(name, found, torch.device(device), dtype_there, precision, progress)
+        return cls(
+            name,
+            resolve(name, progress),
+            torch.device(device),
+            getattr(torch, dtype),
+            computing.matmul_precision,
+            progress,
+        )
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -186,7 +175,9 @@ class Study:
     @property
     def numerics(self) -> str:
         """How, where it makes a difference to what is measured."""
-        return f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.precision}"
+        return (
+            f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.matmul_precision}"
+        )
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
         """An adapter that can be merged.

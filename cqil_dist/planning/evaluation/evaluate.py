@@ -20,7 +20,7 @@ from cqil_dist.planning.evaluation.intervals import (
     compare_perplexities,
     mean_of,
 )
-from cqil_dist.planning.evaluation.scoring import likelihoods, loss_by_window
+from cqil_dist.planning.evaluation.scoring import Encoded, encode, likelihoods, loss_by_window
 from cqil_dist.planning.evaluation.tasks import Task
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
@@ -103,18 +103,22 @@ def evaluate(
     """Score the original, once for each text and task, and the plan with its adapter.
 
     Raises:
-        TextError: a text or task has but one item, which says nothing of how sure a score is.
+        TextError: a text or task has but one item, which says nothing of how sure a score is; two
+            have the same name; a task's continuation cannot be scored.
     """
-    counts = {text.source: len(text.token_ids_WT) for text in texts}
-    counts |= {task.name: len(task.items) for task in tasks}
-    for name, count in counts.items():
+    counts = [(text.source, len(text.token_ids_WT)) for text in texts]
+    counts += [(task.name, len(task.items)) for task in tasks]
+    for name, count in counts:
         if count < 2:
             raise TextError(f"{name} has {count} item, but an interval takes 2 or more; give more")
-    original = _score(study, texts, tasks, prompts, study.folder / study.numerics)
+        if [other for other, _ in counts].count(name) > 1:
+            raise TextError(f"two texts or tasks are called {name}; rename one to tell them apart")
+    asked = _Asked(texts, [_Questions.of(task, study) for task in tasks], prompts)
+    original = _score(study, asked, study.folder / study.numerics)
     merged = merge(study.model, adapter)
     try:
         with grouped(study.model, plan.groups):
-            other = _score(study, texts, tasks, prompts, None)
+            other = _score(study, asked, None)
     finally:
         merged.undo()
     results = [
@@ -139,6 +143,29 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class _Questions:
+    """A task, and its continuations in the model's tokens, all of them ones that it can score."""
+
+    task: Task
+    encoded: list[Encoded]
+
+    @classmethod
+    def of(cls, task: Task, study: Study) -> _Questions:
+        asked = [each for item in task.items for each in item.asked]
+        most = study.config.max_positions
+        return cls(task, [encode(study.tokenizer, each, most) for each in asked])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What both models are scored on."""
+
+    texts: Sequence[Windows]
+    tasks: Sequence[_Questions]
+    prompts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class _Scores:
     """One model's: losses by text and window, accuracies by measure, task and item; answers."""
 
@@ -147,26 +174,20 @@ class _Scores:
     said: list[str]
 
 
-def _score(
-    study: Study,
-    texts: Sequence[Windows],
-    tasks: Sequence[Task],
-    prompts: Sequence[str],
-    kept: Path | None,
-) -> _Scores:
+def _score(study: Study, asked: _Asked, kept: Path | None) -> _Scores:
     """Of the study's model as it is now.
 
     Args:
         kept: folder of earlier scores of this very model, which are not computed again.
     """
     scores = _Scores([], {measure: [] for measure in _MEASURES}, [])
-    for text in texts:
+    for text in asked.texts:
         scores.losses.append(_once(kept, text.digest, partial(_losses, study, text)))
-    for task in tasks:
-        found = _once(kept, task.digest, partial(_accuracies, study, task))
+    for questions in asked.tasks:
+        found = _once(kept, questions.task.digest, partial(_accuracies, study, questions))
         for measure in _MEASURES:
             scores.accuracies[measure].append(found[measure])
-    scores.said.extend(_completion(study, prompt) for prompt in prompts)
+    scores.said.extend(_completion(study, prompt) for prompt in asked.prompts)
     return scores
 
 
@@ -174,16 +195,10 @@ def _losses(study: Study, text: Windows) -> list[float]:
     return loss_by_window(study.model, text, study.progress)
 
 
-def _accuracies(study: Study, task: Task) -> dict[str, list[float]]:
+def _accuracies(study: Study, questions: _Questions) -> dict[str, list[float]]:
     """By measure and item."""
-    found = likelihoods(
-        study.model,
-        study.tokenizer,
-        [each for item in task.items for each in item.asked],
-        study.model.config.max_position_embeddings,
-        study.progress,
-        f"Scoring {task.name}",
-    )
+    task = questions.task
+    found = likelihoods(study.model, questions.encoded, study.progress, f"Scoring {task.name}")
     answers = iter(found)
     answered = [(item, [next(answers) for _ in item.asked]) for item in task.items]
     return {

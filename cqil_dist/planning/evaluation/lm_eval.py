@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from cqil_dist.plan import PlanSource
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
 from cqil_dist.planning.study import Study
@@ -44,7 +45,7 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         device: str = "auto",
         **options: Any,
     ) -> None:
-        study = Study.of(pretrained, device, ConsoleProgress())
+        study = Study.of(pretrained, ComputeConfig(device), ConsoleProgress())
         parsed = study.plan(plan)
         changes = None if adapter is None else study.adapter(Path(adapter), parsed)
         merge(study.model, changes)

@@ -37,14 +37,29 @@ class Likelihood:
     greedy: bool
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of its continuation, as lm-eval splits them.
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a context and of its continuation."""
+
+    context: list[int]
+    continuation: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.context) + len(self.continuation)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked, max_len: int) -> Encoded:
+    """Split as lm-eval does.
 
     The two are encoded together, so that the tokens are those of running text. Blanks at the
     context's end belong to the continuation; an empty context is the token that texts begin with.
 
+    Args:
+        max_len: tokens the model takes; of a longer context the end is kept.
+
     Raises:
-        TextError: the continuation is empty.
+        TextError: the continuation is empty, or too long for the model.
     """
     context = asked.context.rstrip()
     blanks = asked.context[len(context) :]
@@ -52,8 +67,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> tuple[list[int],
     whole: Any = tokenizer(context + blanks + asked.continuation)["input_ids"]
     if not (following := whole[len(ids) :]):
         raise TextError(f"nothing follows the context {context[-60:]!r}; a continuation is needed")
+    if len(following) > max_len:
+        raise TextError(
+            f"the continuation {asked.continuation[:60]!r} has {len(following)} tokens but the "
+            f"model takes {max_len}"
+        )
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return ids or [first], following
+    # The last token is asked for, not given: one more than the model takes fits.
+    return Encoded((ids or [first])[-(max_len + 1 - len(following)) :], following)
 
 
 @torch.inference_mode()
@@ -72,30 +93,14 @@ def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress)
 
 @torch.inference_mode()
 def likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
-    max_len: int,
-    progress: Progress,
-    description: str,
+    model: PreTrainedModel, asked: Sequence[Encoded], progress: Progress, description: str
 ) -> list[Likelihood]:
-    """The likelihood of each continuation after its context, in order.
-
-    Args:
-        max_len: tokens the model takes; of a longer context the end is kept.
-
-    Raises:
-        TextError: a continuation is empty, or too long for the model.
-    """
-    pairs = [encode(tokenizer, each) for each in asked]
-    if (longest := max(len(following) for _, following in pairs)) > max_len:
-        raise TextError(f"a continuation has {longest} tokens but the model takes {max_len}")
-    cut = [(ids[-(max_len + 1 - len(following)) :], following) for ids, following in pairs]
+    """The likelihood of each continuation after its context, in order."""
     found: dict[int, Likelihood] = {}
     with progress.task(description, len(asked), "continuations") as task:
-        for batch in _batches([len(ids) + len(following) for ids, following in cut]):
-            rows = [cut[index] for index in batch]
-            found |= dict(zip(batch, _likelihoods(model, rows), strict=True))
+        for batch in _batches([each.tokens for each in asked]):
+            scored = _likelihoods(model, [asked[index] for index in batch])
+            found |= dict(zip(batch, scored, strict=True))
             task.advance(len(batch))
     return [found[index] for index in range(len(asked))]
 
@@ -109,25 +114,20 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         order = order[count:]
 
 
-def _likelihoods(
-    model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]
-) -> list[Likelihood]:
-    longest = max(len(ids) + len(following) for ids, following in rows)
+def _likelihoods(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[Likelihood]:
+    longest = max(row.tokens for row in rows)
     # Padding comes after what is asked for, and attention is causal: no mask is needed.
     tokens_BT = torch.zeros(len(rows), longest - 1, dtype=torch.long)
-    for row, (ids, following) in enumerate(rows):
-        given = (ids + following)[:-1]
-        tokens_BT[row, : len(given)] = torch.tensor(given)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : row.tokens - 1] = torch.tensor((row.context + row.continuation)[:-1])
     hidden_BTD = final_hidden(model, input_ids=tokens_BT.to(model.device))
-    spans = [slice(len(ids) - 1, len(ids) + len(following) - 1) for ids, following in rows]
-    hidden_ND = torch.cat([hidden_BTD[row, span] for row, span in enumerate(spans)])
+    spans = [slice(len(row.context) - 1, row.tokens - 1) for row in rows]
+    hidden_ND = torch.cat([hidden_BTD[index, span] for index, span in enumerate(spans)])
     logprobs_NV = next_token_logits(model, hidden_ND).log_softmax(-1)
+    counts = [len(row.continuation) for row in rows]
     found: list[Likelihood] = []
-    first = 0
-    for _, following in rows:
-        part_CV = logprobs_NV[first : first + len(following)]
-        targets_C = torch.tensor(following, device=part_CV.device)
-        first += len(following)
+    for row, part_CV in zip(rows, torch.split(logprobs_NV, counts), strict=True):
+        targets_C = torch.tensor(row.continuation, device=part_CV.device)
         logprob = float(part_CV.gather(1, targets_C[:, None]).sum())
         found.append(Likelihood(logprob, bool((part_CV.argmax(-1) == targets_C).all())))
     return found

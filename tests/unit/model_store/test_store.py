@@ -92,6 +92,17 @@ def test_converted_gguf_is_the_original_model(
     assert quick_conversion == []
 
 
+def test_what_is_converted_does_not_depend_on_the_environment(
+    tiny_gguf: TinyGguf, cache: Path, converted_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = store.resolve(str(tiny_gguf.path), SILENT)
+    (expected,) = (converted_cache / "models").iterdir()
+    for file in expected.iterdir():
+        if file.name != "manifest.json":
+            assert (path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_second_resolve_is_quick_and_loads_no_torch(
     tiny_gguf: TinyGguf, filled_cache: Path
 ) -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.evaluation import evaluate as evaluate_module
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
@@ -33,7 +34,7 @@ TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " 
 
 
 def study(tiny: TinyModel) -> Study:
-    return Study.of(str(tiny.path), "cpu", SilentProgress())
+    return Study.of(str(tiny.path), ComputeConfig("cpu"), SilentProgress())
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def accuracy(found: list[list[tuple[float, bool]]], likely: Any) -> float:
 def test_log_likelihoods_are_lm_evals(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cqil_dist.planning.evaluation.scoring import Asked, likelihoods
+    from cqil_dist.planning.evaluation.scoring import Asked, encode, likelihoods
 
     tasks = local_tasks(tmp_path, monkeypatch)
     expected = evaluate_with_lm_eval(
@@ -111,7 +112,8 @@ def test_log_likelihoods_are_lm_evals(
         for question in QUESTIONS
         for choice in question["choices"]  # type: ignore[attr-defined]
     ]
-    found = likelihoods(one.model, one.tokenizer, asked, 128, SilentProgress(), "")
+    encoded = [encode(one.tokenizer, each, 128) for each in asked]
+    found = likelihoods(one.model, encoded, SilentProgress(), "")
     flat = [answer for answers in expected for answer in answers]
     assert [each.logprob for each in found] == pytest.approx([a[0] for a in flat], abs=1e-3)
     assert [each.greedy for each in found] == [a[1] for a in flat]
@@ -228,6 +230,24 @@ def test_lines_that_are_no_items_are_named(tmp_path: Path, line: str, message: s
     with pytest.raises(TextError, match=message):
         read_task(file)
     assert len(read_task(file, limit=1).items) == 1
+
+
+def test_what_cannot_be_scored_is_said_before_anything_is(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path / "cache"))
+    text, long = tmp_path / "text.txt", tmp_path / "long.jsonl"
+    text.write_text(TEXT, encoding="utf-8")
+    windows = read_windows([text], tiny.tokenizer, 32)
+    item = json.dumps({"context": "The", "continuation": " sea" * tiny.config.max_positions})
+    long.write_text(f"{item}\n" * 2, encoding="utf-8")
+    with pytest.raises(
+        TextError, match=rf"' sea sea.* the model takes {tiny.config.max_positions}"
+    ):
+        evaluate(study(tiny), tiny.plan(PLAN), None, [windows], [read_task(long)])
+    with pytest.raises(TextError, match=r"two texts or tasks are called text\.txt"):
+        evaluate(study(tiny), tiny.plan(PLAN), None, [windows, windows], [])
+    assert not list(tmp_path.rglob("scored-*"))
 
 
 def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tiny_models import TinyModel
 from cqil_dist.errors import TextError
 from cqil_dist.planning import study as study_module
 from cqil_dist.planning import texts
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.texts import Openings, Windows, read_windows
 from cqil_dist.progress import Progress, SilentProgress, Task
@@ -37,7 +38,7 @@ def _joined(tokens: list[int]) -> str:
 
 
 def study(tiny: TinyModel, progress: Progress | None = None) -> Study:
-    return Study.of(str(tiny.path), "cpu", progress or SilentProgress())
+    return Study.of(str(tiny.path), ComputeConfig("cpu"), progress or SilentProgress())
 
 
 def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:

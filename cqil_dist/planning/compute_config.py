@@ -1,0 +1,34 @@
+"""How a model is computed where it is measured: plain, checked values; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cqil_dist.errors import LaunchError
+
+_VALUES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "matmul_precision": ("highest", "high", "medium"),
+}
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How to compute.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
+        dtype: of the model: "float32", "bfloat16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        matmul_precision: of float32 products: "highest", "high" or "medium", as
+            `torch.set_float32_matmul_precision` takes it.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    matmul_precision: str = "highest"
+
+    def __post_init__(self) -> None:
+        for name, values in _VALUES.items():
+            if (value := getattr(self, name)) not in values:
+                raise LaunchError(f"{name} {value!r} is not one of {', '.join(values)}")
