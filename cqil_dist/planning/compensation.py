@@ -112,26 +112,26 @@ class Compensation:
 
     @torch.no_grad()
     def _fit(self, changes: _Changes, groups: Sequence[Group], progress: Progress) -> None:
-        said = self._states(groups[0].layers[0])
+        inputs = self._states(groups[0].layers[0])
         with progress.task("Fitting groups", len(groups), "groups") as task:
             for group in groups:
-                fit = _Fit(changes, group, said, self.ridge, self.rank)
-                true = self._read_in_original(group)
+                fit = _Fit(changes, group, inputs, self.ridge, self.rank)
+                original = self._read_in_original(group)
                 for norm in _READERS:
-                    fit.inputs(norm, true)
-                said = fit.outputs(self._states(group.layers[-1] + 1))
+                    fit.correct_inputs(norm, original)
+                inputs = fit.correct_outputs(self._states(group.layers[-1] + 1))
                 task.advance()
 
     def _states(self, layer: int) -> list[Tensor]:
-        """What the original hands to a layer, by window."""
+        """What the original hands to a layer, by window; one above the last is the model's."""
         return [states_L[layer] for states_L in self._states_WL]
 
-    def _read_in_original(self, group: Group) -> _Noted:
+    def _read_in_original(self, group: Group) -> _Recorded:
         """What its members read there; the group's own layers are unchanged yet."""
-        true: _Noted = {}
+        read: _Recorded = {}
         for layer in group.layers:
-            true |= _read(self._model, Group((layer,)), _READERS, self._states(layer))
-        return true
+            read |= _read(self._model, Group((layer,)), _READERS, self._states(layer))
+        return read
 
 
 def compensate(fitting: Compensation, plan: Plan, progress: Progress) -> dict[str, Lora]:
@@ -147,7 +147,7 @@ def compensate(fitting: Compensation, plan: Plan, progress: Progress) -> dict[st
         return changes
 
 
-_Noted = dict[tuple[int, str], list[Tensor]]
+_Recorded = dict[tuple[int, str], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -155,35 +155,36 @@ class _Fit:
     """The maps of one group, found and put in place.
 
     Attributes:
-        said: its inputs by window, [1, T, D].
+        group_inputs: by window, [1, T, D].
     """
 
     changes: _Changes
     group: Group
-    said: Sequence[Tensor]
+    group_inputs: Sequence[Tensor]
     ridge: float
     rank: int
 
-    def inputs(self, norm: str, true: _Noted) -> None:
+    def correct_inputs(self, norm: str, original: _Recorded) -> None:
         """Bring what each member reads after a norm nearer what it reads in the original."""
-        read = _read(self.changes.model, self.group, [norm], self.said)
+        read = _read(self.changes.model, self.group, [norm], self.group_inputs)
         for layer in self.group.layers:
-            pairs = zip(read[layer, norm], true[layer, norm], strict=True)
-            samples = ((read_TD, true_TD - read_TD) for read_TD, true_TD in pairs)
+            pairs = zip(read[layer, norm], original[layer, norm], strict=True)
+            samples = ((read_TD, original_TD - read_TD) for read_TD, original_TD in pairs)
             b_DR, a_RD = _reduced_rank_ridge(samples, self.ridge, self.rank)
             for name in _READERS[norm]:
                 weight_OD = self.changes.weight(layer, name)
                 self.changes.make(layer, name, Lora(a_RD, weight_OD @ b_DR))
 
-    def outputs(self, taught: Sequence[Tensor]) -> list[Tensor]:
-        """Bring the group's outputs nearer what is taught; returns what they are now."""
-        with _noted(self.changes.model, self.group, [_OUTPUT]) as noted:
-            outputs = [hidden_after(self.changes.model, [self.group], x) for x in self.said]
-        members = [noted[layer, _OUTPUT] for layer in self.group.layers]
+    def correct_outputs(self, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Bring the group's outputs nearer the original's; returns what they are now."""
+        model = self.changes.model
+        with _recorded(model, self.group, [_OUTPUT]) as recorded:
+            outputs = [hidden_after(model, [self.group], x) for x in self.group_inputs]
+        members = [recorded[layer, _OUTPUT] for layer in self.group.layers]
         parts = [torch.cat(each, -1) for each in zip(*members, strict=True)]
         samples = (
             _alike(part_TK, target[0].float(), (target - output)[0].float())
-            for part_TK, output, target in zip(parts, outputs, taught, strict=True)
+            for part_TK, output, target in zip(parts, outputs, targets, strict=True)
         )
         b_DR, a_RK = _reduced_rank_ridge(samples, self.ridge, self.rank)
         for layer, a_RD in zip(self.group.layers, a_RK.chunk(self.group.size, dim=1), strict=True):
@@ -216,29 +217,29 @@ class _Changes:
 
 
 @contextmanager
-def _noted(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterator[_Noted]:
+def _recorded(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterator[_Recorded]:
     """What these parts of the members give, [T, D] in float32, window after window.
 
     Without their biases: a linear map of the weights leaves those alone.
     """
     decoder: Any = model.get_decoder()
-    noted: _Noted = {}
+    recorded: _Recorded = {}
     hooks = []
 
-    def note(key: tuple[int, str], module: Any, output: Tensor) -> None:
+    def record(key: tuple[int, str], module: Any, output: Tensor) -> None:
         if getattr(module, "bias", None) is not None:
             output = output - module.bias
-        noted.setdefault(key, []).append(output[0].float())
+        recorded.setdefault(key, []).append(output[0].float())
 
     for key in product(group.layers, names):
         part = decoder.layers[key[0]].get_submodule(key[1])
         hooks.append(
             part.register_forward_hook(
-                lambda module, args, output, key=key: note(key, module, output)
+                lambda module, args, output, key=key: record(key, module, output)
             )
         )
     try:
-        yield noted
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -246,7 +247,7 @@ def _noted(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterat
 
 def _read(
     model: PreTrainedModel, group: Group, norms: Iterable[str], inputs: Sequence[Tensor]
-) -> _Noted:
+) -> _Recorded:
     """What the members read after these norms, where the group is given these inputs.
 
     The feed-forward parts, most of the work, come after both norms and are left out.
@@ -257,7 +258,7 @@ def _read(
     for layer in layers:
         layer.mlp = nn.Identity()
     try:
-        with _noted(model, group, norms) as read:
+        with _recorded(model, group, norms) as read:
             for x in inputs:
                 hidden_after(model, [group], x)
     finally:

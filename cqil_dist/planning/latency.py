@@ -51,10 +51,15 @@ class CostModel:
 
 
 def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
-    """Time a model's layers and head: float32, one thread of this machine's CPU."""
+    """Time a model's layers and head as a rank computes them: float32, one thread of this CPU.
+
+    Whatever precision plans are measured in: for one token, products in bfloat16 take twice as long
+    as those in float32, since weights are converted each time.
+    """
     config = ModelConfig.from_directory(path)
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     try:
         position = min(_CONTEXT, config.max_positions - 1)
         measure = prepare_layers(path, 1, position + 1)
@@ -62,5 +67,6 @@ def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
         times_ms = measure(position, _REPEATS)
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
     layer_us, head_us = (1000 * median(times_ms[part::2]) for part in (0, 1))
     return CostModel(layer_us, head_us, link_us, ranks, config.vocab_size)

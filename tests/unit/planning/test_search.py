@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import TinyModelFactory, random_tokens
+from tiny_models import TinyModel, TinyModelFactory, random_tokens
 
+from cqil_dist.benchmarks.workers import prepare_layers
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning import latency
 from cqil_dist.planning.comparison import Comparison, Divergence
 from cqil_dist.planning.front import Goal, PlanFinder
 from cqil_dist.planning.grouped_model import load_model
@@ -171,6 +174,32 @@ def test_a_plan_that_exchanges_less_is_found_where_the_best_is_too_slow(
     assert found.latency_us <= bound
     allowed = [plan for plan in pairs if cost.latency_us(plan) <= bound]
     assert found.divergence.kl == pytest.approx(min(comparison.compare(p).kl for p in allowed))
+
+
+def test_layers_are_timed_as_a_rank_computes_them(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever precision plans are measured in, which stays as it was."""
+    during: list[tuple[int, str]] = []
+
+    def prepare(*arguments: Any) -> Any:
+        measure = prepare_layers(*arguments)
+
+        def noted(*arguments: Any) -> Any:
+            during.append((torch.get_num_threads(), torch.get_float32_matmul_precision()))
+            return measure(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(latency, "prepare_layers", prepare)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        cost = latency.measure_cost(tiny.path, 2, 50)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(during) == {(1, "highest")}
+    assert cost.layer_us > 0
 
 
 def test_goals_that_cannot_be_kept_are_said(
