@@ -17,9 +17,9 @@ from rich.table import Table
 from cqil_dist.benchmarks.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
 from cqil_dist.benchmarks.hosts import Network
 from cqil_dist.benchmarks.machine import machine
-from cqil_dist.benchmarks.report import write_json
 from cqil_dist.model.store import resolve
 from cqil_dist.progress import ConsoleProgress
+from cqil_dist.records import write_record
 
 
 def main(
@@ -69,7 +69,7 @@ def main(
         "seed": seed,
         **machine("cpu"),
     }
-    write_json({"setting": setting, **report.to_dict()}, output)
+    write_record(output, {"setting": setting, **report.to_dict()})
     if report.failed or report.wrong or report.lost or report.doubled:
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cqil_dist.client import AsyncClient, Client
     from cqil_dist.errors import (
         CheckpointError,
+        ConfigError,
         CqilError,
         ExchangeError,
         InsufficientResources,
@@ -54,6 +55,8 @@ _HOMES = {
     "cqil_dist.api": ("RunningEngine", "launch"),
     "cqil_dist.errors": (
         "CheckpointError",
+        "ConfigError",
+        "ConfigError",
         "CqilError",
         "ExchangeError",
         "InsufficientResources",
@@ -95,6 +98,7 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "ConfigError",
     "CqilError",
     "ExchangeError",
     "Group",

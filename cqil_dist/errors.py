@@ -6,6 +6,7 @@ CqilError
 │   ├── ModelNotFound      no such name, directory, file or hub id; or not served
 │   ├── UnsupportedModel   a structure this runtime does not compute
 │   └── CheckpointError    a tensor or file that is missing, misshapen or damaged
+├── ConfigError        a setting, a device or an output folder that cannot be used
 ├── TextError          text or a task to measure with that cannot be used
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
 ├── ServiceError       a service that was asked does not answer the request
@@ -48,6 +49,10 @@ class UnsupportedModel(ModelError):
 
 class CheckpointError(ModelError):
     """A tensor or a file of the checkpoint is missing, misshapen or damaged."""
+
+
+class ConfigError(CqilError, ValueError):
+    """How to measure or train, where to compute or where to write to cannot be as asked."""
 
 
 class TextError(CqilError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,11 +78,6 @@ def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{exchange['skew']:.0f}" if exchange else "",
         )
     return table
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:

@@ -71,7 +71,9 @@ def latency(
     """
     from cqil_dist.benchmarks.latency import Case, measure
     from cqil_dist.benchmarks.machine import machine
-    from cqil_dist.benchmarks.report import print_tables, write_json, write_plot
+    from cqil_dist.benchmarks.report import print_tables, write_plot
+    from cqil_dist.planning.report import write_report
+    from cqil_dist.records import write_record
 
     results, layers, nodes = measure(
         Case(model, device, dtype, prompt_tokens, output_tokens),
@@ -99,9 +101,9 @@ def latency(
         "results": [result.to_dict() for result in results],
     }
     print_tables(report)
-    write_json(report, output / "latency.json")
+    write_record(output / "latency.json", report)
     write_plot(report, output / "latency.png")
-    typer.echo(f"written: {output / 'latency.json'}, {output / 'latency.png'}")
+    typer.echo(f"written: {output}/latency.json, latency.png, {write_report(output).name}")
 
 
 @app.command()
@@ -137,19 +139,19 @@ def serve(
     from rich.console import Console
 
     from cqil_dist.benchmarks.machine import machine
-    from cqil_dist.benchmarks.report import write_json
     from cqil_dist.benchmarks.serve.measure import measure
     from cqil_dist.benchmarks.serve.summary import report
     from cqil_dist.benchmarks.serve.tables import print_report
     from cqil_dist.benchmarks.serve.target import Target
     from cqil_dist.progress import ConsoleProgress
+    from cqil_dist.records import write_record
 
     target = Target(base_url, api_key, insecure, ca_cert)
     load = Load(max_concurrency=_bounds(max_concurrency), **asked)
     measurement = measure(target, load, ConsoleProgress())
     found = report(target, load, measurement, machine("cpu"))
     print_report(found, Console())
-    write_json(found, output / "serve.json")
+    write_record(output / "serve.json", found)
     typer.echo(f"written: {output / 'serve.json'}")
     if measurement.interrupted:
         raise typer.Exit(130)

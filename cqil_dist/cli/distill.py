@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.cli import options
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import ConfigError
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
@@ -32,11 +32,11 @@ _TRAINING: dict[str, Any] = {
 }
 
 
-@options.options_of(TrainingConfig, _TRAINING, "training")
+@options.options_of(TrainingConfig, _TRAINING, "training", TrainingConfig)
 @options.compute_options
 def distill(
-    training: dict[str, Any],
-    computing: dict[str, Any],
+    training: TrainingConfig,
+    computing: ComputeConfig,
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
@@ -59,23 +59,22 @@ def distill(
     Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
     goes on with a run that was interrupted, and ends as if it had not been.
     """
-    from cqil_dist.planning.distillation import TrainingLog
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_training
     from cqil_dist.planning.provenance import made_with, record_of
-    from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
+    from cqil_dist.planning.training_state import TrainingLog
+    from cqil_dist.records import require_folder
 
     require_folder(output)
     progress = ConsoleProgress()
-    config = TrainingConfig(**training)
-    study = Study.of(model, ComputeConfig(**computing), progress)
+    study = Study.of(model, computing, progress)
     parsed = study.plan(plan)
     if init is not None and init.resolve() == output.resolve():
-        raise LaunchError(f"--init and --output are both {output}; write to another folder")
+        raise ConfigError(f"--init and --output are both {output}; write to another folder")
     start = None if init is None else study.adapter(init, parsed)
-    read, kept = study.windows(text or [], window, tokens, config.seed).split(held_out)
-    train = study.extended(read, sampled_tokens, config.seed)
+    read, kept = study.windows(text or [], window, tokens, training.seed).split(held_out)
+    train = study.extended(read, sampled_tokens, training.seed)
 
     def show(log: TrainingLog) -> None:
         plot_training(log, output / "loss.png")
@@ -87,7 +86,7 @@ def distill(
         parsed,
         train,
         kept,
-        config,
+        training,
         output,
         progress,
         teacher=f"{study.folder.name} {study.numerics}",

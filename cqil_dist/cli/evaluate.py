@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @options.compute_options
 def evaluate(
-    computing: dict[str, Any],
+    computing: ComputeConfig,
     model: options.Model,
     plan: options.PlanText = "sequential",
     adapter: options.Adapter = None,
@@ -53,9 +53,9 @@ def evaluate(
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.provenance import refuse_known_text
-    from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
+    from cqil_dist.records import require_file, write_record
 
     if output is not None:
         require_file(output)
@@ -63,7 +63,7 @@ def evaluate(
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
     wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
     read = [read_task(file, limit) for file in wanted]
-    study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
+    study = Study.of(model, computing, ConsoleProgress())
     texts = [study.windows([file], window, tokens, seed) for file in ppl or []]
     parsed = study.plan(plan)
     merged = None if adapter is None else study.adapter(adapter, parsed)
@@ -86,6 +86,8 @@ def _task_file(name: str, folder: Path) -> Path:
 
 
 def _table(evaluation: Evaluation) -> Table:
+    from cqil_dist.planning.evaluation.intervals import difference_text
+
     adapter = f", adapter {evaluation.adapter}" if evaluation.adapter else ""
     table = Table(
         "measure",
@@ -98,13 +100,12 @@ def _table(evaluation: Evaluation) -> Table:
     )
     for result in evaluation.results:
         paired = result.paired
-        sign = "x" if result.measure == "perplexity" else ""
         table.add_row(
             result.measure,
             result.of,
             str(result.items),
             str(paired.original),
             str(paired.other),
-            f"{sign}{paired.difference}",
+            difference_text(result.measure, paired.difference),
         )
     return table

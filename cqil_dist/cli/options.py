@@ -1,4 +1,4 @@
-"""Options that several subcommands share: how to launch a model."""
+"""Options that several subcommands share: how to launch a model, and how to measure one."""
 
 from __future__ import annotations
 
@@ -159,24 +159,30 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
 
 
 def compute_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that measures the options of `ComputeConfig`, in its parameter `computing`."""
-    return options_of(ComputeConfig, _COMPUTING, "computing")(command)
+    """Give a command a `ComputeConfig`, in its parameter `computing`."""
+    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(command)
 
 
-def options_of(config: type[Any], kinds: Mapping[str, Any], parameter: str) -> Decorator:
+def options_of(
+    config: type[Any],
+    kinds: Mapping[str, Any],
+    parameter: str,
+    made: Callable[..., Any] = dict,
+) -> Decorator:
     """Give a command an option for each of these fields of a config, with the field's default.
 
     Args:
         config: a dataclass.
         kinds: annotations for typer, by field.
-        parameter: of the command, which gets what was given in one dict, by field.
+        parameter: of the command, which gets what was given in one.
+        made: of what was given, by field: the config, or a dict where the command adds to it.
     """
     defaults = {field.name: field.default for field in fields(config)}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**given: Any) -> None:
-            command(**{parameter: {name: given.pop(name) for name in kinds}}, **given)
+            command(**{parameter: made(**{name: given.pop(name) for name in kinds})}, **given)
 
         signature = inspect.signature(command, eval_str=True)
         parameters = [

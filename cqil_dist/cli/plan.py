@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,42 +14,14 @@ from rich.table import Table
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.planning.calibration import CalibrationConfig
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.progress import ConsoleProgress
-
-if TYPE_CHECKING:
-    from cqil_dist.planning.analysis import Analysis
-    from cqil_dist.planning.comparison import Comparison
-    from cqil_dist.planning.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """How `analyze` and `search` measure: the same defaults let one go on from the other."""
-
-    text: list[Path] | None = None
-    tokens: int = 2048
-    window: int = 256
-    seed: int = 0
-    max_group: int = 3
-    fit_tokens: int = 0
-
-    def measure(self, model: str, computing: dict[str, Any]) -> tuple[Study, Comparison, Analysis]:
-        from cqil_dist.planning.analysis import analyze
-        from cqil_dist.planning.study import Study
-
-        study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
-        tokens = self.tokens + self.fit_tokens
-        fitted, windows = None, study.windows(self.text or [], self.window, tokens, self.seed)
-        if self.fit_tokens:
-            fitted, windows = windows.split(max(1, self.tokens // self.window))
-        comparison = study.comparison(windows, fitted)
-        return study, comparison, analyze(model, comparison, self.max_group, study.progress)
-
-
-# By field of _Calibration.
+# By field of CalibrationConfig.
 _CALIBRATION: dict[str, Any] = {
     "text": options.Text,
     "tokens": options.Tokens,
@@ -69,12 +41,12 @@ _CALIBRATION: dict[str, Any] = {
 
 
 @app.command()
-@options.options_of(_Calibration, _CALIBRATION, "calibration")
+@options.options_of(CalibrationConfig, _CALIBRATION, "calibration", CalibrationConfig)
 @options.compute_options
 def analyze(
     model: options.Model,
-    calibration: dict[str, Any],
-    computing: dict[str, Any],
+    calibration: CalibrationConfig,
+    computing: ComputeConfig,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("plans"),
 ) -> None:
     """How alike layers' inputs are, and what running each group concurrently costs.
@@ -83,11 +55,13 @@ def analyze(
     was; `cqil plan search` on the same text begins with what was measured here.
     """
     from cqil_dist.planning.plots import plot_sensitivity, plot_similarity
-    from cqil_dist.planning.records import require_folder, write_record
     from cqil_dist.planning.report import write_report
+    from cqil_dist.planning.study import Study
+    from cqil_dist.records import require_folder, write_record
 
     require_folder(output)
-    *_, analysis = _Calibration(**calibration).measure(model, computing)
+    study = Study.of(model, computing, ConsoleProgress())
+    _, analysis = calibration.measure(study)
     record = analysis.to_json()
     file = output / ("analysis-compensated.json" if analysis.compensated else "analysis.json")
     write_record(file, record)
@@ -97,12 +71,12 @@ def analyze(
 
 
 @app.command()
-@options.options_of(_Calibration, _CALIBRATION, "calibration")
+@options.options_of(CalibrationConfig, _CALIBRATION, "calibration", CalibrationConfig)
 @options.compute_options
 def search(
     model: options.Model,
-    calibration: dict[str, Any],
-    computing: dict[str, Any],
+    calibration: CalibrationConfig,
+    computing: ComputeConfig,
     depth: Annotated[int | None, typer.Option("--depth", help="Groups of the plan.")] = None,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
@@ -131,12 +105,14 @@ def search(
     from cqil_dist.planning.front import Goal, PlanFinder, front_json
     from cqil_dist.planning.latency import measure_cost
     from cqil_dist.planning.plots import plot_front
-    from cqil_dist.planning.records import require_file, write_record
     from cqil_dist.planning.report import write_report
+    from cqil_dist.planning.study import Study
+    from cqil_dist.records import require_file, write_record
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    study, comparison, analysis = _Calibration(**calibration).measure(model, computing)
+    study = Study.of(model, computing, ConsoleProgress())
+    comparison, analysis = calibration.measure(study)
     cost = measure_cost(study.path, ranks, link_us)
     finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
@@ -153,7 +129,7 @@ def search(
 @app.command()
 @options.compute_options
 def compensate(
-    computing: dict[str, Any],
+    computing: ComputeConfig,
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
@@ -176,20 +152,18 @@ def compensate(
     """
     from cqil_dist.model.adapter import write_adapter
     from cqil_dist.planning.compensation import Compensation
-    from cqil_dist.planning.compensation import compensate as fit
     from cqil_dist.planning.provenance import made_with, record_of
-    from cqil_dist.planning.records import require_folder
     from cqil_dist.planning.study import Study
+    from cqil_dist.records import require_folder
 
     require_folder(output)
-    study = Study.of(model, ComputeConfig(**computing), ConsoleProgress())
+    study = Study.of(model, computing, ConsoleProgress())
     parsed = study.plan(plan)
     windows = study.windows(text or [], window, tokens, seed)
     windows = study.extended(windows, sampled_tokens, seed)
-    fitting = Compensation(study.model, windows, rank, ridge, study.progress)
-    changes = fit(fitting, parsed, study.progress)
+    loras = Compensation(study.model, windows, study.progress, rank, ridge).loras(parsed)
     made = made_with(windows, record_of(plan, model))
-    write_adapter(output, changes, model, {**parsed.to_json(), "measured": made})
+    write_adapter(output, loras, model, {**parsed.to_json(), "measured": made})
     typer.echo(f"written: {output}", err=True)
 
 

@@ -63,5 +63,5 @@ def analyze(model: str, comparison: Comparison, largest: int, progress: Progress
         original.perplexity,
         input_similarity(original),
         measure_sensitivities(comparison, groups, progress),
-        comparison.fitting is not None,
+        comparison.compensated,
     )

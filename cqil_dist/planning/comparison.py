@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cqil_dist.plan import Group, Plan
+from cqil_dist.planning.divergence import Divergence
 
 if TYPE_CHECKING:
     from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.original import Original
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a changed model is from the original, on some text; means over its tokens.
-
-    Attributes:
-        kl: KL(original || changed) of the next token, nats.
-        loss: the changed model's cross entropy on the text itself, nats.
-    """
-
-    kl: float
-    loss: float
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
 
 
 class Comparison:
@@ -42,60 +24,63 @@ class Comparison:
 
     Attributes:
         original: what is compared with.
-        fitting: compensates what is compared; None leaves it as it is.
+        compensation: of what is compared; None leaves it as it is.
     """
 
-    def __init__(self, original: Original, fitting: Compensation | None, folder: Path) -> None:
+    def __init__(self, original: Original, compensation: Compensation | None, folder: Path) -> None:
         """Args: folder: of the results of one model and way of computing it."""
         self._folder = folder
         self.original = original
-        self.fitting = fitting
+        self.compensation = compensation
         texts = [original.windows.digest]
-        if fitting is not None:
-            texts += [fitting.windows.digest, str(fitting.rank), str(fitting.ridge)]
+        if compensation is not None:
+            texts += [
+                compensation.windows.digest,
+                str(compensation.rank),
+                str(compensation.ridge),
+            ]
         self._file = folder / f"compared-{'-'.join(texts)}.jsonl"
         self._known = _read(self._file)
 
+    @property
+    def compensated(self) -> bool:
+        return self.compensation is not None
+
     def compare(self, plan: Plan) -> Divergence:
         """Of a whole plan. Raises TextError where there is too little text to fit to."""
-
-        def measure() -> Divergence:
-            with self._compensated(plan.changed):
-                return self.original.compare(plan)
-
-        return self._once(plan.to_json(), measure)
+        return self._once(plan.to_json(), plan.groups, plan.changed)
 
     def compare_group(self, group: Group) -> Divergence:
         """Of one group, with every other layer as it is. Raises as `compare`."""
-
-        def measure() -> Divergence:
-            with self._compensated([group]):
-                return self.original.compare_group(group)
-
-        return self._once(group.to_json(), measure)
+        whole = Plan.covering([group], self.original.num_layers)
+        return self._once(group.to_json(), whole.groups, [group])
 
     def compare_layers(self, layers: Sequence[int]) -> Divergence:
         """Of these layers alone, one after another, the others left out; never compensated."""
-        groups = [Group((layer,)) for layer in layers]
-        return self._once({"kept": list(layers)}, lambda: self.original.compare_groups(groups))
+        return self._once({"kept": list(layers)}, [Group((layer,)) for layer in layers], [])
 
     @property
     def uncompensated(self) -> Comparison:
         """Compares the same as it is."""
-        return Comparison(self.original, None, self._folder) if self.fitting else self
+        return Comparison(self.original, None, self._folder) if self.compensated else self
 
-    def _compensated(self, groups: Sequence[Group]) -> AbstractContextManager[object]:
-        return self.fitting.of(groups) if self.fitting and groups else nullcontext()
-
-    def _once(self, compared: dict[str, Any], measure: Callable[[], Divergence]) -> Divergence:
+    def _once(
+        self, compared: dict[str, Any], groups: Sequence[Group], compensated: Sequence[Group]
+    ) -> Divergence:
         key = json.dumps(compared)
         if key not in self._known:
-            found = self._known[key] = measure()
+            with self._applied(compensated):
+                found = self._known[key] = self.original.compare(groups)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"of": compared, "kl": found.kl, "loss": found.loss})
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"\n{line}")  # a killed run may have left a line unfinished
         return self._known[key]
+
+    def _applied(self, groups: Sequence[Group]) -> AbstractContextManager[object]:
+        if self.compensation is None or not groups:
+            return nullcontext()
+        return self.compensation.applied(groups)
 
 
 def _read(file: Path) -> dict[str, Divergence]:

@@ -34,7 +34,7 @@ from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.grouped_model import hidden_after, hidden_states
 from cqil_dist.planning.merging import Merged
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
 from cqil_dist.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -63,15 +63,15 @@ class Compensation:
         self,
         model: PreTrainedModel,
         windows: Windows,
+        progress: Progress,
         rank: int = 256,
         ridge: float = 0.3,
-        progress: Progress | None = None,
     ) -> None:
         self.windows = windows
         self.rank = rank
         self.ridge = ridge
         self._model = model
-        self._progress = progress or SilentProgress()
+        self._progress = progress
 
     @cached_property
     def _states_WL(self) -> list[list[Tensor]]:
@@ -90,11 +90,23 @@ class Compensation:
                 task.advance()
         return states_WL
 
+    def loras(self, plan: Plan) -> dict[str, Lora]:
+        """Changes of projections, by module, for every group from the first that is no exact layer.
+
+        Raises:
+            PlanError: the plan is the original model.
+            TextError: there is too little text for so small a ridge.
+        """
+        if plan.is_sequential:
+            raise PlanError(f"plan {plan} is the original model: there is nothing to fit")
+        with self.applied(plan.changed, self._progress) as merged:
+            return merged.loras
+
     @contextmanager
-    def of(
+    def applied(
         self, groups: Sequence[Group], progress: Progress | None = None
-    ) -> Iterator[dict[str, Lora]]:
-        """Changes of projections, by module; within the block the model has them.
+    ) -> Iterator[Merged]:
+        """Within the block the model is compensated for these groups.
 
         Args:
             groups: adjacent ones, in order: the first takes what the original hands it, the others
@@ -103,19 +115,19 @@ class Compensation:
         Raises:
             TextError: there is too little text for so small a ridge.
         """
-        changes = _Changes(self._model)
+        merged = Merged(self._model)
         try:
-            self._fit(changes, groups, progress or SilentProgress())
-            yield changes.made
+            self._fit(merged, groups, progress or SilentProgress())
+            yield merged
         finally:
-            changes.merged.undo()
+            merged.undo()
 
     @torch.no_grad()
-    def _fit(self, changes: _Changes, groups: Sequence[Group], progress: Progress) -> None:
+    def _fit(self, merged: Merged, groups: Sequence[Group], progress: Progress) -> None:
         inputs = self._states(groups[0].layers[0])
         with progress.task("Fitting groups", len(groups), "groups") as task:
             for group in groups:
-                fit = _Fit(changes, group, inputs, self.ridge, self.rank)
+                fit = _Fit(merged, group, inputs, self.ridge, self.rank)
                 original = self._read_in_original(group)
                 for norm in _READERS:
                     fit.correct_inputs(norm, original)
@@ -134,19 +146,6 @@ class Compensation:
         return read
 
 
-def compensate(fitting: Compensation, plan: Plan, progress: Progress) -> dict[str, Lora]:
-    """Changes of projections, by module, for every group from the first that is no exact layer.
-
-    Raises:
-        PlanError: the plan is the original model.
-        TextError: there is too little text for so small a ridge.
-    """
-    if plan.is_sequential:
-        raise PlanError(f"plan {plan} is the original model: there is nothing to fit")
-    with fitting.of(plan.changed, progress) as changes:
-        return changes
-
-
 _Recorded = dict[tuple[int, str], list[Tensor]]
 
 
@@ -158,7 +157,7 @@ class _Fit:
         group_inputs: by window, [1, T, D].
     """
 
-    changes: _Changes
+    merged: Merged
     group: Group
     group_inputs: Sequence[Tensor]
     ridge: float
@@ -166,54 +165,37 @@ class _Fit:
 
     def correct_inputs(self, norm: str, original: _Recorded) -> None:
         """Bring what each member reads after a norm nearer what it reads in the original."""
-        read = _read(self.changes.model, self.group, [norm], self.group_inputs)
+        read = _read(self.merged.model, self.group, [norm], self.group_inputs)
         for layer in self.group.layers:
             pairs = zip(read[layer, norm], original[layer, norm], strict=True)
             samples = ((read_TD, original_TD - read_TD) for read_TD, original_TD in pairs)
             b_DR, a_RD = _reduced_rank_ridge(samples, self.ridge, self.rank)
             for name in _READERS[norm]:
-                weight_OD = self.changes.weight(layer, name)
-                self.changes.make(layer, name, Lora(a_RD, weight_OD @ b_DR))
+                module = layer_tensor(layer, name)
+                weight_OD = self.merged.weight(module).float()
+                self.merged.add(module, Lora(a_RD, weight_OD @ b_DR))
 
     def correct_outputs(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """Bring the group's outputs nearer the original's; returns what they are now."""
-        model = self.changes.model
+        model = self.merged.model
         with _recorded(model, self.group, [_OUTPUT]) as recorded:
             outputs = [hidden_after(model, [self.group], x) for x in self.group_inputs]
         members = [recorded[layer, _OUTPUT] for layer in self.group.layers]
         parts = [torch.cat(each, -1) for each in zip(*members, strict=True)]
         samples = (
-            _alike(part_TK, target[0].float(), (target - output)[0].float())
+            _relative_to_target(part_TK, target[0].float(), (target - output)[0].float())
             for part_TK, output, target in zip(parts, outputs, targets, strict=True)
         )
         b_DR, a_RK = _reduced_rank_ridge(samples, self.ridge, self.rank)
         for layer, a_RD in zip(self.group.layers, a_RK.chunk(self.group.size, dim=1), strict=True):
-            weight_DI = self.changes.weight(layer, _OUTPUT)
-            self.changes.make(layer, _OUTPUT, Lora(a_RD @ weight_DI, b_DR))
+            module = layer_tensor(layer, _OUTPUT)
+            weight_DI = self.merged.weight(module).float()
+            self.merged.add(module, Lora(a_RD @ weight_DI, b_DR))
         changed = (part_TK @ a_RK.T @ b_DR.T for part_TK in parts)
         return [
             output + change_TD.to(output.dtype)
             for output, change_TD in zip(outputs, changed, strict=True)
         ]
-
-
-class _Changes:
-    """What has been changed of a model's projections, by module."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.made: dict[str, Lora] = {}
-        self.merged = Merged(model)
-
-    def weight(self, layer: int, name: str) -> Tensor:
-        """As it is now, float32."""
-        return self.merged.weight(layer_tensor(layer, name)).float()
-
-    def make(self, layer: int, name: str, change: Lora) -> None:
-        """Change a projection, once."""
-        module = layer_tensor(layer, name)
-        self.merged.add(module, change)
-        self.made[module] = Lora(change.a_RI.cpu(), change.b_OR.cpu())
 
 
 @contextmanager
@@ -267,7 +249,9 @@ def _read(
     return read
 
 
-def _alike(inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+def _relative_to_target(
+    inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor
+) -> tuple[Tensor, Tensor]:
     """Inputs and residual of tokens, in parts of the token's target.
 
     What comes next normalises its input: a few tokens that are a thousand times larger than all

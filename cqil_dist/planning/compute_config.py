@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import ConfigError
 
 _VALUES = {
     "device": ("auto", "cpu", "cuda"),
@@ -31,4 +31,4 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         for name, values in _VALUES.items():
             if (value := getattr(self, name)) not in values:
-                raise LaunchError(f"{name} {value!r} is not one of {', '.join(values)}")
+                raise ConfigError(f"{name} {value!r} is not one of {', '.join(values)}")

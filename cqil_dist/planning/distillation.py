@@ -8,23 +8,24 @@ goes on as if it had not been.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cqil_dist.errors import LaunchError
 from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
-from cqil_dist.planning.grouped_model import final_hidden, grouped, next_token_logits
-from cqil_dist.planning.merging import Merged
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.grouped_model import final_hidden, grouped
+from cqil_dist.planning.kl_loss import kl_loss
+from cqil_dist.planning.merging import merge
 from cqil_dist.planning.training_config import TrainingConfig
+from cqil_dist.planning.training_state import TrainingLog, TrainingState
+from cqil_dist.planning.windows import Windows
 from cqil_dist.progress import Progress
-from cqil_dist.whole_file import whole_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,24 +33,8 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_STATE = "training.pt"
-# Positions whose distributions over the vocabulary are held at once, by teacher and student.
-_ROWS_AT_ONCE = 128
 # Tokens that go through the layers together.
 _TOKENS_AT_ONCE = 2048
-
-
-@dataclass
-class TrainingLog:
-    """What a training run has shown so far.
-
-    Attributes:
-        losses: KL divergence of each step's windows, nats a token.
-        held_out: by number of steps done, that of the held-out windows.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    held_out: dict[int, float] = field(default_factory=dict)
 
 
 def distill(
@@ -61,8 +46,8 @@ def distill(
     output: Path,
     progress: Progress,
     *,
-    teacher: str = "",
-    made: Mapping[str, Any] | None = None,
+    teacher: str,
+    made: Mapping[str, Any],
     start: Adapter | None = None,
     on_evaluation: Callable[[TrainingLog], None] = lambda log: None,
 ) -> TrainingLog:
@@ -76,26 +61,28 @@ def distill(
         on_evaluation: called after each look at the held-out windows.
 
     Raises:
-        LaunchError: `output` holds a run of another model, plan, text or config.
+        ConfigError: `output` holds a run of another model, plan, text or config.
     """
     student = _Student(model, config, start)
-    trained = [p for p in student.lora.parameters() if p.requires_grad]
+    trained = [p for p in student.peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     identity = _identity(teacher, plan, train, config, start)
-    log = _resume(output, identity, student.lora, optimizer)
+    state = TrainingState(output, identity, student.peft_model, optimizer)
+    log = state.resume()
 
-    held_out_WT = held_out.token_ids_WT.to(student.lora.device)
+    held_out_WT = held_out.token_ids_WT.to(student.peft_model.device)
     teacher_WTD = torch.cat(
         [student.teacher_hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
     )
 
     @torch.no_grad()
     def note_held_out() -> None:
-        with grouped(student.lora, plan.groups):
+        with grouped(student.peft_model, plan.groups):
             student_WTD = torch.cat(
                 [student.hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
             )
-        log.held_out[len(log.losses)], _ = student.divergence(teacher_WTD, student_WTD)
+        loss = kl_loss(student.peft_model, teacher_WTD, student_WTD)
+        log.held_out[len(log.losses)] = float(loss)
         on_evaluation(log)
 
     with progress.task("Distilling", config.steps, "steps") as task:
@@ -114,10 +101,10 @@ def distill(
             if done % config.eval_steps == 0 or done == config.steps:
                 note_held_out()
             if done % config.save_steps == 0 and done < config.steps:
-                _save_state(output, identity, student.lora, optimizer, log)
-    described = plan.to_json() if made is None else {**plan.to_json(), "measured": made}
+                state.save(log)
+    described = {**plan.to_json(), "measured": made}
     write_adapter(output, student.loras(), str(model.name_or_path), described)
-    _save_state(output, identity, student.lora, optimizer, log)
+    state.save(log)
     return log
 
 
@@ -129,8 +116,7 @@ class _Student:
     teaches.
 
     Attributes:
-        lora: the model with the adapter that is trained.
-        start: the changes to begin with, by module.
+        peft_model: the model with the adapter that is trained.
     """
 
     def __init__(
@@ -138,64 +124,34 @@ class _Student:
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.start = {} if start is None else start.loras()
-        self._started = Merged(model)
-        for module, lora in self.start.items():
-            self._started.add(module, lora)
-        lora = LoraConfig(
+        self._start = merge(model, start)
+        lora_config = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             target_modules=list(PROJECTIONS),
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft reads an attribute that transformers has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             torch.manual_seed(config.seed)
-            self.lora: PeftModel = get_peft_model(model, lora)
+            self.peft_model: PeftModel = get_peft_model(model, lora_config)
 
     def hidden(self, tokens_CT: Tensor) -> Tensor:
         """Its hidden states [C, T, D]."""
-        return final_hidden(self.lora, input_ids=tokens_CT)
+        return final_hidden(self.peft_model, input_ids=tokens_CT)
 
     @torch.no_grad()
     def teacher_hidden(self, tokens_CT: Tensor) -> Tensor:
         """The teacher's hidden states [C, T, D]."""
-        with self._started.removed(), self.lora.disable_adapter():
+        with self._start.removed(), self.peft_model.disable_adapter():
             return self.hidden(tokens_CT)
-
-    def divergence(self, teacher_CTD: Tensor, student_CTD: Tensor) -> tuple[float, Tensor]:
-        """KL(teacher || student) of the next token, nats, mean over positions; and its gradient.
-
-        With respect to logits the gradient is the difference of the two distributions. No more
-        than a part of the positions has its distributions at hand at a time.
-
-        Args:
-            teacher_CTD: hidden states, as are those said.
-
-        Returns:
-            The divergence, and its gradient with respect to what was said.
-        """
-        teacher_ND, student_ND = teacher_CTD.flatten(0, -2), student_CTD.detach().flatten(0, -2)
-        total = 0.0
-        gradient_ND = torch.empty_like(student_ND)
-        for first in range(0, len(student_ND), _ROWS_AT_ONCE):
-            rows = slice(first, first + _ROWS_AT_ONCE)
-            leaf_RD = student_ND[rows].requires_grad_()
-            with torch.enable_grad():
-                logits_RV = next_token_logits(self.lora, leaf_RD)
-            with torch.no_grad():
-                teacher_RV = next_token_logits(self.lora, teacher_ND[rows]).log_softmax(-1)
-                student_RV = logits_RV.log_softmax(-1)
-                likely_RV = teacher_RV.exp()
-                total += float((likely_RV * teacher_RV.sub_(student_RV)).sum())
-                change_RV = student_RV.exp_().sub_(likely_RV).div_(len(student_ND))
-            (gradient_ND[rows],) = torch.autograd.grad(logits_RV, leaf_RD, change_RV)
-        return total / len(student_ND), gradient_ND.view_as(student_CTD)
 
     def loras(self) -> dict[str, Lora]:
         """All that it adds to the teacher's weights, by module."""
-        loras = dict(self.start)
-        for name, module in self.lora.get_base_model().named_modules():
+        loras = dict(self._start.loras)
+        for name, module in self.peft_model.get_base_model().named_modules():
             if not hasattr(module, "lora_A"):
                 continue
             a_RI, b_OR = (
@@ -203,7 +159,7 @@ class _Student:
                 for part in (module.lora_A, module.lora_B)
             )
             b_OR = module.scaling["default"] * b_OR
-            if (start := self.start.get(name)) is not None:
+            if (start := self._start.loras.get(name)) is not None:
                 a_RI = torch.cat([start.a_RI, a_RI])
                 b_OR = torch.cat([start.b_OR, b_OR], dim=1)
             loras[name] = Lora(a_RI, b_OR)
@@ -215,14 +171,14 @@ def _add_gradients(
 ) -> float:
     """Add a batch's gradients; its loss."""
     total = 0.0
-    for tokens_CT in _at_once(tokens_BT.to(student.lora.device)):
+    for tokens_CT in _at_once(tokens_BT.to(student.peft_model.device)):
         teacher_CTD = student.teacher_hidden(tokens_CT)
-        with grouped(student.lora, plan.groups, checkpointing=config.gradient_checkpointing):
+        with grouped(student.peft_model, plan.groups, checkpointing=config.gradient_checkpointing):
             student_CTD = student.hidden(tokens_CT)
-            kl, gradient_CTD = student.divergence(teacher_CTD, student_CTD)
-            share = len(tokens_CT) / len(tokens_BT)
-            student_CTD.backward(share * gradient_CTD)  # type: ignore[no-untyped-call]
-        total += share * kl
+            loss = kl_loss(student.peft_model, teacher_CTD, student_CTD)
+            loss = len(tokens_CT) / len(tokens_BT) * loss
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
     return total
 
 
@@ -262,40 +218,3 @@ def _identity(
         "config": asdict(config),
         "start": None if start is None else start.digest,
     }
-
-
-def _resume(
-    output: Path, identity: Mapping[str, Any], student: PeftModel, optimizer: torch.optim.Optimizer
-) -> TrainingLog:
-    from peft import set_peft_model_state_dict
-
-    if not (file := output / _STATE).is_file():
-        return TrainingLog()
-    state = torch.load(file, map_location=student.device, weights_only=True)
-    if changed := [key for key, value in state["identity"].items() if value != identity[key]]:
-        raise LaunchError(
-            f"{output} holds a run with another {', '.join(changed)}; choose another folder, or "
-            "remove that one to begin anew"
-        )
-    set_peft_model_state_dict(student, state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    return TrainingLog(**state["log"])
-
-
-def _save_state(
-    output: Path,
-    identity: Mapping[str, Any],
-    student: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    log: TrainingLog,
-) -> None:
-    from peft import get_peft_model_state_dict
-
-    state = {
-        "identity": dict(identity),
-        "adapter": get_peft_model_state_dict(student),
-        "optimizer": optimizer.state_dict(),
-        "log": asdict(log),
-    }
-    with whole_file(output / _STATE) as file:
-        torch.save(state, file)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
-from cqil_dist.planning.comparison import Comparison, Divergence
-from cqil_dist.planning.latency import CostModel
+from cqil_dist.planning.comparison import Comparison
+from cqil_dist.planning.cost_model import CostModel
+from cqil_dist.planning.divergence import Divergence
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search import PlanSearch, additive_front
 from cqil_dist.planning.sensitivity import Sensitivities
@@ -44,41 +45,39 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model that was measured on the calibration text.
+class MeasuredPlan:
+    """A plan that was measured on the calibration text.
 
     Attributes:
-        kind: "search", "CQIL D0", "CQIL D1" or "layers removed".
-        plan: None where layers were removed.
+        kind: "search", "CQIL D0" or "CQIL D1".
     """
 
     kind: str
-    depth: int
+    plan: Plan
     divergence: Divergence
-    plan: Plan | None
-    latency_us: float | None
-    exchanges: int | None
+    latency_us: float
+    exchanges: int
+
+    @property
+    def depth(self) -> int:
+        return self.plan.depth
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            "depth": self.depth,
-            "kl": self.divergence.kl,
-            "perplexity": self.divergence.perplexity,
+            **_point(self.kind, self.depth, self.divergence),
             "latency_us": self.latency_us,
             "exchanges": self.exchanges,
-            "plan": None if self.plan is None else self.plan.to_json(),
+            "plan": self.plan.to_json(),
         }
 
     def plan_json(self, comparison: Comparison) -> dict[str, Any]:
         """The plan, as `Plan.parse` reads it, and what was measured of it."""
-        assert self.plan is not None, "a plan was found"
         original = comparison.original
         measured = {
             "kl": self.divergence.kl,
             "perplexity": self.divergence.perplexity,
             "original_perplexity": original.perplexity,
-            "compensated": comparison.fitting is not None,
+            "compensated": comparison.compensated,
             **made_with(original.windows),
         }
         return {**self.plan.to_json(), "measured": measured}
@@ -89,6 +88,25 @@ class Measured:
             f"{self.depth} groups, KL {self.divergence.kl:.3f} nats a token, perplexity "
             f"{ratio:.3f}x on the calibration text"
         )
+
+
+@dataclass(frozen=True)
+class LayersRemoved:
+    """The model without some of its layers, measured on the calibration text.
+
+    Attributes:
+        depth: layers that are left.
+    """
+
+    depth: int
+    divergence: Divergence
+
+    def to_json(self) -> dict[str, Any]:
+        return _point("layers removed", self.depth, self.divergence)
+
+
+def _point(kind: str, depth: int, divergence: Divergence) -> dict[str, Any]:
+    return {"kind": kind, "depth": depth, "kl": divergence.kl, "perplexity": divergence.perplexity}
 
 
 class PlanFinder:
@@ -115,7 +133,7 @@ class PlanFinder:
             self._original.num_layers, sensitivities, comparison.compare, seconds, progress
         )
 
-    def find(self, goal: Goal) -> Measured:
+    def find(self, goal: Goal) -> MeasuredPlan:
         """The best plan for a goal.
 
         Raises:
@@ -133,7 +151,7 @@ class PlanFinder:
         within = self._within(goal, depth)  # refining looks at divergence alone
         return self._measured(min(within, key=self._search.kl))
 
-    def front(self) -> list[Measured]:
+    def front(self) -> list[MeasuredPlan]:
         """The best plan of every depth from half the layers on."""
         half = self._original.num_layers // 2
         wanted = [plan for depth, plan in self._search.reachable.items() if depth >= half]
@@ -143,7 +161,7 @@ class PlanFinder:
                 task.advance()
         return [self._measured(p) for p in self._search.front().values() if p.depth >= half]
 
-    def baselines(self, similarity_LL: Tensor) -> Iterator[Measured]:
+    def baselines(self, similarity_LL: Tensor) -> Iterator[MeasuredPlan | LayersRemoved]:
         """Regular plans by similarity of inputs, and removed layers, at the same depths."""
         layers = self._original.num_layers
         with self._progress.task("Measuring baselines", layers - layers // 2, "depths") as task:
@@ -154,7 +172,7 @@ class PlanFinder:
                         divergence = self._plain.compare(plan)
                         yield self._of_plan(f"CQIL D{bypass}", plan, divergence)
                 divergence = self._plain.compare_layers(without_layers(similarity_LL, depth))
-                yield Measured("layers removed", depth, divergence, None, None, None)
+                yield LayersRemoved(depth, divergence)
                 task.advance()
 
     def _shallowest(self, goal: Goal) -> int:
@@ -206,16 +224,19 @@ class PlanFinder:
             )
         return max(within, key=lambda plan: plan.depth)
 
-    def _measured(self, plan: Plan) -> Measured:
+    def _measured(self, plan: Plan) -> MeasuredPlan:
         return self._of_plan("search", plan, self._search.measured[plan])
 
-    def _of_plan(self, kind: str, plan: Plan, divergence: Divergence) -> Measured:
+    def _of_plan(self, kind: str, plan: Plan, divergence: Divergence) -> MeasuredPlan:
         latency_us, exchanges = self._cost.latency_us(plan), self._cost.exchanges(plan)
-        return Measured(kind, plan.depth, divergence, plan, latency_us, exchanges)
+        return MeasuredPlan(kind, plan, divergence, latency_us, exchanges)
 
 
 def front_json(
-    model: str, comparison: Comparison, cost: CostModel, measured: Sequence[Measured]
+    model: str,
+    comparison: Comparison,
+    cost: CostModel,
+    measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
     """What depth costs a model, as `plot_front` and the report read it."""
     original = comparison.original
@@ -225,7 +246,7 @@ def front_json(
         "text": original.windows.source,
         "tokens": original.windows.tokens,
         "perplexity": original.perplexity,
-        "compensated": comparison.fitting is not None,
+        "compensated": comparison.compensated,
         "cost": asdict(cost),
         "measured": [each.to_json() for each in measured],
     }

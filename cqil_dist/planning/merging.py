@@ -15,18 +15,27 @@ if TYPE_CHECKING:
 
 
 class Merged:
-    """Changes that were added to a model's weights. The weights before are kept."""
+    """Changes that were added to a model's weights. The weights before are kept.
+
+    Attributes:
+        model: whose weights they are.
+        loras: what was added, by module, on the CPU.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self.model = model
+        self.loras: dict[str, Lora] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
 
-    def weight(self, module: str) -> Tensor:
+    def weight(self, module: str) -> nn.Parameter:
         """As it is now, [O, I]."""
-        return self._parameter(module)
+        weight: nn.Parameter = self.model.get_parameter(f"{module}.weight")
+        return weight
 
     def add(self, module: str, lora: Lora) -> None:
-        weight = self._parameter(module)
+        """Add a change, one to each module."""
+        weight = self.weight(module)
+        self.loras[module] = Lora(lora.a_RI.cpu(), lora.b_OR.cpu())
         self._before.setdefault(weight, weight.data)
         change_OI = lora.b_OR.to(weight.device) @ lora.a_RI.to(weight.device)
         weight.data = (weight.data.float() + change_OI).to(weight.dtype)
@@ -44,10 +53,6 @@ class Merged:
     def undo(self) -> None:
         """Give the model back the weights that it had before."""
         _put(self._before)
-
-    def _parameter(self, module: str) -> nn.Parameter:
-        weight: nn.Parameter = self._model.get_parameter(f"{module}.weight")
-        return weight
 
 
 def merge(model: PreTrainedModel, adapter: Adapter | None) -> Merged:

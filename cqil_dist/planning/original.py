@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.comparison import Divergence
+from cqil_dist.plan import Group
+from cqil_dist.planning.divergence import Divergence
 from cqil_dist.planning.grouped_model import (
     final_hidden,
     grouped,
     hidden_states,
     next_token_logits,
 )
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
 from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,23 +54,15 @@ class Original:
                 task.advance()
         self.perplexity = math.exp(fmean(losses))
 
-    def compare(self, plan: Plan) -> Divergence:
-        """Run a plan's groups in place of the original's layers."""
-        return self.compare_groups(plan.groups)
-
-    def compare_group(self, group: Group) -> Divergence:
-        """Run this one group, and every other layer as it is."""
-        return self.compare(Plan.covering([group], self.num_layers))
-
     @torch.inference_mode()
-    def compare_groups(self, groups: Sequence[Group]) -> Divergence:
-        """Run these groups. Layers that none of them names are left out of the model."""
+    def compare(self, groups: Sequence[Group]) -> Divergence:
+        """Run these groups. Layers that none of them name are left out of the model."""
         changed = (
             index
             for index, group in enumerate(groups)
             if group.layers != (index,) or not group.is_exact
         )
-        start = next(changed, min(len(groups), self.num_layers - 1))
+        start = next(changed, len(groups))
         kls: list[float] = []
         losses: list[float] = []
         with grouped(self.model, groups[start:]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_dist.errors import TextError
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
 from cqil_dist.recommended import recommended
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cqil_dist.plan import Plan
-from cqil_dist.planning.latency import CostModel
+from cqil_dist.planning.cost_model import CostModel
+from cqil_dist.planning.evaluation.intervals import Interval, difference_text
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -66,46 +67,51 @@ def _rows(records: _Records) -> list[dict[str, Any]]:
 
     An adapter is merged: with it a plan takes the time that it takes without.
     """
-    costs = {found["model"]: CostModel(**found["cost"]) for _, found in records["front"]}
     timed = {
         (found["setting"]["model"], _plan_text(result["plan"])): result
         for _, found in records["latency"]
         for result in found["results"]
         if result["plan"] is not None
     }
-    evaluated = [(found["model"], found) for _, found in records["evaluation"]]
-    known = {(model, _plan_text(found["plan"])) for model, found in evaluated}
-    rows: list[dict[str, Any]] = []
-    for model, found in [*((key[0], timed[key]) for key in timed if key not in known), *evaluated]:
-        plan = Plan.parse(found["plan"], found["plan"]["num_layers"])
-        cost, timing = costs.get(model), timed.get((model, str(plan)))
-        rows.append(
-            {
-                "plan": str(plan),
-                "adapter": found.get("adapter"),
-                "depth": plan.depth,
-                "exchanges": None if cost is None else cost.exchanges(plan),
-                "predicted_ms": None if cost is None else cost.latency_us(plan) / 1000,
-                "measured_ms": None if timing is None else timing["itl_p50_ms"],
-                "losses": {
-                    (result["measure"], result["of"]): result["difference"]
-                    for result in found.get("results", ())
-                },
-            }
-        )
+    evaluations = [found for _, found in records["evaluation"]]
+    rows = [_row(records, found["model"], found["plan"], timed, found) for found in evaluations]
+    evaluated = {(found["model"], _plan_text(found["plan"])) for found in evaluations}
+    rows += [
+        _row(records, model, result["plan"], timed)
+        for (model, plan), result in timed.items()
+        if (model, plan) not in evaluated
+    ]
     return sorted(rows, key=lambda row: -row["depth"])
 
 
+def _row(
+    records: _Records,
+    model: str,
+    described: dict[str, Any],
+    timed: dict[tuple[str, str], dict[str, Any]],
+    evaluation: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    plan = Plan.parse(described, described["num_layers"])
+    costs = {found["model"]: CostModel(**found["cost"]) for _, found in records["front"]}
+    cost, timing = costs.get(model), timed.get((model, str(plan)))
+    results = [] if evaluation is None else evaluation["results"]
+    return {
+        "plan": str(plan),
+        "adapter": None if evaluation is None else evaluation["adapter"],
+        "depth": plan.depth,
+        "exchanges": None if cost is None else cost.exchanges(plan),
+        "predicted_ms": None if cost is None else cost.latency_us(plan) / 1000,
+        "measured_ms": None if timing is None else timing["itl_p50_ms"],
+        "losses": {(each["measure"], each["of"]): each["difference"] for each in results},
+    }
+
+
 def _difference(difference: dict[str, float], measure: str) -> str:
-    """A ratio of perplexities, or a difference of accuracies in points."""
-    value, low, high = (difference[part] for part in ("value", "low", "high"))
-    if measure == "perplexity":
-        return f"{value:.3f}x ({low:.3f} to {high:.3f})"
-    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return difference_text(measure, Interval(**difference))
 
 
 def _interval(interval: dict[str, float]) -> str:
-    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+    return str(Interval(**interval))
 
 
 def _picture(path: Path) -> str:

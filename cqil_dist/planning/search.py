@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.comparison import Divergence
+from cqil_dist.planning.divergence import Divergence
 from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
 from cqil_dist.progress import Progress
 

@@ -4,6 +4,7 @@ Under the cache directory, for each model by its content:
 
     plans/<model>/sampled-*.pt                   text that the model said
     plans/<model>/<numerics>/compared-*.jsonl    groups and plans measured on a text
+    plans/<model>/<numerics>/scored-*.json       the original, scored on a text or a task
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cqil_dist.errors import LaunchError, TextError
+from cqil_dist.errors import ConfigError, TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
@@ -28,12 +29,12 @@ from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Original
-from cqil_dist.planning.records import require_folder
-from cqil_dist.planning.texts import Openings, Windows, read_windows, sample_windows
+from cqil_dist.planning.sampling import Openings, sampled_windows
+from cqil_dist.planning.windows import Windows, read_windows
 from cqil_dist.progress import Progress
 from cqil_dist.recommended import plan_for
-from cqil_dist.runtime.resident_memory import keep_freed_memory
-from cqil_dist.whole_file import whole_file
+from cqil_dist.records import require_folder
+from cqil_dist.resident_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from cqil_dist.plan import Plan, PlanSource
 
 _SAMPLED_TOKENS = 262_144
-# Windows that are sampled at the same time, as far as their keys and values fit into so much.
-_SAMPLED_AT_ONCE = 128
-_SAMPLED_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,13 @@ class Study:
 
         Raises:
             ModelError: the model cannot be found.
-            LaunchError: there is no such device.
+            ConfigError: there is no such device.
         """
         device, dtype = computing.device, computing.dtype
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise LaunchError("device is 'cuda' but torch sees no GPU; install its CUDA build")
+            raise ConfigError("device is 'cuda' but torch sees no GPU; install its CUDA build")
         if dtype == "auto":
             dtype = "bfloat16" if device == "cuda" else "float32"
         torch.set_float32_matmul_precision(computing.matmul_precision)
@@ -108,7 +106,7 @@ class Study:
 
     @cached_property
     def folder(self) -> Path:
-        """Where what is measured of this model is kept. Raises LaunchError if nothing can be."""
+        """Where what is measured of this model is kept. Raises ConfigError if nothing can be."""
         files = sorted([self.path / "config.json", *self.path.glob("*.safetensors")])
         content = "".join(content_sha256(file.resolve(), self.progress) for file in files)
         folder = cache_dir() / "plans" / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -151,26 +149,22 @@ class Study:
         return text.mixed_with(sampled, seed)
 
     def _sampled(self, length: int, tokens: int, seed: int, text: Windows | None = None) -> Windows:
-        """Kept batch after batch, so that sampling that was interrupted goes on."""
-        count = max(1, tokens // length)
-        config = self.config
-        kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
-        fitting = _SAMPLED_BYTES // (kv_values * self.dtype.itemsize)
-        at_once = max(1, min(_SAMPLED_AT_ONCE, fitting))
-        openings = Openings.ordinary(config.vocab_size, self.tokenizer, text)
-        drawn = f"{length}x{count}-{at_once}-{seed}-{openings.digest}"
-        kept = self.folder / f"sampled-{drawn}-{self.numerics}.pt"
-        ids_WT = torch.empty(0, length, dtype=torch.long)
-        if kept.is_file():
-            ids_WT = torch.load(kept, weights_only=True)
-        if (begun := len(ids_WT)) < count:
-            for batch_BT in sample_windows(
-                self.model, openings, length, count, seed, self.progress, at_once, begun
-            ):
-                ids_WT = torch.cat([ids_WT, batch_BT])
-                with whole_file(kept) as file:
-                    torch.save(ids_WT, file)
-        return Windows(ids_WT, f"sampled from the model, seed {seed}")
+        return sampled_windows(
+            self.model,
+            self.config,
+            Openings.ordinary(self.config.vocab_size, self.tokenizer, text),
+            length,
+            max(1, tokens // length),
+            seed,
+            self.folder,
+            self.numerics,
+            self.progress,
+        )
+
+    @property
+    def results(self) -> Path:
+        """Folder of what depends on how the model is computed."""
+        return self.folder / self.numerics
 
     @property
     def numerics(self) -> str:
@@ -195,7 +189,7 @@ class Study:
             fitted: other text, to compensate what is compared by; None leaves it as it is.
         """
         original = Original(self.model, windows, self.progress)
-        fitting = None
+        compensation = None
         if fitted is not None:
-            fitting = Compensation(self.model, fitted, progress=self.progress)
-        return Comparison(original, fitting, self.folder / self.numerics)
+            compensation = Compensation(self.model, fitted, self.progress)
+        return Comparison(original, compensation, self.results)

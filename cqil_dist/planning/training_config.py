@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class TrainingConfig:
         counted = ("steps", "batch_size", "lora_r", "lora_alpha", "save_steps", "eval_steps")
         for name in counted:
             if (value := getattr(self, name)) < 1:
-                raise LaunchError(f"{name} is {value} but must be at least 1")
+                raise ConfigError(f"{name} is {value} but must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
-            raise LaunchError(
+            raise ConfigError(
                 f"warmup_steps is {self.warmup_steps} but must be at least 0 and below steps, "
                 f"{self.steps}"
             )
         if not 0 < self.learning_rate < math.inf:
-            raise LaunchError(f"learning_rate is {self.learning_rate} but must be above 0")
+            raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

@@ -30,15 +30,15 @@ from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
 from cqil_dist.model.checkpoint import parse_dtype
 from cqil_dist.model.footprint import footprint
-from cqil_dist.runtime.model_files import checkpoints_of, model_directory
-from cqil_dist.runtime.rank import RankProgram
-from cqil_dist.runtime.rank_group import serve_steps
-from cqil_dist.runtime.rank_metrics import RankMetrics
-from cqil_dist.runtime.resident_memory import (
+from cqil_dist.resident_memory import (
     available_bytes,
     freed_memory_returned,
     release_import_time_code,
 )
+from cqil_dist.runtime.model_files import checkpoints_of, model_directory
+from cqil_dist.runtime.rank import RankProgram
+from cqil_dist.runtime.rank_group import serve_steps
+from cqil_dist.runtime.rank_metrics import RankMetrics
 from cqil_dist.runtime.spec import EngineSpec
 
 logger = logging.getLogger(__name__)

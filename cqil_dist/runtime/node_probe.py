@@ -14,7 +14,7 @@ import torch
 
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import Listener, connect
-from cqil_dist.runtime.resident_memory import available_bytes
+from cqil_dist.resident_memory import available_bytes
 
 VERSIONS = ("cqil-dist", "torch", "ray", "transformers")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter
@@ -20,22 +19,22 @@ from cqil_dist.planning.evaluation.intervals import (
     compare_perplexities,
     mean_of,
 )
-from cqil_dist.planning.evaluation.scoring import Encoded, encode, likelihoods, loss_by_window
+from cqil_dist.planning.evaluation.samples import PROMPTS, Sample, completion
+from cqil_dist.planning.evaluation.scoring import (
+    Encoded,
+    Likelihood,
+    encode,
+    likelihoods,
+    loss_by_window,
+)
 from cqil_dist.planning.evaluation.tasks import Task
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
-from cqil_dist.planning.records import write_record
 from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
+from cqil_dist.records import write_record
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, a lighthouse keeper",
-    "To make bread, you first",
-    "Water boils at a temperature of",
-)
-_COMPLETION_TOKENS = 40
-_MEASURES = ("acc", "acc_norm")
+_ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,6 @@ class Result:
             "items": self.items,
             **{name: asdict(interval) for name, interval in vars(self.paired).items()},
         }
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What both models say after a prompt, greedily."""
-
-    prompt: str
-    original: str
-    other: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +96,26 @@ def evaluate(
         TextError: a text or task has but one item, which says nothing of how sure a score is; two
             have the same name; a task's continuation cannot be scored.
     """
+    _check(texts, tasks)
+    questions = [_Questions.of(task, study) for task in tasks]
+    original = _by_item(study, texts, questions, study.results)
+    answers = [completion(study, prompt) for prompt in prompts]
+    merged = merge(study.model, adapter)
+    try:
+        with grouped(study.model, plan.groups):
+            other = _by_item(study, texts, questions, None)
+            samples = [
+                Sample(prompt, answer, completion(study, prompt))
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+    finally:
+        merged.undo()
+    path = None if adapter is None else adapter.path
+    results = _compared(original, other)
+    return Evaluation(study.name, plan, path, tuple(results), tuple(samples))
+
+
+def _check(texts: Sequence[Windows], tasks: Sequence[Task]) -> None:
     counts = [(text.source, len(text.token_ids_WT)) for text in texts]
     counts += [(task.name, len(task.items)) for task in tasks]
     for name, count in counts:
@@ -113,119 +123,78 @@ def evaluate(
             raise TextError(f"{name} has {count} item, but an interval takes 2 or more; give more")
         if [other for other, _ in counts].count(name) > 1:
             raise TextError(f"two texts or tasks are called {name}; rename one to tell them apart")
-    asked = _Asked(texts, [_Questions.of(task, study) for task in tasks], prompts)
-    original = _score(study, asked, study.folder / study.numerics)
-    merged = merge(study.model, adapter)
-    try:
-        with grouped(study.model, plan.groups):
-            other = _score(study, asked, None)
-    finally:
-        merged.undo()
-    results = [
-        Result("perplexity", text.source, len(text.token_ids_WT), compare_perplexities(a, b))
-        for text, a, b in zip(texts, original.losses, other.losses, strict=True)
-    ]
-    for measure in _MEASURES:
-        pairs = zip(original.accuracies[measure], other.accuracies[measure], strict=True)
-        scored = [
-            Result(measure, task.name, len(task.items), compare_means(a, b))
-            for task, (a, b) in zip(tasks, pairs, strict=True)
-        ]
-        results += scored
-        if len(scored) > 1:
-            items = sum(each.items for each in scored)
-            paired = mean_of([each.paired for each in scored])
-            results.append(Result(measure, f"mean of {len(scored)}", items, paired))
-    said = zip(prompts, original.said, other.said, strict=True)
-    path = None if adapter is None else adapter.path
-    samples = tuple(Sample(*each) for each in said)
-    return Evaluation(study.name, plan, path, tuple(results), samples)
 
 
 @dataclass(frozen=True)
 class _Questions:
-    """A task, and its continuations in the model's tokens, all of them ones that it can score."""
+    """A task in the model's tokens, all of it such as it can score."""
 
     task: Task
-    encoded: list[Encoded]
+    requests: list[Encoded]
 
     @classmethod
     def of(cls, task: Task, study: Study) -> _Questions:
-        asked = [each for item in task.items for each in item.asked]
+        requests = [request for item in task.items for request in item.requests]
         most = study.config.max_positions
-        return cls(task, [encode(study.tokenizer, each, most) for each in asked])
+        return cls(task, [encode(study.tokenizer, each, most) for each in requests])
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens."""
+        return hashlib.sha256(repr(self.requests).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What both models are scored on."""
-
-    texts: Sequence[Windows]
-    tasks: Sequence[_Questions]
-    prompts: Sequence[str]
+# By measure, and text or task: of each window or question, a loss in nats, or 1 where it is right.
+_ByItem = dict[tuple[str, str], list[float]]
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """One model's: losses by text and window, accuracies by measure, task and item; answers."""
-
-    losses: list[list[float]]
-    accuracies: dict[str, list[list[float]]]
-    said: list[str]
-
-
-def _score(study: Study, asked: _Asked, kept: Path | None) -> _Scores:
+def _by_item(
+    study: Study, texts: Sequence[Windows], tasks: Sequence[_Questions], kept: Path | None
+) -> _ByItem:
     """Of the study's model as it is now.
 
     Args:
         kept: folder of earlier scores of this very model, which are not computed again.
     """
-    scores = _Scores([], {measure: [] for measure in _MEASURES}, [])
-    for text in asked.texts:
-        scores.losses.append(_once(kept, text.digest, partial(_losses, study, text)))
-    for questions in asked.tasks:
-        found = _once(kept, questions.task.digest, partial(_accuracies, study, questions))
-        for measure in _MEASURES:
-            scores.accuracies[measure].append(found[measure])
-    scores.said.extend(_completion(study, prompt) for prompt in asked.prompts)
-    return scores
+    model, progress = study.model, study.progress
+    found: _ByItem = {}
+    for text in texts:
+        losses = partial(loss_by_window, model, text, progress)
+        found["perplexity", text.source] = list(_once(kept, text.digest, losses))
+    for questions in tasks:
+        task = questions.task
+        score = partial(likelihoods, model, questions.requests, progress, f"Scoring {task.name}")
+        scores = (Likelihood(*each) for each in _once(kept, questions.digest, score))
+        answered = [(item, [next(scores) for _ in item.requests]) for item in task.items]
+        found["acc", task.name] = [item.accuracy(each) for item, each in answered]
+        found["acc_norm", task.name] = [item.normalized_accuracy(each) for item, each in answered]
+    return found
 
 
-def _losses(study: Study, text: Windows) -> list[float]:
-    return loss_by_window(study.model, text, study.progress)
+def _compared(original: _ByItem, other: _ByItem) -> list[Result]:
+    """Perplexities, and accuracies with their means over tasks."""
+    results: list[Result] = []
+    for measure in ("perplexity", *_ACCURACIES):
+        compare = compare_perplexities if measure == "perplexity" else compare_means
+        scored = [
+            Result(measure, of, len(items), compare(items, other[measure, of]))
+            for (found, of), items in original.items()
+            if found == measure
+        ]
+        results += scored
+        if measure in _ACCURACIES and len(scored) > 1:
+            items = sum(each.items for each in scored)
+            paired = mean_of([each.paired for each in scored])
+            results.append(Result(measure, f"mean of {len(scored)}", items, paired))
+    return results
 
 
-def _accuracies(study: Study, questions: _Questions) -> dict[str, list[float]]:
-    """By measure and item."""
-    task = questions.task
-    found = likelihoods(study.model, questions.encoded, study.progress, f"Scoring {task.name}")
-    answers = iter(found)
-    answered = [(item, [next(answers) for _ in item.asked]) for item in task.items]
-    return {
-        "acc": [item.accuracy(each) for item, each in answered],
-        "acc_norm": [item.normalized_accuracy(each) for item, each in answered],
-    }
-
-
-def _once(kept: Path | None, digest: str, score: Callable[[], Any]) -> Any:
+def _once(kept: Path | None, digest: str, score: Callable[[], Sequence[Any]]) -> Sequence[Any]:
     """Read from the folder what was scored before."""
     if kept is None:
         return score()
     file = kept / f"scored-{digest}.json"
     if not file.is_file():
         write_record(file, {"scores": score()})
-    return json.loads(file.read_text(encoding="utf-8"))["scores"]
-
-
-@torch.inference_mode()
-def _completion(study: Study, prompt: str) -> str:
-    ids: Any = study.tokenizer(prompt)["input_ids"]
-    given = torch.tensor([ids], device=study.device)
-    said = study.model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=_COMPLETION_TOKENS,
-        do_sample=False,
-    )
-    text = study.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
-    return str(text)
+    scores: list[Any] = json.loads(file.read_text(encoding="utf-8"))["scores"]
+    return scores

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Self
 
-from cqil_dist.errors import TextError
-
 _Z95 = 1.959964
 
 
@@ -23,13 +21,7 @@ class Interval:
 
     @classmethod
     def of_mean(cls, values: Sequence[float]) -> Self:
-        """Of a mean over independent items, by the normal approximation.
-
-        Raises:
-            TextError: there is but one item.
-        """
-        if len(values) < 2:
-            raise TextError("one item says nothing of how sure its score is; give two or more")
+        """Of a mean over two or more independent items, by the normal approximation."""
         mean = fmean(values)
         half = _Z95 * stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
@@ -39,7 +31,15 @@ class Interval:
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def difference_text(measure: str, difference: Interval) -> str:
+    """A ratio of perplexities, or a difference of accuracies in points."""
+    if measure == "perplexity":
+        return f"{difference.value:.3f}x ({difference.low:.3f} to {difference.high:.3f})"
+    points = difference.map(lambda value: 100 * value)
+    return f"{points.value:+.1f} ({points.low:+.1f} to {points.high:+.1f})"
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from cqil_dist.errors import TextError
 from cqil_dist.planning.grouped_model import final_hidden, next_token_logits
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
 from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,15 +22,14 @@ _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A continuation after a context."""
+class Request:
+    """A continuation whose likelihood after a context is asked for (lm-eval's `loglikelihood`)."""
 
     context: str
     continuation: str
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """Of a continuation: its log likelihood, and whether each token was the most likely one."""
 
     logprob: float
@@ -46,10 +45,11 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
+        """How many there are."""
         return len(self.context) + len(self.continuation)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked, max_len: int) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, request: Request, max_len: int) -> Encoded:
     """Split as lm-eval does.
 
     The two are encoded together, so that the tokens are those of running text. Blanks at the
@@ -61,15 +61,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Asked, max_len: int) -> En
     Raises:
         TextError: the continuation is empty, or too long for the model.
     """
-    context = asked.context.rstrip()
-    blanks = asked.context[len(context) :]
+    context = request.context.rstrip()
+    blanks = request.context[len(context) :]
     ids: Any = tokenizer(context)["input_ids"]
-    whole: Any = tokenizer(context + blanks + asked.continuation)["input_ids"]
+    whole: Any = tokenizer(context + blanks + request.continuation)["input_ids"]
     if not (following := whole[len(ids) :]):
         raise TextError(f"nothing follows the context {context[-60:]!r}; a continuation is needed")
     if len(following) > max_len:
         raise TextError(
-            f"the continuation {asked.continuation[:60]!r} has {len(following)} tokens but the "
+            f"the continuation {request.continuation[:60]!r} has {len(following)} tokens but the "
             f"model takes {max_len}"
         )
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -93,16 +93,16 @@ def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress)
 
 @torch.inference_mode()
 def likelihoods(
-    model: PreTrainedModel, asked: Sequence[Encoded], progress: Progress, description: str
+    model: PreTrainedModel, requests: Sequence[Encoded], progress: Progress, description: str
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context, in order."""
     found: dict[int, Likelihood] = {}
-    with progress.task(description, len(asked), "continuations") as task:
-        for batch in _batches([each.tokens for each in asked]):
-            scored = _likelihoods(model, [asked[index] for index in batch])
+    with progress.task(description, len(requests), "continuations") as task:
+        for batch in _batches([each.tokens for each in requests]):
+            scored = _likelihoods(model, [requests[index] for index in batch])
             found |= dict(zip(batch, scored, strict=True))
             task.advance(len(batch))
-    return [found[index] for index in range(len(asked))]
+    return [found[index] for index in range(len(requests))]
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -9,16 +9,14 @@ Choices and continuations begin with the blank that sets them off from the conte
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cqil_dist.errors import TextError
-from cqil_dist.planning.evaluation.scoring import Asked, Likelihood
+from cqil_dist.planning.evaluation.scoring import Likelihood, Request
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,11 @@ class Item:
     """One question.
 
     Attributes:
-        asked: whose likelihoods decide.
+        requests: whose likelihoods decide.
         gold: which of them is right; None where the one continuation has to be the most likely.
     """
 
-    asked: tuple[Asked, ...]
+    requests: tuple[Request, ...]
     gold: int | None
 
     def accuracy(self, found: Sequence[Likelihood]) -> float:
@@ -43,7 +41,7 @@ class Item:
         """By likelihood a character of the continuation (lm-eval's `acc_norm`)."""
         if self.gold is None:
             return self.accuracy(found)
-        lengths = [len(each.continuation.lstrip()) for each in self.asked]
+        lengths = [len(each.continuation.lstrip()) for each in self.requests]
         scores = [each.logprob / length for each, length in zip(found, lengths, strict=True)]
         return float(_best(scores) == self.gold)
 
@@ -54,11 +52,6 @@ class Task:
 
     name: str
     items: tuple[Item, ...]
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the questions."""
-        return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
 
 def read_task(path: Path, limit: int | None = None) -> Task:
@@ -90,18 +83,18 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 def _item(entry: Any) -> Item:
     if "choices" in entry:
         context = str(entry["context"])
-        asked = tuple(Asked(context, str(choice)) for choice in entry["choices"])
+        requests = tuple(Request(context, str(choice)) for choice in entry["choices"])
     elif "contexts" in entry:
         continuation = str(entry["continuation"])
-        asked = tuple(Asked(str(context), continuation) for context in entry["contexts"])
+        requests = tuple(Request(str(context), continuation) for context in entry["contexts"])
     else:
-        return Item((Asked(str(entry["context"]), str(entry["continuation"])),), None)
-    if not all(each.continuation.strip() for each in asked):
+        return Item((Request(str(entry["context"]), str(entry["continuation"])),), None)
+    if not all(each.continuation.strip() for each in requests):
         raise ValueError("a choice is blank")
     gold = int(entry["gold"])
-    if not 0 <= gold < len(asked):
-        raise ValueError(f"gold is {gold} of {len(asked)}")
-    return Item(asked, gold)
+    if not 0 <= gold < len(requests):
+        raise ValueError(f"gold is {gold} of {len(requests)}")
+    return Item(requests, gold)
 
 
 def _best(scores: Sequence[float]) -> int:

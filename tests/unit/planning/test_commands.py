@@ -15,6 +15,8 @@ from cqil_dist.benchmarks.latency import Result
 from cqil_dist.cli.app import app
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
+from cqil_dist.planning.report import write_report
+from cqil_dist.records import write_record
 
 TEXT = "The keeper of the lighthouse walks to the market to buy bread, fish and news. " * 40
 
@@ -45,14 +47,16 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--window", "32", "--held-out", "2", "--steps", "4", "--warmup-steps", "1"),
             *("--lora-r", "4", "--batch-size", "2", "--init", str(folder / "start"), "-o", adapter),
         )
-        timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
-        setting = {"model": str(tiny.path)}
-        latency = {"record": "latency", "setting": setting, "results": [timed.to_dict()]}
-        (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         run(
             *("eval", tiny, "--plan", plan, "--adapter", adapter, "--ppl", str(other)),
             *("--window", "32", "-o", str(folder / "eval.json")),
         )
+        # As `cqil bench latency -o` leaves them; real ranks are started in tests/cluster.
+        timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
+        setting = {"model": str(tiny.path)}
+        latency = {"record": "latency", "setting": setting, "results": [timed.to_dict()]}
+        write_record(folder / "latency.json", latency)
+        write_report(folder)
     return folder
 
 

@@ -13,28 +13,21 @@ import torch
 from adapters import random_adapter
 from lm_eval_task import QUESTIONS, local_tasks
 from lm_eval_task import evaluate as evaluate_with_lm_eval
+from planning_cases import TEXT, study
 from tiny_models import TinyModel
 from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter
-from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.evaluation import evaluate as evaluate_module
 from cqil_dist.planning.evaluation.evaluate import Evaluation, evaluate
 from cqil_dist.planning.evaluation.intervals import compare_means, compare_perplexities, mean_of
 from cqil_dist.planning.evaluation.tasks import read_task
-from cqil_dist.planning.provenance import made_with, record_of, refuse_known_text
-from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import Windows, read_windows
+from cqil_dist.planning.windows import read_windows
 from cqil_dist.progress import SilentProgress
 
 PLAN = "P2 S0 E6 D1"
-TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
-
-
-def study(tiny: TinyModel) -> Study:
-    return Study.of(str(tiny.path), ComputeConfig("cpu"), SilentProgress())
 
 
 @pytest.fixture
@@ -100,19 +93,19 @@ def accuracy(found: list[list[tuple[float, bool]]], likely: Any) -> float:
 def test_log_likelihoods_are_lm_evals(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cqil_dist.planning.evaluation.scoring import Asked, encode, likelihoods
+    from cqil_dist.planning.evaluation.scoring import Request, encode, likelihoods
 
     tasks = local_tasks(tmp_path, monkeypatch)
     expected = evaluate_with_lm_eval(
         tasks, "hf", pretrained=str(tiny.path), dtype="float32", device="cpu"
     )
     one = study(tiny)
-    asked = [
-        Asked(str(question["question"]), f" {choice}")
+    requests = [
+        Request(str(question["question"]), f" {choice}")
         for question in QUESTIONS
         for choice in question["choices"]  # type: ignore[attr-defined]
     ]
-    encoded = [encode(one.tokenizer, each, 128) for each in asked]
+    encoded = [encode(one.tokenizer, each, 128) for each in requests]
     found = likelihoods(one.model, encoded, SilentProgress(), "")
     flat = [answer for answers in expected for answer in answers]
     assert [each.logprob for each in found] == pytest.approx([a[0] for a in flat], abs=1e-3)
@@ -232,10 +225,7 @@ def test_lines_that_are_no_items_are_named(tmp_path: Path, line: str, message: s
     assert len(read_task(file, limit=1).items) == 1
 
 
-def test_what_cannot_be_scored_is_said_before_anything_is(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CQIL_CACHE", str(tmp_path / "cache"))
+def test_what_cannot_be_scored_is_said_before_anything_is(tiny: TinyModel, tmp_path: Path) -> None:
     text, long = tmp_path / "text.txt", tmp_path / "long.jsonl"
     text.write_text(TEXT, encoding="utf-8")
     windows = read_windows([text], tiny.tokenizer, 32)
@@ -248,58 +238,6 @@ def test_what_cannot_be_scored_is_said_before_anything_is(
     with pytest.raises(TextError, match=r"two texts or tasks are called text\.txt"):
         evaluate(study(tiny), tiny.plan(PLAN), None, [windows, windows], [])
     assert not list(tmp_path.rglob("scored-*"))
-
-
-def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None:
-    file = tmp_path / "short.txt"
-    file.write_text("The sea.", encoding="utf-8")
-    with pytest.raises(TextError, match=r"hold 0 windows of 32 tokens but 1 are needed"):
-        read_windows([file], tiny.tokenizer, 32)
-    with pytest.raises(TextError, match="cannot read text"):
-        read_windows([tmp_path / "absent.txt"], tiny.tokenizer, 32)
-
-
-def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
-    """Also where the file has another name; another text is welcome."""
-    seen, copied, other = (tmp_path / name for name in ("seen.txt", "copied.txt", "other.txt"))
-    for file, text in ((seen, TEXT), (copied, TEXT), (other, TEXT.swapcase())):
-        file.write_text(text, encoding="utf-8")
-    plan = tmp_path / "plan.json"
-    measured = made_with(read_windows([seen], tiny.tokenizer, 32))
-    plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
-    arguments = ["eval", "--model", str(tiny.path), "--plan", str(plan), "--window", "32"]
-    for file, code in ((seen, 1), (copied, 1), (other, 0)):
-        result = CliRunner().invoke(app, [*arguments, "--ppl", str(file), "--device", "cpu"])
-        assert result.exit_code == code, result.output
-        assert ("was made with" in result.output) == (code == 1)
-
-
-def test_what_an_adapter_was_made_from_is_not_forgotten(tiny: TinyModel, tmp_path: Path) -> None:
-    """A plan's text stays known when an adapter is made from it with another text."""
-    searched, fitted = tmp_path / "searched.txt", tmp_path / "fitted.txt"
-    for file, text in ((searched, TEXT), (fitted, TEXT.swapcase())):
-        file.write_text(text, encoding="utf-8")
-    plan, adapter = tmp_path / "plan.json", tmp_path / "adapter"
-    measured = made_with(read_windows([searched], tiny.tokenizer, 32))
-    plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
-    common = ["--model", str(tiny.path), "--window", "32", "--device", "cpu"]
-    made = ["--plan", str(plan), "--text", str(fitted), "--tokens", "256", "-o", str(adapter)]
-    result = CliRunner().invoke(app, ["plan", "compensate", *common, *made])
-    assert result.exit_code == 0, result.output
-    use = ["--plan", str(adapter / "plan.json"), "--adapter", str(adapter)]
-    for file in (searched, fitted):
-        result = CliRunner().invoke(app, ["eval", *common, *use, "--ppl", str(file)])
-        assert result.exit_code == 1
-        assert "was made with" in result.output
-
-
-def test_named_plans_know_their_text(tmp_path: Path) -> None:
-    known = record_of("fast", "smollm2-135m")
-    assert known is not None
-    (checksum,) = known["measured"]["files"]
-    seen = Windows(torch.zeros(2, 8, dtype=torch.long), "fit.txt", frozenset([checksum]))
-    with pytest.raises(TextError, match=r"was made with fit\.txt"):
-        refuse_known_text([seen], "fast", "smollm2-135m", None)
 
 
 def test_one_item_is_refused_before_anything_is_scored(tiny: TinyModel, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -11,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from tiny_models import TinyModel, random_tokens
 
-from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.comparison import Comparison, Divergence
+from cqil_dist.plan import Group
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.original import Original
-from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity, without_layers
-from cqil_dist.planning.texts import Windows
+from cqil_dist.planning.windows import Windows
 from cqil_dist.progress import SilentProgress
 
 PROGRESS = SilentProgress()
@@ -34,7 +30,7 @@ def original(tiny: TinyModel) -> Original:
 def test_a_plan_diverges_by_its_kl_from_transformers(
     original: Original, tiny: TinyModel, plan: str
 ) -> None:
-    found = original.compare(tiny.plan(plan))
+    found = original.compare(tiny.plan(plan).groups)
     kls, losses = [], []
     for tokens in TOKENS:
         given = tiny.original_logits(tokens).log_softmax(-1)
@@ -59,7 +55,7 @@ def test_layers_that_are_not_named_are_left_out(original: Original, tiny: TinyMo
             logits = original.model.get_output_embeddings()(decoder.norm(x))[0]
         loss = F.cross_entropy(logits[:-1], torch.tensor(TOKENS[0][1:]))
         one = Original(original.model, Windows(torch.tensor(TOKENS[:1]), "random"), PROGRESS)
-        assert one.compare_groups(kept).loss == pytest.approx(float(loss), abs=1e-4)
+        assert one.compare(kept).loss == pytest.approx(float(loss), abs=1e-4)
 
 
 def test_similarity_is_the_cosine_of_layers_inputs(original: Original, tiny: TinyModel) -> None:
@@ -77,31 +73,3 @@ def test_the_layer_that_changes_its_input_least_goes_first() -> None:
         similarity[layer, layer + 1] = alike
     assert without_layers(similarity, 3) == [0, 2, 3]
     assert without_layers(similarity, 2) == [0, 3]
-
-
-def test_an_interrupted_measurement_goes_on(
-    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    groups = list(candidates(6, 2))
-    plan = Plan.covering([groups[7]], 6)
-    first = measure_sensitivities(Comparison(original, None, tmp_path), groups[:5], PROGRESS)
-    (known,) = tmp_path.iterdir()
-    with known.open("a", encoding="utf-8") as file:
-        file.write('\n{"of": {"layers": [3, 4], "byp')  # killed while it wrote
-
-    computed: list[object] = []
-    compare_groups = original.compare_groups
-
-    def watched(groups: Sequence[Group]) -> Divergence:
-        computed.append(groups)
-        return compare_groups(groups)
-
-    monkeypatch.setattr(original, "compare_groups", watched)
-    found = measure_sensitivities(Comparison(original, None, tmp_path), groups, PROGRESS)
-    assert len(computed) == len(groups) - 5
-    assert {group: found[group] for group in groups[:5]} == first
-    for _ in range(2):
-        comparison = Comparison(original, None, tmp_path)
-        assert measure_sensitivities(comparison, groups, PROGRESS) == found
-        assert comparison.compare(plan).kl == pytest.approx(found[groups[7]])
-    assert len(computed) == len(groups) - 5 + 1, "the plan, once"

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from planning_cases import TEXT, study
 from tiny_models import TinyModel
 
 from cqil_dist.errors import TextError
-from cqil_dist.planning import study as study_module
-from cqil_dist.planning import texts
-from cqil_dist.planning.compute_config import ComputeConfig
-from cqil_dist.planning.study import Study
-from cqil_dist.planning.texts import Openings, Windows, read_windows
-from cqil_dist.progress import Progress, SilentProgress, Task
-
-TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
+from cqil_dist.planning import sampling
+from cqil_dist.planning.sampling import Openings
+from cqil_dist.planning.windows import Windows, read_windows
+from cqil_dist.progress import SilentProgress, Task
 
 
 class CountedProgress(SilentProgress):
@@ -37,10 +34,6 @@ def _joined(tokens: list[int]) -> str:
     return "," + "".join(f"{token}," for token in tokens)
 
 
-def study(tiny: TinyModel, progress: Progress | None = None) -> Study:
-    return Study.of(str(tiny.path), ComputeConfig("cpu"), progress or SilentProgress())
-
-
 def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
@@ -51,13 +44,9 @@ def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:
     assert text == tiny.tokenizer(TEXT)["input_ids"][: len(text)]
 
 
-def test_text_is_sampled_from_the_model_once(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
+def test_text_is_sampled_from_the_model_once(tiny: TinyModel, tmp_path: Path) -> None:
     first = study(tiny).windows([], 16, 64, seed=0)
     assert first.token_ids_WT.shape == (4, 16)
-    assert isinstance(first, Windows)
     (kept,) = tmp_path.rglob("sampled-*.pt")
     written = kept.stat().st_mtime_ns
     assert study(tiny).windows([], 16, 64, seed=0).digest == first.digest
@@ -70,7 +59,7 @@ def test_text_is_sampled_from_the_model_once(
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.0, 0.15, 0.05])
     generator = torch.Generator().manual_seed(0)
-    drawn = texts._drawn(probabilities.log().expand(20_000, 5), generator)
+    drawn = sampling._drawn(probabilities.log().expand(20_000, 5), generator)
     frequencies = drawn.bincount(minlength=5) / len(drawn)
     torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
     assert frequencies[2] == 0
@@ -79,8 +68,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_sampling_that_was_interrupted_goes_on(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(study_module, "_SAMPLED_AT_ONCE", 2)
+    monkeypatch.setattr(sampling, "_WINDOWS_AT_ONCE", 2)
     whole = study(tiny).windows([], 16, 96, seed=0)
     (kept,) = tmp_path.rglob("sampled-*.pt")
     torch.save(whole.token_ids_WT[:4], kept)
@@ -89,10 +77,7 @@ def test_sampling_that_was_interrupted_goes_on(
     assert [task.completed for task in counted.opened] == [2 * 16], "only what was missing"
 
 
-def test_text_is_extended_by_what_the_model_says_after_it(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CQIL_CACHE", str(tmp_path))
+def test_text_is_extended_by_what_the_model_says_after_it(tiny: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     read = study(tiny).windows([file], 16, 64, seed=0)
@@ -145,3 +130,12 @@ def test_windows_longer_than_the_model_takes_are_refused(tiny: TinyModel, tmp_pa
     most = tiny.config.max_positions
     with pytest.raises(TextError, match=f"{most + 1} tokens but the model takes {most}; give a"):
         study(tiny).windows([tmp_path / "any.txt"], most + 1, None, seed=0)
+
+
+def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("The sea.", encoding="utf-8")
+    with pytest.raises(TextError, match=r"hold 0 windows of 32 tokens but 1 are needed"):
+        read_windows([file], tiny.tokenizer, 32)
+    with pytest.raises(TextError, match="cannot read text"):
+        read_windows([tmp_path / "absent.txt"], tiny.tokenizer, 32)

@@ -7,30 +7,31 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from cqil_dist.errors import LaunchError
+from cqil_dist.errors import ConfigError
 from cqil_dist.whole_file import whole_file
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace a file."""
+    """Replace a file, and make its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def require_file(path: Path) -> None:
-    """Better before hours of work than after: raises LaunchError where no file can be written."""
+    """Better before hours of work than after: raises ConfigError where no file can be written."""
     if path.is_dir():
-        raise LaunchError(
+        raise ConfigError(
             f"--output {path} is a folder; name a file, such as {path / 'found.json'}"
         )
     require_folder(path.parent)
 
 
 def require_folder(path: Path) -> None:
-    """Make a folder to write to. Raises LaunchError where that cannot be."""
+    """Make a folder to write to. Raises ConfigError where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
             """It can be written to."""
     except OSError as error:
-        raise LaunchError(f"cannot write to the folder {path}: {error}") from error
+        raise ConfigError(f"cannot write to the folder {path}: {error}") from error

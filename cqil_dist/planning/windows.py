@@ -1,0 +1,104 @@
+"""Text to measure plans on, in windows of tokens; read from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cqil_dist.errors import TextError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text, cut into W windows of T tokens.
+
+    Attributes:
+        token_ids_WT: int64.
+        source: what it was taken from, for people.
+        files: checksums of the files it was taken from.
+    """
+
+    token_ids_WT: Tensor
+    source: str
+    files: frozenset[str] = frozenset()
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids_WT.numel()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokens: what was measured on them can be found again."""
+        shape = str(tuple(self.token_ids_WT.shape)).encode()
+        return hashlib.sha256(shape + self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
+
+    def mixed_with(self, other: Windows, seed: int) -> Windows:
+        """The windows of both, in an order that follows from the seed."""
+        both_WT = torch.cat([self.token_ids_WT, other.token_ids_WT])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(both_WT), generator=generator)
+        source = f"{self.source}, {other.source}"
+        return Windows(both_WT[order], source, self.files | other.files)
+
+    def split(self, held_out: int) -> tuple[Windows, Windows]:
+        """All but the last `held_out` windows, and those. Raises TextError if none are left."""
+        if (kept := len(self.token_ids_WT) - held_out) < 1:
+            raise TextError(
+                f"there are {len(self.token_ids_WT)} windows of text, of which {held_out} are to "
+                "be held out; give more text, or hold out less"
+            )
+        return (
+            replace(self, token_ids_WT=self.token_ids_WT[:kept]),
+            replace(self, token_ids_WT=self.token_ids_WT[kept:]),
+        )
+
+
+def read_windows(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int | None = None,
+    seed: int = 0,
+) -> Windows:
+    """Windows of text files, none overlapping another.
+
+    Args:
+        length: tokens of a window.
+        count: take so many, at random; None takes all, in order.
+
+    Raises:
+        TextError: a file cannot be read, or there is not enough text.
+    """
+    texts: list[str] = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"cannot read text from {path}: {error}") from error
+    rows: list[Tensor] = []
+    for text in texts:
+        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) // length
+        rows.append(torch.tensor(ids[: whole * length], dtype=torch.long).view(whole, length))
+    windows = torch.cat(rows)
+    needed = 1 if count is None else count
+    if len(windows) < needed:
+        raise TextError(
+            f"{', '.join(map(str, paths))} hold {len(windows)} windows of {length} tokens but "
+            f"{needed} are needed; give more text, or ask for less"
+        )
+    if count is not None:
+        generator = torch.Generator().manual_seed(seed)
+        windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
+    checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return Windows(windows, ", ".join(path.name for path in paths), checksums)

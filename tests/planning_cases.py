@@ -1,0 +1,48 @@
+"""What tests of planning have in common: text, and a tiny model as the commands load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny_models import TinyModel, random_tokens
+from transformers import PreTrainedModel
+
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.model.checkpoint import Checkpoint
+from cqil_dist.model.reference import ReferenceModel
+from cqil_dist.planning.compute_config import ComputeConfig
+from cqil_dist.planning.grouped_model import load_model
+from cqil_dist.planning.study import Study
+from cqil_dist.planning.windows import Windows
+from cqil_dist.progress import Progress, SilentProgress
+
+TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
+
+
+def study(tiny: TinyModel, progress: Progress | None = None) -> Study:
+    return Study.of(str(tiny.path), ComputeConfig("cpu"), progress or SilentProgress())
+
+
+def fresh(tiny: TinyModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return load_model(tiny.path, dtype, torch.device("cpu"))
+
+
+def random_windows(count: int, seed: int, length: int = 32) -> Windows:
+    rows = [random_tokens(length, 1000 * seed + row) for row in range(count)]
+    return Windows(torch.tensor(rows), "random")
+
+
+HELD_OUT = random_windows(4, 2)
+
+
+def held_out_kl(tiny: TinyModel, plan: str, adapter: Path | None) -> float:
+    """Of the held-out text, by the reference, which knows neither peft nor gradients."""
+    checkpoint = Checkpoint(tiny.path, None if adapter is None else Adapter(adapter))
+    changed = ReferenceModel(tiny.config, checkpoint, tiny.plan(plan))
+    total = 0.0
+    for tokens in HELD_OUT.token_ids_WT.tolist():
+        given = tiny.original_logits(tokens).log_softmax(-1)
+        said = changed.logits(tokens).log_softmax(-1)
+        total += float((given.exp() * (given - said)).sum(-1).mean())
+    return total / len(HELD_OUT.token_ids_WT)

@@ -1,0 +1,80 @@
+"""Compensation brings a plan back towards the original, on text not fitted to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from planning_cases import HELD_OUT, fresh, held_out_kl, random_windows
+from tiny_models import TinyModel
+
+from cqil_dist.errors import PlanError, TextError
+from cqil_dist.model.adapter import Adapter, write_adapter
+from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning.comparison import Comparison
+from cqil_dist.planning.compensation import Compensation
+from cqil_dist.planning.merging import merge
+from cqil_dist.planning.original import Original
+from cqil_dist.progress import SilentProgress
+
+PLAN = "P2 S0 E6 D0"
+QUIET = SilentProgress()
+
+
+def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    model = fresh(tiny)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    loras = Compensation(model, random_windows(64, 3), QUIET, rank=48).loras(tiny.plan(PLAN))
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    write_adapter(tmp_path, loras, str(tiny.path), tiny.plan(PLAN).to_json())
+    assert held_out_kl(tiny, PLAN, tmp_path) < 0.9 * held_out_kl(tiny, PLAN, None)
+
+
+def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path: Path) -> None:
+    """A plan that is searched for compensation is measured with the changes it will have."""
+    model, plan = fresh(tiny), tiny.plan("P2 S2 E6 D0")
+    group = Group((2, 3), Bypass("1"))
+    original = Original(model, HELD_OUT, QUIET)
+    plain = Comparison(original, None, tmp_path)
+    fitting = Compensation(model, random_windows(64, 3), QUIET, rank=48)
+    compensated = Comparison(original, fitting, tmp_path)
+    found = compensated.compare(plan).kl
+    assert found < 0.9 * plain.compare(plan).kl
+    assert compensated.compare_group(group).kl < plain.compare_group(group).kl
+    assert compensated.compare(tiny.plan("sequential")).kl == pytest.approx(0, abs=1e-6)
+
+    loras = fitting.loras(plan)
+    write_adapter(tmp_path / "adapter", loras, str(tiny.path), plan.to_json())
+    merge(model, Adapter(tmp_path / "adapter"))
+    assert original.compare(plan.groups).kl == pytest.approx(found, abs=1e-5)
+
+
+def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
+    """A layer by itself may be changed too: parallel attention and feed-forward."""
+    plan = Plan.covering([Group((1,), Bypass("parallel")), Group((3, 4))], 6)
+    loras = Compensation(fresh(tiny), random_windows(8, 3), QUIET).loras(plan)
+    fitted = {int(module.split(".")[2]) for module in loras}
+    assert fitted == {1, 2, 3, 4, 5}
+
+
+def test_the_directions_that_explain_most_are_kept(tiny: TinyModel, tmp_path: Path) -> None:
+    """A part of the full map: each further direction takes back more."""
+    plan = tiny.plan(PLAN)
+    kls = [held_out_kl(tiny, PLAN, None)]
+    for rank in (2, 16):
+        loras = Compensation(fresh(tiny), random_windows(64, 3), QUIET, rank=rank).loras(plan)
+        assert all(len(lora.a_RI) == lora.b_OR.shape[1] == rank for lora in loras.values())
+        write_adapter(tmp_path / str(rank), loras, str(tiny.path), plan.to_json())
+        kls.append(held_out_kl(tiny, PLAN, tmp_path / str(rank)))
+    assert kls == sorted(kls, reverse=True)
+
+
+def test_what_cannot_be_fitted_is_said(tiny: TinyModel) -> None:
+    little = Compensation(fresh(tiny), random_windows(1, 3), QUIET, ridge=0.0)
+    with pytest.raises(TextError, match="give more text, or a larger ridge"):
+        little.loras(tiny.plan(PLAN))
+    with pytest.raises(PlanError, match="there is nothing to fit"):
+        little.loras(tiny.plan("sequential"))
