@@ -59,21 +59,24 @@ def distill(
     Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
     goes on with a run that was interrupted, and ends as if it had not been.
     """
+    from cqil_dist.model.adapter import require_adapter_folder
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_training
-    from cqil_dist.planning.provenance import made_with, record_of
+    from cqil_dist.planning.provenance import knows, made_with, record_of
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import TrainingLog
-    from cqil_dist.records import require_folder
 
-    require_folder(output)
+    options.require_text(text, sampled_tokens)
+    require_adapter_folder(output)
     progress = ConsoleProgress()
     study = Study.of(model, computing, progress)
-    parsed = study.plan(plan)
+    parsed = study.concurrent_plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise ConfigError(f"--init and --output are both {output}; write to another folder")
     start = None if init is None else study.adapter(init, parsed)
     read, kept = study.windows(text or [], window, tokens, training.seed).split(held_out)
+    if start is not None and knows(start.plan, kept):
+        progress.note(f"--init {init} may have been fitted to held-out text: KL begins too low")
     train = study.extended(read, sampled_tokens, training.seed)
 
     def show(log: TrainingLog) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cqil_dist.errors import TextError
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.planning.compute_config import ComputeConfig
 
@@ -161,6 +162,15 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
 def compute_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a `ComputeConfig`, in its parameter `computing`."""
     return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(command)
+
+
+def require_text(text: list[Path] | None, sampled_tokens: int) -> None:
+    """Raises TextError where text is to be sampled beside files, and there are none."""
+    if sampled_tokens and not text:
+        raise TextError(
+            f"{sampled_tokens} sampled tokens are to go beside files, but there are none; say with "
+            "--tokens how much text the model samples, or give --text"
+        )
 
 
 def options_of(

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
+from cqil_dist.errors import ConfigError
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.planning.calibration import CalibrationConfig
 from cqil_dist.planning.compute_config import ComputeConfig
@@ -112,6 +113,7 @@ def search(
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
     study = Study.of(model, computing, ConsoleProgress())
+    goal.check(study.config.num_layers, calibration.max_group)
     comparison, analysis = calibration.measure(study)
     cost = measure_cost(study.path, ranks, link_us)
     finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
@@ -150,15 +152,18 @@ def compensate(
     Costs nothing at run time. `cqil distill --init` goes on from there. Plans for it are found by
     `cqil plan search --fit-tokens`.
     """
-    from cqil_dist.model.adapter import write_adapter
+    from cqil_dist.model.adapter import require_adapter_folder, write_adapter
     from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.provenance import made_with, record_of
     from cqil_dist.planning.study import Study
-    from cqil_dist.records import require_folder
+    from cqil_dist.planning.training_state import STATE
 
-    require_folder(output)
+    options.require_text(text, sampled_tokens)
+    require_adapter_folder(output)
+    if (output / STATE).is_file():
+        raise ConfigError(f"{output} holds an adapter that was distilled; write to another folder")
     study = Study.of(model, computing, ConsoleProgress())
-    parsed = study.plan(plan)
+    parsed = study.concurrent_plan(plan)
     windows = study.windows(text or [], window, tokens, seed)
     windows = study.extended(windows, sampled_tokens, seed)
     loras = Compensation(study.model, windows, study.progress, rank, ridge).loras(parsed)

@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cqil_dist.errors import CheckpointError, PlanError, UnsupportedModel
+from cqil_dist.errors import CheckpointError, ConfigError, PlanError, UnsupportedModel
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.plan import Plan
+from cqil_dist.records import require_folder
 from cqil_dist.whole_file import whole_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -199,6 +200,20 @@ class Adapter:
         if odd := [module for module, parts in modules.items() if set(parts) != {"A", "B"}]:
             raise CheckpointError(f"{self._file} lacks one factor of {odd[0]}")
         return modules
+
+
+def require_adapter_folder(path: Path) -> None:
+    """Make a folder to write an adapter to.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds another plan, which would be lost.
+    """
+    require_folder(path)
+    if (path / PLAN).is_file() and not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"{path / PLAN} is no adapter's, and an adapter there would replace it; write to a "
+            "folder of its own"
+        )
 
 
 def write_adapter(

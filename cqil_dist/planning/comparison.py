@@ -78,9 +78,7 @@ class Comparison:
         return self._known[key]
 
     def _applied(self, groups: Sequence[Group]) -> AbstractContextManager[object]:
-        if self.compensation is None or not groups:
-            return nullcontext()
-        return self.compensation.applied(groups)
+        return nullcontext() if self.compensation is None else self.compensation.applied(groups)
 
 
 def _read(file: Path) -> dict[str, Divergence]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cqil_dist.errors import PlanError, TextError
+from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
 from cqil_dist.plan import Group, Plan
@@ -51,7 +51,8 @@ _OUTPUT = "mlp.down_proj"
 class Compensation:
     """Fits maps to the groups of one model, on one text, as often as asked.
 
-    Holds a hidden state a token and layer; while maps are in place, the weights they change twice.
+    Holds a hidden state a token and layer, in float32 some ten more a token and member of the group
+    that is being fitted, and while maps are in place the weights they change twice.
 
     Attributes:
         windows: calibration text; ten times as many tokens as the model is wide, or more.
@@ -94,11 +95,8 @@ class Compensation:
         """Changes of projections, by module, for every group from the first that is no exact layer.
 
         Raises:
-            PlanError: the plan is the original model.
             TextError: there is too little text for so small a ridge.
         """
-        if plan.is_sequential:
-            raise PlanError(f"plan {plan} is the original model: there is nothing to fit")
         with self.applied(plan.changed, self._progress) as merged:
             return merged.loras
 
@@ -117,7 +115,8 @@ class Compensation:
         """
         merged = Merged(self._model)
         try:
-            self._fit(merged, groups, progress or SilentProgress())
+            if groups:
+                self._fit(merged, groups, progress or SilentProgress())
             yield merged
         finally:
             merged.undo()

@@ -62,27 +62,48 @@ def distill(
 
     Raises:
         ConfigError: `output` holds a run of another model, plan, text or config.
-    """
-    student = _Student(model, config, start)
-    trained = [p for p in student.peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    identity = _identity(teacher, plan, train, config, start)
-    state = TrainingState(output, identity, student.peft_model, optimizer)
-    log = state.resume()
 
-    held_out_WT = held_out.token_ids_WT.to(student.peft_model.device)
+    The model is left as it was.
+    """
+    identity = _identity(teacher, plan, train, held_out, config, start)
+    state = TrainingState(output, identity)
+    student = _Student(model, config, start)
+    try:
+        log = _train(student, plan, train, held_out, config, state, progress, on_evaluation)
+        described = {**plan.to_json(), "measured": made}
+        write_adapter(output, student.loras(), str(model.name_or_path), described)
+    finally:
+        student.undo()
+    return log
+
+
+def _train(
+    student: _Student,
+    plan: Plan,
+    train: Windows,
+    held_out: Windows,
+    config: TrainingConfig,
+    state: TrainingState,
+    progress: Progress,
+    on_evaluation: Callable[[TrainingLog], None],
+) -> TrainingLog:
+    peft_model = student.peft_model
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    log = state.resume(peft_model, optimizer)
+
+    held_out_WT = held_out.token_ids_WT.to(peft_model.device)
     teacher_WTD = torch.cat(
         [student.teacher_hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
     )
 
     @torch.no_grad()
     def note_held_out() -> None:
-        with grouped(student.peft_model, plan.groups):
+        with grouped(peft_model, plan.groups):
             student_WTD = torch.cat(
                 [student.hidden(tokens_CT) for tokens_CT in _at_once(held_out_WT)]
             )
-        loss = kl_loss(student.peft_model, teacher_WTD, student_WTD)
-        log.held_out[len(log.losses)] = float(loss)
+        log.held_out[len(log.losses)] = float(kl_loss(peft_model, teacher_WTD, student_WTD))
         on_evaluation(log)
 
     with progress.task("Distilling", config.steps, "steps") as task:
@@ -100,11 +121,8 @@ def distill(
             done = step + 1
             if done % config.eval_steps == 0 or done == config.steps:
                 note_held_out()
-            if done % config.save_steps == 0 and done < config.steps:
-                state.save(log)
-    described = {**plan.to_json(), "measured": made}
-    write_adapter(output, student.loras(), str(model.name_or_path), described)
-    state.save(log)
+            if done % config.save_steps == 0 or done == config.steps:
+                state.save(peft_model, optimizer, log)
     return log
 
 
@@ -137,6 +155,11 @@ class _Student:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             torch.manual_seed(config.seed)
             self.peft_model: PeftModel = get_peft_model(model, lora_config)
+
+    def undo(self) -> None:
+        """Give the model back as it was."""
+        self.peft_model.unload()
+        self._start.undo()
 
     def hidden(self, tokens_CT: Tensor) -> Tensor:
         """Its hidden states [C, T, D]."""
@@ -208,13 +231,19 @@ def _identity(
     teacher: str,
     plan: Plan,
     train: Windows,
+    held_out: Windows,
     config: TrainingConfig,
     start: Adapter | None,
 ) -> dict[str, Any]:
+    """All that the trained weights and the log follow from."""
+    deciding = asdict(config)
+    for name in ("save_steps", "gradient_checkpointing"):
+        del deciding[name]
     return {
         "model": teacher,
         "plan": plan.to_json(),
         "text": train.digest,
-        "config": asdict(config),
-        "start": None if start is None else start.digest,
+        "held-out text": held_out.digest,
+        "adapter to begin with": None if start is None else start.digest,
+        **deciding,
     }

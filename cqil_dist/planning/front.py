@@ -43,6 +43,15 @@ class Goal:
         if sum(value is not None for value in vars(self).values()) != 1:
             raise PlanError("give one goal: a depth, a KL divergence, a loss or a latency")
 
+    def check(self, num_layers: int, max_group: int) -> None:
+        """Raises PlanError where groups of so many layers cannot reach its depth."""
+        fewest = -(-num_layers // max_group)
+        if self.depth is not None and not fewest <= self.depth <= num_layers:
+            raise PlanError(
+                f"depth is {self.depth}, but groups of up to {max_group} of {num_layers} layers "
+                f"reach depths {fewest} to {num_layers}; allow larger groups (--max-group)"
+            )
+
 
 @dataclass(frozen=True)
 class MeasuredPlan:

@@ -19,7 +19,7 @@ class Merged:
 
     Attributes:
         model: whose weights they are.
-        loras: what was added, by module, on the CPU.
+        loras: what was added, by module.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,7 +35,7 @@ class Merged:
     def add(self, module: str, lora: Lora) -> None:
         """Add a change, one to each module."""
         weight = self.weight(module)
-        self.loras[module] = Lora(lora.a_RI.cpu(), lora.b_OR.cpu())
+        self.loras[module] = lora
         self._before.setdefault(weight, weight.data)
         change_OI = lora.b_OR.to(weight.device) @ lora.a_RI.to(weight.device)
         weight.data = (weight.data.float() + change_OI).to(weight.dtype)
@@ -56,10 +56,14 @@ class Merged:
 
 
 def merge(model: PreTrainedModel, adapter: Adapter | None) -> Merged:
-    """Add an adapter's changes to a model's weights; none, where there is no adapter."""
+    """Add an adapter's changes to a model's weights, all of them or, in an error, none."""
     merged = Merged(model)
-    for module, lora in ({} if adapter is None else adapter.loras()).items():
-        merged.add(module, lora)
+    try:
+        for module, lora in ({} if adapter is None else adapter.loras()).items():
+            merged.add(module, lora)
+    except BaseException:
+        merged.undo()
+        raise
     return merged
 
 

@@ -31,13 +31,17 @@ def refuse_known_text(
         plan, model: as the user gave them.
         adapter_plan: what lies in the adapter.
     """
-    known = _files(record_of(plan, model)) | _files(adapter_plan)
     for text in texts:
-        if known & text.files:
+        if any(knows(record, text) for record in (record_of(plan, model), adapter_plan)):
             raise TextError(
                 f"the plan or its adapter was made with {text.source}; what it scores there says "
                 "nothing of other text: evaluate on a file that it has not seen"
             )
+
+
+def knows(record: Mapping[str, Any] | None, text: Windows) -> bool:
+    """Whether what the record describes was made with a file that the text is from."""
+    return not _files(record).isdisjoint(text.files)
 
 
 def record_of(plan: str, model: str) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def _row(
     plan = Plan.parse(described, described["num_layers"])
     costs = {found["model"]: CostModel(**found["cost"]) for _, found in records["front"]}
     cost, timing = costs.get(model), timed.get((model, str(plan)))
+    if cost is not None and timing is not None:
+        cost = replace(cost, ranks=timing["ranks"])
     results = [] if evaluation is None else evaluation["results"]
     return {
         "plan": str(plan),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.planning.windows import Windows
+from cqil_dist.planning.windows import Windows, first_tokens
 from cqil_dist.progress import Progress, Task
 from cqil_dist.whole_file import whole_file
 
@@ -30,14 +30,16 @@ class Openings:
 
     A token taken at random, as in LLM-QAT (arXiv 2305.17888). Where there is a text, every second
     window begins with a stretch of it in place of that, half a window at most: what the model says
-    then is of the text's kind.
+    then is of the text's kind. Before either come the tokens that all texts begin with.
 
     Attributes:
         tokens_N: to take one of.
+        first: what every window begins with, those of the text too.
         text: to take stretches of.
     """
 
     tokens_N: Tensor
+    first: tuple[int, ...] = ()
     text: Windows | None = None
 
     @classmethod
@@ -46,24 +48,29 @@ class Openings:
     ) -> Openings:
         """With every token that is not a special one."""
         special = set(tokenizer.all_special_ids)
-        return cls(torch.tensor([i for i in range(vocab_size) if i not in special]), text)
+        ordinary = torch.tensor([i for i in range(vocab_size) if i not in special])
+        return cls(ordinary, tuple(first_tokens(tokenizer)), text)
 
     @cached_property
     def digest(self) -> str:
-        text = "" if self.text is None else self.text.digest
-        return hashlib.sha256(self.tokens_N.numpy().tobytes() + text.encode()).hexdigest()[:16]
+        parts = [self.tokens_N.numpy().tobytes(), torch.tensor(self.first).numpy().tobytes()]
+        if self.text is not None:
+            parts.append(self.text.digest.encode())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def draw(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """Begun windows [count, length]; -1 from where the model is to go on."""
         begun_WT = torch.full((count, length), -1)
-        begun_WT[:, 0] = self.tokens_N[_integers(len(self.tokens_N), count, generator)]
+        first = len(self.first)
+        begun_WT[:, :first] = torch.tensor(self.first, dtype=torch.long)
+        begun_WT[:, first] = self.tokens_N[_integers(len(self.tokens_N), count, generator)]
         if self.text is not None:
-            text_WT = self.text.token_ids_WT
-            for window_T in begun_WT[::2]:
+            text_WT = self.text.token_ids_WT[:, first:]
+            for window_T in begun_WT[::2, first:]:
                 row = _integers(len(text_WT), 1, generator)[0]
-                tokens = 1 + int(_integers(length // 2, 1, generator))
-                first = int(_integers(text_WT.shape[1] - tokens + 1, 1, generator))
-                window_T[:tokens] = text_WT[row, first : first + tokens]
+                tokens = 1 + int(_integers(max(1, len(window_T) // 2), 1, generator))
+                start = int(_integers(text_WT.shape[1] - tokens + 1, 1, generator))
+                window_T[:tokens] = text_WT[row, start : start + tokens]
         return begun_WT
 
 

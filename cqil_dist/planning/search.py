@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from cqil_dist.errors import PlanError
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.divergence import Divergence
 from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
@@ -90,7 +89,7 @@ class PlanSearch:
         start: Plan | None = None,
         allowed: Callable[[Plan], bool] = lambda plan: True,
     ) -> Plan:
-        """The best plan of this depth that local search finds in the time that is left.
+        """The best plan of a reachable depth that local search finds in the time that is left.
 
         A round takes a group apart and joins two others, in the way that measures best, or changes
         one group's bypass. Ends where no such change helps.
@@ -98,15 +97,7 @@ class PlanSearch:
         Args:
             start: where to begin; the best known plan of this depth if None.
             allowed: which plans may be taken, `start` among them.
-
-        Raises:
-            PlanError: no plan of the known groups has this depth.
         """
-        if start is None and depth not in self.reachable:
-            raise PlanError(
-                f"depth is {depth}, but groups of the sizes that were measured reach depths "
-                f"{min(self.reachable)} to {max(self.reachable)}"
-            )
         best = start or self.front().get(depth, self.reachable[depth])
         with self.progress.task(f"Refining depth {depth}", unit="plans") as task:
             counted = len(self.measured)

@@ -3,8 +3,8 @@
 Under the cache directory, for each model by its content:
 
     plans/<model>/sampled-*.pt                   text that the model said
-    plans/<model>/<numerics>/compared-*.jsonl    groups and plans measured on a text
-    plans/<model>/<numerics>/scored-*.json       the original, scored on a text or a task
+    plans/<model>/<how>/compared-*.jsonl    groups and plans measured on a text
+    plans/<model>/<how>/scored-*.json       the original, scored on a text or a task
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from cqil_dist.errors import ConfigError, TextError
+from cqil_dist.errors import ConfigError, PlanError, TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
 from cqil_dist.model.config import ModelConfig
@@ -96,6 +97,13 @@ class Study:
         """Raises PlanError where there is no such plan for this model."""
         return plan_for(source, self.name, self.config.num_layers)
 
+    def concurrent_plan(self, source: PlanSource) -> Plan:
+        """One that loses something. Raises PlanError where there is none, or it loses nothing."""
+        plan = self.plan(source)
+        if plan.is_sequential:
+            raise PlanError(f"plan {plan} is the original model: it loses nothing to win back")
+        return plan
+
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_model(self.path, self.dtype, self.device)
@@ -133,18 +141,9 @@ class Study:
         return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
 
     def extended(self, text: Windows, tokens: int, seed: int) -> Windows:
-        """A text from files with so many tokens of the model's own, half of them going on from it.
-
-        Raises:
-            TextError: the text is the model's own already.
-        """
+        """A text with so many tokens of the model's own, half of them going on from it."""
         if not tokens:
             return text
-        if not text.files:
-            raise TextError(
-                f"{tokens} sampled tokens are to go beside files, but there are none; "
-                "say with --tokens how much text the model samples, or give --text"
-            )
         sampled = self._sampled(text.token_ids_WT.shape[1], tokens, seed, text)
         return text.mixed_with(sampled, seed)
 
@@ -163,8 +162,9 @@ class Study:
 
     @property
     def results(self) -> Path:
-        """Folder of what depends on how the model is computed."""
-        return self.folder / self.numerics
+        """Folder of what depends on how the model is computed, and by which programs."""
+        programs = [f"{name}-{version(name)}" for name in ("cqil-dist", "torch", "transformers")]
+        return self.folder / "-".join([self.numerics, *programs])
 
     @property
     def numerics(self) -> str:

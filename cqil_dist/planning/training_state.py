@@ -15,7 +15,7 @@ from cqil_dist.whole_file import whole_file
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_FILE = "training.pt"
+STATE = "training.pt"
 
 
 @dataclass
@@ -31,48 +31,52 @@ class TrainingLog:
     held_out: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class TrainingState:
-    """A run's trained weights, optimizer and log, and the file that they are saved to.
+    """What is saved of a run: trained weights, optimizer and log."""
 
-    Args:
-        folder: where the file goes.
-        identity: what tells the run from others.
-    """
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Read what was saved, if anything was.
 
-    folder: Path
-    identity: Mapping[str, Any]
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-
-    def resume(self) -> TrainingLog:
-        """Go on from what was saved, if anything was.
+        Args:
+            folder: where the file goes.
+            identity: what tells the run from others; plain values by name.
 
         Raises:
-            ConfigError: it is of another run.
+            ConfigError: what was saved is of another run.
         """
+        self._file = folder / STATE
+        self._identity = dict(identity)
+        self._saved: dict[str, Any] | None = None
+        if self._file.is_file():
+            self._saved = torch.load(self._file, map_location="cpu", weights_only=True)
+            saved = self._saved["identity"]
+            names = self._identity.keys() | saved.keys()
+            if other := sorted(n for n in names if self._identity.get(n) != saved.get(n)):
+                raise ConfigError(
+                    f"{folder} holds a run with another {', '.join(other)}; choose another folder, "
+                    "or remove that one to begin anew"
+                )
+
+    def resume(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainingLog:
+        """Go on from what was saved, once."""
         from peft import set_peft_model_state_dict
 
-        if not (file := self.folder / _FILE).is_file():
+        if self._saved is None:
             return TrainingLog()
-        state = torch.load(file, map_location=self.model.device, weights_only=True)
-        if changed := [k for k, value in state["identity"].items() if value != self.identity[k]]:
-            raise ConfigError(
-                f"{self.folder} holds a run with another {', '.join(changed)}; choose another "
-                "folder, or remove that one to begin anew"
-            )
-        set_peft_model_state_dict(self.model, state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        return TrainingLog(**state["log"])
+        set_peft_model_state_dict(model, self._saved["adapter"])
+        optimizer.load_state_dict(self._saved["optimizer"])
+        log = TrainingLog(**self._saved["log"])
+        self._saved = None
+        return log
 
-    def save(self, log: TrainingLog) -> None:
+    def save(self, model: PeftModel, optimizer: torch.optim.Optimizer, log: TrainingLog) -> None:
         from peft import get_peft_model_state_dict
 
         state = {
-            "identity": dict(self.identity),
-            "adapter": get_peft_model_state_dict(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "identity": self._identity,
+            "adapter": get_peft_model_state_dict(model),
+            "optimizer": optimizer.state_dict(),
             "log": asdict(log),
         }
-        with whole_file(self.folder / _FILE) as file:
+        with whole_file(self._file) as file:
             torch.save(state, file)

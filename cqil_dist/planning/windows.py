@@ -72,6 +72,9 @@ def read_windows(
 ) -> Windows:
     """Windows of text files, none overlapping another.
 
+    Each begins with the tokens that the tokenizer begins a text with, as what the runtime computes
+    does: attention leans on them.
+
     Args:
         length: tokens of a window.
         count: take so many, at random; None takes all, in order.
@@ -85,12 +88,15 @@ def read_windows(
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"cannot read text from {path}: {error}") from error
+    first = first_tokens(tokenizer)
+    following = length - len(first)
     rows: list[Tensor] = []
     for text in texts:
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = len(ids) // length
-        rows.append(torch.tensor(ids[: whole * length], dtype=torch.long).view(whole, length))
-    windows = torch.cat(rows)
+        whole = len(ids) // following
+        rows.append(torch.tensor(ids[: whole * following], dtype=torch.long).view(whole, following))
+    cut_WT = torch.cat(rows)
+    windows = torch.cat([torch.tensor(first, dtype=torch.long).expand(len(cut_WT), -1), cut_WT], 1)
     needed = 1 if count is None else count
     if len(windows) < needed:
         raise TextError(
@@ -102,3 +108,9 @@ def read_windows(
         windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
     checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return Windows(windows, ", ".join(path.name for path in paths), checksums)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins every text with: in some families a token for just that."""
+    ids: Any = tokenizer("")["input_ids"]
+    return list(ids)

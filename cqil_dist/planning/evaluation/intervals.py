@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Self
 
-_Z95 = 1.959964
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -21,9 +19,11 @@ class Interval:
 
     @classmethod
     def of_mean(cls, values: Sequence[float]) -> Self:
-        """Of a mean over two or more independent items, by the normal approximation."""
+        """Of a mean over two or more independent items, by Student's distribution."""
+        from scipy.stats import t  # takes a second to import
+
         mean = fmean(values)
-        half = _Z95 * stdev(values) / math.sqrt(len(values))
+        half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
     def map(self, increasing: Callable[[float], float]) -> Interval:

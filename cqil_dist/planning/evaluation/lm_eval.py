@@ -31,6 +31,7 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         pretrained: whatever `--model` may be.
         plan: anything `Plan.parse` reads.
         adapter: directory of the plan's adapter.
+        device, dtype, matmul_precision: as in `ComputeConfig`.
         options: of lm-eval's `HFLM`, such as `batch_size`.
 
     Raises:
@@ -43,9 +44,12 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         plan: PlanSource = "sequential",
         adapter: str | None = None,
         device: str = "auto",
+        dtype: str = "auto",
+        matmul_precision: str = "highest",
         **options: Any,
     ) -> None:
-        study = Study.of(pretrained, ComputeConfig(device), ConsoleProgress())
+        computing = ComputeConfig(device.removesuffix(":0"), dtype, matmul_precision)
+        study = Study.of(pretrained, computing, ConsoleProgress())
         parsed = study.plan(plan)
         changes = None if adapter is None else study.adapter(Path(adapter), parsed)
         merge(study.model, changes)

@@ -62,11 +62,12 @@ def read_task(path: Path, limit: int | None = None) -> Task:
     """
     try:
         # Not splitlines: JSON's strings may hold what Unicode calls the end of a line.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot read a task from {path}: {error}") from error
     items: list[Item] = []
-    for number, line in enumerate(lines[:limit], start=1):
+    written = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in written[:limit]:
         try:
             items.append(_item(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

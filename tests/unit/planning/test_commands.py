@@ -72,6 +72,29 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_what_cannot_be_is_said_before_anything_is_done(tiny: TinyModel, tmp_path: Path) -> None:
+    """Whatever takes long would say that it began."""
+    (tmp_path / "plan.json").write_text(json.dumps(tiny.plan("P2 S0 E6 D1").to_json()))
+    distilled = tmp_path / "distilled"
+    distilled.mkdir()
+    (distilled / "training.pt").touch()
+    plan = ["--plan", "P2 S0 E6 D1"]
+    for words, message in (
+        (["plan", "search", "--depth", "1"], "reach depths 2 to 6"),
+        (["plan", "compensate", "--plan", "sequential"], "it loses nothing to win back"),
+        (["plan", "compensate", *plan, "-o", str(tmp_path)], "is no adapter's"),
+        (["plan", "compensate", *plan, "-o", str(distilled)], "that was distilled"),
+        (["distill", "--plan", "sequential"], "it loses nothing to win back"),
+        (["distill", *plan, "--sampled-tokens", "64"], "beside files, but there are none"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            result = CliRunner().invoke(app, [*words, "--model", str(tiny.path)])
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert "..." not in result.output
+
+
 def test_outputs_that_cannot_be_written_are_said_at_once(tiny: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

@@ -160,8 +160,20 @@ def test_the_loss_is_the_kl_divergence_and_has_its_gradient(
 
 def test_a_folder_of_another_run_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
     train(tiny, tmp_path, steps=3)
-    with pytest.raises(ConfigError, match="another config; choose another folder"):
-        train(tiny, tmp_path, steps=4)
+    with pytest.raises(ConfigError, match="another lora_r, steps; choose another folder"):
+        train(tiny, tmp_path, steps=4, lora_r=4)
+    same = train(tiny, tmp_path, steps=3, save_steps=2)
+    assert len(same.losses) == 3, "how often it is saved makes no difference"
+
+
+def test_the_model_is_left_as_it_was(tiny: TinyModel, tmp_path: Path) -> None:
+    model = fresh(tiny)
+    start = compensated(tiny, model, tmp_path / "start")
+    train(tiny, tmp_path / "trained", model=model, start=start, steps=3)
+    weights = dict(fresh(tiny).named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from adapters import random_adapter
 from lm_eval_task import QUESTIONS, local_tasks
 from lm_eval_task import evaluate as evaluate_with_lm_eval
 from planning_cases import TEXT, study
+from scipy.stats import t
 from tiny_models import TinyModel
 from typer.testing import CliRunner
 
@@ -122,7 +123,7 @@ def test_perplexity_is_transformers_loss(tiny: TinyModel, tmp_path: Path) -> Non
         with torch.inference_mode():
             losses.append(float(tiny.original(row[None], labels=row[None]).loss))
     assert result.paired.original.value == pytest.approx(math.exp(fmean(losses)), rel=1e-4)
-    half = NormalDist().inv_cdf(0.975) * stdev(losses) / math.sqrt(len(losses))
+    half = float(t.ppf(0.975, len(losses) - 1)) * stdev(losses) / math.sqrt(len(losses))
     assert result.paired.original.low == pytest.approx(math.exp(fmean(losses) - half), rel=1e-4)
     changed = result.paired.other.value / result.paired.original.value
     assert result.paired.difference.value == pytest.approx(changed, rel=1e-4)
@@ -210,16 +211,16 @@ def test_pairing_is_sharper_than_two_intervals() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not an item"),
-        ('{"context": "a", "choices": ["b"]}', "line 2: not an item"),
+        ("{", "line 3: not an item"),
+        ('{"context": "a", "choices": ["b"]}', "line 3: not an item"),
         ('{"context": "a", "choices": ["b"], "gold": 1}', "gold is 1 of 1"),
-        ("[1]", "line 2: not an item"),
+        ("[1]", "line 3: not an item"),
     ],
 )
 def test_lines_that_are_no_items_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "odd.jsonl"
     good = '{"context": "a", "continuation": " b"}'
-    file.write_text(f"{good}\n{line}\n", encoding="utf-8")
+    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")
     with pytest.raises(TextError, match=message):
         read_task(file)
     assert len(read_task(file, limit=1).items) == 1

@@ -94,8 +94,10 @@ def test_time_bounds_the_search() -> None:
     search = PlanSearch(LAYERS, SENSITIVITIES, measure, 0.0, SilentProgress())
     assert search.refine(5) == additive_front(LAYERS, SENSITIVITIES)[5]
     assert len(measured) == 1
-    with pytest.raises(PlanError, match=r"depth is 2, but .* reach depths 3 to 8"):
-        search.refine(2)
+    for depth in (2, 9):
+        with pytest.raises(PlanError, match=rf"depth is {depth}, but .* reach depths 3 to 8"):
+            Goal(depth).check(LAYERS, 3)
+    Goal(3).check(LAYERS, 3)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,9 @@ from tiny_models import TinyModel
 
 from cqil_dist.errors import TextError
 from cqil_dist.planning import sampling
+from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.sampling import Openings
+from cqil_dist.planning.study import Study
 from cqil_dist.planning.windows import Windows, read_windows
 from cqil_dist.progress import SilentProgress, Task
 
@@ -92,13 +96,38 @@ def test_text_is_extended_by_what_the_model_says_after_it(tiny: TinyModel, tmp_p
     assert sum(_joined(row[:2]) in text for row in rows) >= 3, "every second one"
     assert not any(_joined(row) in text for row in rows)
     assert all(0 <= token < tiny.config.vocab_size for row in rows for token in row)
-    with pytest.raises(TextError, match="to go beside files, but there are none"):
-        study(tiny).extended(study(tiny).windows([], 16, 64, seed=0), 32, seed=0)
+
+
+def test_windows_begin_as_every_text_does(tiny: TinyModel, tmp_path: Path) -> None:
+    """With the token for that, where the tokenizer has one: read, sampled, and going on."""
+    begun = tmp_path / "begun"
+    shutil.copytree(tiny.path, begun)
+    described = json.loads((begun / "tokenizer.json").read_text(encoding="utf-8"))
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "B", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"B": {"id": "B", "ids": [7], "tokens": ["B"]}},
+    }
+    (begun / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    one = Study.of(str(begun), ComputeConfig("cpu"), SilentProgress())
+    assert one.tokenizer(TEXT)["input_ids"][0] == 7
+    read = one.windows([file], 16, 64, seed=0)
+    for text in (read, one.windows([], 16, 64, seed=0), one.extended(read, 128, seed=0)):
+        assert text.token_ids_WT.shape[1] == 16
+        assert (text.token_ids_WT[:, 0] == 7).all()
+    whole: list[int] = one.windows([file], 16, None, 0).token_ids_WT[:, 1:].flatten().tolist()
+    assert whole == tiny.tokenizer(TEXT)["input_ids"][: len(whole)], "nothing is left out"
 
 
 def test_stretches_of_a_text_open_every_second_window() -> None:
     text = Windows(torch.arange(160, 224).view(4, 16), "a")
-    drawn_WT = Openings(torch.arange(10), text).draw(200, 16, torch.Generator().manual_seed(0))
+    drawn_WT = Openings(torch.arange(10), text=text).draw(200, 16, torch.Generator().manual_seed(0))
     lengths = set()
     for index, window_T in enumerate(drawn_WT):
         opening = window_T[window_T >= 0].tolist()
