@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -116,6 +117,25 @@ def test_verify_passes_and_says_what_it_compared(model: TinyModel) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("ok  ") == 3
     assert "transformers" in result.stdout
+
+
+def test_latency_of_a_plan_goes_into_the_report(model: TinyModel, tmp_path: Path) -> None:
+    result = cqil(
+        *("bench", "latency", "--model", str(model.path), "--plan", "P2 S0 E6 D0"),
+        *("--prompt-tokens", "8", "--output-tokens", "8", "--repeats", "1", "-o", str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "latency.json").read_text(encoding="utf-8"))["results"]
+    assert [(each["depth"], each["ranks"]) for each in results] == [(6, 1), (6, 1), (3, 2)]
+    assert all(each["itl_p50_ms"] > 0 for each in results)
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+    rows = re.findall(r"<tr><td class=.plan.>.*?</tr>", report(tmp_path), re.DOTALL)
+    for each, row in zip(results[1:], rows, strict=True):
+        assert f">{each['itl_p50_ms']:.1f}<" in row
+
+
+def report(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_help_explains_every_command() -> None:
