@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tiny_models import TinyModel
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Adapter, write_adapter
 from cqil_dist.plan import Bypass, Group, Plan
+from cqil_dist.planning import compensation
 from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.compensation import Compensation
+from cqil_dist.planning.grouped_model import hidden_after
 from cqil_dist.planning.merging import merge
 from cqil_dist.planning.original import Original
 from cqil_dist.progress import SilentProgress
@@ -58,6 +61,29 @@ def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
     loras = Compensation(fresh(tiny), random_windows(8, 3), QUIET).loras(plan)
     fitted = {int(module.split(".")[2]) for module in loras}
     assert fitted == {1, 2, 3, 4, 5}
+
+
+def test_a_group_is_fitted_to_what_those_before_it_give_now(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not computed again: it follows from the change."""
+    model = fresh(tiny)
+    inputs: list[list[torch.Tensor]] = []
+    correct = compensation._Fit.correct_outputs
+
+    def watched(fit: compensation._Fit, targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        inputs.append(list(fit.group_inputs))
+        return correct(fit, targets)
+
+    monkeypatch.setattr(compensation._Fit, "correct_outputs", watched)
+    groups = tiny.plan(PLAN).groups
+    with Compensation(model, random_windows(8, 3), QUIET).applied(groups), torch.no_grad():
+        for group, given, following in zip(groups, inputs, inputs[1:], strict=False):
+            for x, output in zip(given, following, strict=True):
+                torch.testing.assert_close(
+                    hidden_after(model, [group], x), output, atol=1e-4, rtol=1e-4
+                )
+    assert len(inputs) == 3
 
 
 def test_the_directions_that_explain_most_are_kept(tiny: TinyModel, tmp_path: Path) -> None:
