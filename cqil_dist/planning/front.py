@@ -148,6 +148,8 @@ class PlanFinder:
         Raises:
             PlanError: no plan of the known groups keeps to it.
         """
+        largest = max((group.size for group in self._sensitivities), default=1)
+        goal.check(self._original.num_layers, largest)
         if goal.depth is not None:
             return self._measured(self._search.refine(goal.depth))
         if goal.max_latency_us is not None:
