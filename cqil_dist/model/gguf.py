@@ -76,8 +76,8 @@ def convert(gguf: Path, directory: Path, name: str, progress: Progress) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, inherited)))
     environment["CUDA_VISIBLE_DEVICES"] = ""
     # Each would change what is written, or whether its progress can be followed.
-    for name in ("TQDM_DISABLE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        environment.pop(name, None)
+    for variable in ("TQDM_DISABLE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(variable, None)
     command = [sys.executable, "-m", "cqil_dist.model.gguf", str(gguf), str(directory)]
     with (
         progress.task(f"Converting {name} to float32", unit="tensors") as task,

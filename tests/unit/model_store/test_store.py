@@ -19,7 +19,7 @@ from tiny_gguf import TURN_END, TinyGguf, write_tiny_gguf
 
 from cqil_dist.errors import CheckpointError, ModelError, ModelNotFound, UnsupportedModel
 from cqil_dist.model import store
-from cqil_dist.progress import SilentProgress
+from cqil_dist.progress import ConsoleProgress, SilentProgress
 
 SILENT = SilentProgress()
 
@@ -93,10 +93,15 @@ def test_converted_gguf_is_the_original_model(
 
 
 def test_what_is_converted_does_not_depend_on_the_environment(
-    tiny_gguf: TinyGguf, cache: Path, converted_cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: TinyGguf,
+    cache: Path,
+    converted_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = store.resolve(str(tiny_gguf.path), SILENT)
+    path = store.resolve(str(tiny_gguf.path), ConsoleProgress())
+    assert "Converting tiny.gguf to float32" in capsys.readouterr().err
     (expected,) = (converted_cache / "models").iterdir()
     for file in expected.iterdir():
         if file.name != "manifest.json":
