@@ -49,6 +49,9 @@ def url(browser: Browser, smollm2_path: Path) -> Iterator[str]:
 def tab(browser: Browser, url: str) -> Iterator[Tab]:
     with browser.new_page() as page:
         yield Tab(page, url)
+        # The page asks for its status all the time: a test's answer to it may be on its way, and
+        # would fail if the page were closed under it.
+        page.unroute_all(behavior="wait")
 
 
 @pytest.fixture(scope="module")
