@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cqil_dist.errors import TextError
+from cqil_dist.errors import ConfigError, TextError
 from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.planning.compute_config import ComputeConfig
 
@@ -160,8 +160,28 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
 
 
 def compute_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a `ComputeConfig`, in its parameter `computing`."""
-    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(command)
+    """Give a command a `ComputeConfig`, in its parameter `computing`.
+
+    A device whose memory does not suffice is an error of how it was asked: ConfigError.
+    """
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**given)
+        except RuntimeError as error:
+            import torch
+
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            what, _, _ = str(error).partition("\n")
+            raise ConfigError(
+                f"the device's memory does not suffice: {what}; give less text (--tokens) or a "
+                "smaller --window, compute in --dtype bfloat16, or train with "
+                "--gradient-checkpointing"
+            ) from error
+
+    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(run)
 
 
 def require_text(text: list[Path] | None, sampled_tokens: int) -> None:

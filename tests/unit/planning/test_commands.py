@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browsing import chromium
 from tiny_models import TinyModel
 from typer.testing import CliRunner
@@ -93,6 +94,23 @@ def test_what_cannot_be_is_said_before_anything_is_done(tiny: TinyModel, tmp_pat
         assert result.exit_code == 1
         assert message in " ".join(result.output.split())
         assert "..." not in result.output
+
+
+def test_too_little_memory_is_said_with_ways_out(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
+
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    words = ["plan", "analyze", "--model", str(tiny.path), "--window", "32", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "error: the device's memory does not suffice: CUDA out of memory. Tried" in said
+    assert "--window" in said
+    assert "See the docs" not in said
 
 
 def test_outputs_that_cannot_be_written_are_said_at_once(tiny: TinyModel, tmp_path: Path) -> None:
