@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.divergence import Divergence
@@ -64,9 +64,9 @@ class PlanSearch:
     def __post_init__(self) -> None:
         self._ends = time.monotonic() + self.seconds
         self.reachable = additive_front(self.num_layers, self.sensitivities)
-        self._best = best_bypasses(self.sensitivities)
+        # By layers, the least sensitive bypass first.
         self._bypasses: dict[tuple[int, ...], list[Group]] = {}
-        for group in self.sensitivities:
+        for group in sorted(self.sensitivities, key=self.sensitivities.__getitem__):
             self._bypasses.setdefault(group.layers, []).append(group)
 
     def kl(self, plan: Plan) -> float:
@@ -88,6 +88,7 @@ class PlanSearch:
         depth: int,
         start: Plan | None = None,
         allowed: Callable[[Plan], bool] = lambda plan: True,
+        enough: Callable[[Plan], bool] = lambda plan: False,
     ) -> Plan:
         """The best plan of a reachable depth that local search finds in the time that is left.
 
@@ -96,7 +97,8 @@ class PlanSearch:
 
         Args:
             start: where to begin; the best known plan of this depth if None.
-            allowed: which plans may be taken, `start` among them.
+            allowed: which plans may be taken, `start` among them; decided before measuring.
+            enough: of a measured plan, whether to look no further.
         """
         best = start or self.front().get(depth, self.reachable[depth])
         with self.progress.task(f"Refining depth {depth}", unit="plans") as task:
@@ -105,18 +107,20 @@ class PlanSearch:
             improved = True
             while improved and time.monotonic() < self._ends:
                 improved = False
-                for plan in self._neighbours(best):
-                    if allowed(plan) and self.kl(plan) < self.kl(best):
+                for plan in self._neighbours(best, allowed):
+                    if self.kl(plan) < self.kl(best):
                         best, improved = plan, True
                     task.update(len(self.measured) - counted)
+                    if enough(plan):
+                        return best
         return best
 
-    def _neighbours(self, plan: Plan) -> Iterator[Plan]:
+    def _neighbours(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
         """Plans of the same depth that may be better, most promising first; until time is up."""
         for deeper in sorted(self._loosened(plan), key=self._sum)[:_LOOSENED]:
-            tightened = sorted(self._tightened(deeper), key=self._sum)
+            tightened = sorted(self._tightened(deeper, allowed), key=self._sum)
             yield from self._in_time([each for each in tightened if each != plan][:_TIGHTENED])
-        yield from self._in_time(self._other_bypasses(plan))
+        yield from self._in_time(filter(allowed, self._other_bypasses(plan)))
 
     def _in_time(self, plans: Iterable[Plan]) -> Iterator[Plan]:
         for plan in plans:
@@ -131,11 +135,12 @@ class PlanSearch:
                 parts = (group.layers[:cut], group.layers[cut:])
                 yield self._replaced(plan, index, 1, [self._group(layers) for layers in parts])
 
-    def _tightened(self, plan: Plan) -> Iterator[Plan]:
-        """Every plan in which two adjacent groups are one."""
+    def _tightened(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
+        """Every plan in which two adjacent groups are one, with the best bypass allowed there."""
         for index, (group, following) in enumerate(pairwise(plan.groups)):
-            if (layers := group.layers + following.layers) in self._best:
-                yield self._replaced(plan, index, 2, [self._group(layers)])
+            joined = self._bypasses.get(group.layers + following.layers, [])
+            plans = (self._replaced(plan, index, 2, [each]) for each in joined)
+            yield from islice(filter(allowed, plans), 1)
 
     def _other_bypasses(self, plan: Plan) -> Iterator[Plan]:
         for index, group in enumerate(plan.groups):
@@ -144,7 +149,7 @@ class PlanSearch:
                     yield self._replaced(plan, index, 1, [other])
 
     def _group(self, layers: tuple[int, ...]) -> Group:
-        return Group(layers) if len(layers) == 1 else self._best[layers]
+        return Group(layers) if len(layers) == 1 else self._bypasses[layers][0]
 
     def _replaced(self, plan: Plan, first: int, count: int, groups: Sequence[Group]) -> Plan:
         return Plan((*plan.groups[:first], *groups, *plan.groups[first + count :]), plan.num_layers)

@@ -84,6 +84,35 @@ def test_local_search_finds_a_best_plan_that_sums_do_not_show() -> None:
     assert search.refine(planted.depth) == planted
 
 
+def test_what_is_joined_takes_a_bypass_that_is_allowed() -> None:
+    """Where the bypass that costs least is not, another may be."""
+    planted = Plan.covering([Group((0, 1)), Group((4, 5)), Group((6, 7))], LAYERS)
+    start = Plan.covering([Group((1, 2)), Group((3, 4)), Group((5, 6))], LAYERS)
+
+    def measure(plan: Plan) -> Divergence:
+        return Divergence(len(set(plan.groups) ^ set(planted.groups)), 0.0)
+
+    def without_bypass(plan: Plan) -> bool:
+        return all(str(group.bypass) == "0" for group in plan.groups)
+
+    dear = {g: kl + 9 * (str(g.bypass) == "0") for g, kl in SENSITIVITIES.items() if g.size == 2}
+    search = PlanSearch(LAYERS, dear, measure, MANY_S, SilentProgress())
+    assert search.refine(planted.depth, start, without_bypass) == planted
+    assert all(map(without_bypass, search.measured))
+
+
+def test_the_search_ends_with_a_plan_that_is_enough() -> None:
+    def measure(plan: Plan) -> Divergence:
+        return Divergence(-total(plan), 0.0)  # sums show the worst first
+
+    search = PlanSearch(LAYERS, SENSITIVITIES, measure, MANY_S, SilentProgress())
+    first = additive_front(LAYERS, SENSITIVITIES)[5]
+    found = search.refine(5, enough=lambda plan: search.kl(plan) < search.kl(first))
+    assert search.kl(found) < search.kl(first)
+    assert sum(search.kl(plan) < search.kl(first) for plan in search.measured) == 1
+    assert search.kl(search.refine(5)) < search.kl(found)
+
+
 def test_time_bounds_the_search() -> None:
     measured: list[Plan] = []
 
