@@ -10,6 +10,9 @@ from typing import Any
 from cqil_dist.errors import ConfigError
 from cqil_dist.whole_file import whole_file
 
+# Of the records that a report is made from: it reads none of another.
+FORMAT = 2
+
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace a file, and make its folder if need be."""

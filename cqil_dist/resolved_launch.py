@@ -13,7 +13,7 @@ from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
 from cqil_dist.progress import Progress
-from cqil_dist.recommended import plan_for
+from cqil_dist.recommended import note_missing_compensation, plan_for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class ResolvedLaunch:
         model = ModelConfig.from_directory(path)
         plan = plan_for(config.plan, config.model, model.num_layers)
         adapter = None if config.adapter is None else Path(config.adapter).expanduser().resolve()
-        if adapter is not None:
+        if adapter is None:
+            note_missing_compensation(config.plan, config.model, progress)
+        else:
             Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
         assignments = [assign(plan, world, model.vocab_size)]

@@ -21,7 +21,9 @@ _TRAINING: dict[str, Any] = {
     "warmup_steps": Annotated[int, typer.Option(help="Steps until the peak learning rate.")],
     "lora_r": Annotated[int, typer.Option(help="LoRA rank.")],
     "lora_alpha": Annotated[int, typer.Option(help="LoRA alpha; the scale is alpha / rank.")],
-    "seed": Annotated[int, typer.Option(help="Seed of the adapter and of the text's order.")],
+    "seed": Annotated[
+        int, typer.Option(min=0, help="Seed of the adapter and of the text's order.")
+    ],
     "save_steps": Annotated[int, typer.Option(help="Steps between two saved states.")],
     "eval_steps": Annotated[
         int, typer.Option(help="Steps between two evaluations on held-out text.")
@@ -59,20 +61,27 @@ def distill(
     Writes the adapter in peft's format with the plan inside, and the loss curve. The same command
     goes on with a run that was interrupted, and ends as if it had not been.
     """
-    from cqil_dist.model.adapter import require_adapter_folder
+    from cqil_dist.model.adapter import CONFIG, require_adapter_folder
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_training
-    from cqil_dist.planning.provenance import knows, made_with, record_of
+    from cqil_dist.planning.provenance import knows, made_with
     from cqil_dist.planning.study import Study
-    from cqil_dist.planning.training_state import TrainingLog
+    from cqil_dist.planning.training_state import STATE, TrainingLog
+    from cqil_dist.recommended import note_missing_compensation, plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
+    if (output / CONFIG).is_file() and not (output / STATE).is_file():
+        raise ConfigError(
+            f"{output} holds an adapter that was not distilled there; write to another folder"
+        )
     progress = ConsoleProgress()
     study = Study.of(model, computing, progress)
     parsed = study.concurrent_plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise ConfigError(f"--init and --output are both {output}; write to another folder")
+    if init is None:
+        note_missing_compensation(plan, model, progress)
     start = None if init is None else study.adapter(init, parsed)
     read, kept = study.windows(text or [], window, tokens, training.seed).split(held_out)
     if start is not None and knows(start.plan, kept):
@@ -93,7 +102,7 @@ def distill(
         output,
         progress,
         teacher=f"{study.folder.name} {study.numerics}",
-        made=made_with(train, record_of(plan, model), None if start is None else start.plan),
+        made=made_with(train, plan_record(plan, model), None if start is None else start.plan),
         start=start,
         on_evaluation=show,
     )

@@ -55,18 +55,21 @@ def evaluate(
     from cqil_dist.planning.provenance import refuse_known_text
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
+    from cqil_dist.recommended import note_missing_compensation
     from cqil_dist.records import require_file, write_record
 
     if output is not None:
         require_file(output)
-    if not ppl and not tasks:
+    names = [name.strip() for name in (tasks or "").split(",")]
+    read = [read_task(_task_file(name, task_dir), limit) for name in names if name]
+    if not ppl and not read:
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
-    wanted = [_task_file(name.strip(), task_dir) for name in (tasks or "").split(",") if name]
-    read = [read_task(file, limit) for file in wanted]
     study = Study.of(model, computing, ConsoleProgress())
     texts = [study.windows([file], window, tokens, seed) for file in ppl or []]
     parsed = study.plan(plan)
     merged = None if adapter is None else study.adapter(adapter, parsed)
+    if merged is None:
+        note_missing_compensation(plan, model, study.progress)
     refuse_known_text(texts, plan, model, None if merged is None else merged.plan)
     evaluation = evaluate_plan(study, parsed, merged, texts, read)
     Console().print(_table(evaluation))
@@ -92,7 +95,7 @@ def _table(evaluation: Evaluation) -> Table:
     table = Table(
         "measure",
         "of",
-        "items",
+        "on",
         "original",
         "plan",
         "plan against original",
@@ -102,8 +105,8 @@ def _table(evaluation: Evaluation) -> Table:
         paired = result.paired
         table.add_row(
             result.measure,
-            result.of,
-            str(result.items),
+            result.of.name,
+            result.of.items,
             str(paired.original),
             str(paired.other),
             difference_text(result.measure, paired.difference),

@@ -67,7 +67,10 @@ SampledTokens = Annotated[
     ),
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the text that is sampled or chosen.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32, help="Of the text that is sampled or chosen."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 # By field of LaunchConfig.

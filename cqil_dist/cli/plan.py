@@ -28,7 +28,12 @@ _CALIBRATION: dict[str, Any] = {
     "tokens": options.Tokens,
     "window": options.Window,
     "seed": options.Seed,
-    "max_group": Annotated[int, typer.Option(min=2, help="Layers of the largest groups.")],
+    "max_group": Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Layers of the largest groups; default: 3, in a search --ranks at most."
+        ),
+    ],
     "fit_tokens": Annotated[
         int,
         typer.Option(
@@ -64,7 +69,7 @@ def analyze(
     study = Study.of(model, computing, ConsoleProgress())
     _, analysis = calibration.measure(study)
     record = analysis.to_json()
-    file = output / ("analysis-compensated.json" if analysis.compensated else "analysis.json")
+    file = output / ("analysis-compensated.json" if calibration.fit_tokens else "analysis.json")
     write_record(file, record)
     plot_similarity(record, file.with_name(f"{file.stem}-similarity.png"))
     plot_sensitivity(record, file.with_name(f"{file.stem}-sensitivity.png"))
@@ -113,13 +118,13 @@ def search(
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
     study = Study.of(model, computing, ConsoleProgress())
-    goal.check(study.config.num_layers, calibration.max_group)
-    comparison, analysis = calibration.measure(study)
+    goal.check(study.config.num_layers, calibration.largest_group(ranks))
+    comparison, analysis = calibration.measure(study, ranks)
     cost = measure_cost(study.path, ranks, link_us)
     finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
     found = finder.find(goal)
     write_record(output, found.plan_json(comparison))
-    described = found.describe(comparison.original.perplexity)
+    described = found.describe(comparison)
     typer.echo(f"written: {output} ({described})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
     record = front_json(model, comparison, cost, front)
@@ -154,9 +159,10 @@ def compensate(
     """
     from cqil_dist.model.adapter import require_adapter_folder, write_adapter
     from cqil_dist.planning.compensation import Compensation
-    from cqil_dist.planning.provenance import made_with, record_of
+    from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import STATE
+    from cqil_dist.recommended import plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
@@ -166,9 +172,11 @@ def compensate(
     parsed = study.concurrent_plan(plan)
     windows = study.windows(text or [], window, tokens, seed)
     windows = study.extended(windows, sampled_tokens, seed)
-    loras = Compensation(study.model, windows, study.progress, rank, ridge).loras(parsed)
-    made = made_with(windows, record_of(plan, model))
-    write_adapter(output, loras, model, {**parsed.to_json(), "measured": made})
+    compensation = Compensation(study.model, windows, study.progress, rank, ridge)
+    loras = compensation.loras(parsed)
+    made = made_with(windows, plan_record(plan, model))
+    made["compensation"] = compensation.to_json()
+    write_adapter(output, loras, str(study.path), {**parsed.to_json(), "measured": made})
     typer.echo(f"written: {output}", err=True)
 
 

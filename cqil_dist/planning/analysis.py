@@ -12,6 +12,7 @@ from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity
 from cqil_dist.progress import Progress
+from cqil_dist.records import FORMAT
 
 
 @dataclass(frozen=True)
@@ -19,27 +20,22 @@ class Analysis:
     """A model on one calibration text.
 
     Attributes:
+        comparison: how groups were compared with the original.
         similarity_LL: cosine similarity of layers' inputs.
         sensitivities: KL divergence of each group by itself, nats a token.
-        compensated: whether groups were compensated first.
     """
 
     model: str
-    text: str
-    tokens: int
-    perplexity: float
+    comparison: Comparison
     similarity_LL: Tensor
     sensitivities: dict[Group, float]
-    compensated: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
             "record": "analysis",
+            "format": FORMAT,
             "model": self.model,
-            "text": self.text,
-            "tokens": self.tokens,
-            "perplexity": self.perplexity,
-            "compensated": self.compensated,
+            **self.comparison.to_json(),
             "similarity": [[round(v, 5) for v in row] for row in self.similarity_LL.tolist()],
             "sensitivities": [
                 {**group.to_json(), "kl": kl} for group, kl in self.sensitivities.items()
@@ -58,10 +54,7 @@ def analyze(model: str, comparison: Comparison, largest: int, progress: Progress
     groups = list(candidates(original.num_layers, largest))
     return Analysis(
         model,
-        original.windows.source,
-        original.windows.tokens,
-        original.perplexity,
+        comparison,
         input_similarity(original),
         measure_sensitivities(comparison, groups, progress),
-        comparison.compensated,
     )

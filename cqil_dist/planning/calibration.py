@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from cqil_dist.planning.comparison import Comparison
     from cqil_dist.planning.study import Study
 
+_LAYERS = 3
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -21,7 +23,7 @@ class CalibrationConfig:
         tokens: how much text to measure on.
         window: tokens of a window of it.
         seed: of the text that is sampled or chosen.
-        max_group: layers of the largest groups.
+        max_group: layers of the largest groups; None for 3, or as many as ranks are to share them.
         fit_tokens: other text that compensation is fitted on before anything is measured; 0 to
             measure groups and plans as they are.
     """
@@ -30,11 +32,20 @@ class CalibrationConfig:
     tokens: int = 2048
     window: int = 256
     seed: int = 0
-    max_group: int = 3
+    max_group: int | None = None
     fit_tokens: int = 0
 
-    def measure(self, study: Study) -> tuple[Comparison, Analysis]:
+    def largest_group(self, ranks: int | None) -> int:
+        """In layers. A rank with two of a group's layers computes them one after the other."""
+        if self.max_group is not None:
+            return self.max_group
+        return _LAYERS if ranks is None else max(2, min(_LAYERS, ranks))
+
+    def measure(self, study: Study, ranks: int | None = None) -> tuple[Comparison, Analysis]:
         """Every group by itself; and how whole plans are measured.
+
+        Args:
+            ranks: that are to share the groups, where that is known.
 
         Raises:
             TextError: the files cannot be read or hold too little.
@@ -46,4 +57,6 @@ class CalibrationConfig:
         if self.fit_tokens:
             fitted, windows = windows.split(max(1, self.tokens // self.window))
         comparison = study.comparison(windows, fitted)
-        return comparison, analyze(study.name, comparison, self.max_group, study.progress)
+        return comparison, analyze(
+            study.name, comparison, self.largest_group(ranks), study.progress
+        )

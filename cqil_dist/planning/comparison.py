@@ -42,10 +42,6 @@ class Comparison:
         self._file = folder / f"compared-{'-'.join(texts)}.jsonl"
         self._known = _read(self._file)
 
-    @property
-    def compensated(self) -> bool:
-        return self.compensation is not None
-
     def compare(self, plan: Plan) -> Divergence:
         """Of a whole plan. Raises TextError where there is too little text to fit to."""
         return self._once(plan.to_json(), plan.groups, plan.changed)
@@ -62,7 +58,15 @@ class Comparison:
     @property
     def uncompensated(self) -> Comparison:
         """Compares the same as it is."""
-        return Comparison(self.original, None, self._folder) if self.compensated else self
+        return Comparison(self.original, None, self._folder) if self.compensation else self
+
+    def to_json(self) -> dict[str, Any]:
+        """On which text plans are compared, and how."""
+        return {
+            **self.original.windows.to_json(),
+            "perplexity": self.original.perplexity,
+            "compensation": self.compensation and self.compensation.to_json(),
+        }
 
     def _once(
         self, compared: dict[str, Any], groups: Sequence[Group], compensated: Sequence[Group]

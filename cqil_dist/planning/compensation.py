@@ -74,6 +74,9 @@ class Compensation:
         self._model = model
         self._progress = progress
 
+    def to_json(self) -> dict[str, Any]:
+        return {**self.windows.to_json(), "rank": self.rank, "ridge": self.ridge}
+
     @cached_property
     def _states_WL(self) -> list[list[Tensor]]:
         """By window, what the original hands to each layer, and what the last makes of it.

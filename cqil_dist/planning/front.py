@@ -18,6 +18,7 @@ from cqil_dist.planning.search import PlanSearch, additive_front
 from cqil_dist.planning.sensitivity import Sensitivities
 from cqil_dist.planning.similarity import regular_plan, without_layers
 from cqil_dist.progress import Progress
+from cqil_dist.records import FORMAT
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,22 @@ class MeasuredPlan:
 
     def plan_json(self, comparison: Comparison) -> dict[str, Any]:
         """The plan, as `Plan.parse` reads it, and what was measured of it."""
-        original = comparison.original
+        described = comparison.to_json()
         measured = {
+            **made_with(comparison.original.windows),
+            "original_perplexity": described["perplexity"],
+            "compensation": described["compensation"],
             "kl": self.divergence.kl,
             "perplexity": self.divergence.perplexity,
-            "original_perplexity": original.perplexity,
-            "compensated": comparison.compensated,
-            **made_with(original.windows),
         }
         return {**self.plan.to_json(), "measured": measured}
 
-    def describe(self, original_perplexity: float) -> str:
-        ratio = self.divergence.perplexity / original_perplexity
+    def describe(self, comparison: Comparison) -> str:
+        ratio = self.divergence.perplexity / comparison.original.perplexity
+        compensated = ", compensated with 'cqil plan compensate'" if comparison.compensation else ""
         return (
             f"{self.depth} groups, KL {self.divergence.kl:.3f} nats a token, perplexity "
-            f"{ratio:.3f}x on the calibration text"
+            f"{ratio:.3f}x on the calibration text{compensated}"
         )
 
 
@@ -187,12 +189,15 @@ class PlanFinder:
                 task.advance()
 
     def _shallowest(self, goal: Goal) -> int:
-        """Down from the original, as far as the goal allows; refined where a plan falls short."""
+        """Down from the original, as far as the goal allows; refined where a plan falls short.
+
+        Only until one is good enough: time that is left goes to the depth that is found.
+        """
         best: int | None = None
         for depth in sorted(self._search.reachable, reverse=True)[1:]:
             self._search.kl(self._search.reachable[depth])
             if not self._within(goal, depth):
-                self._search.refine(depth)
+                self._search.refine(depth, enough=lambda plan: self._keeps_to(plan, goal))
             if not self._within(goal, depth):
                 break
             best = depth
@@ -250,14 +255,11 @@ def front_json(
     measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
     """What depth costs a model, as `plot_front` and the report read it."""
-    original = comparison.original
     return {
         "record": "front",
+        "format": FORMAT,
         "model": model,
-        "text": original.windows.source,
-        "tokens": original.windows.tokens,
-        "perplexity": original.perplexity,
-        "compensated": comparison.compensated,
+        **comparison.to_json(),
         "cost": asdict(cost),
         "measured": [each.to_json() for each in measured],
     }

@@ -62,7 +62,7 @@ def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
         drawn = axes.imshow(kl, cmap="magma_r", norm=LogNorm(), aspect="auto")
         axes.figure.colorbar(drawn, label="KL, nats a token")
         axes.set_yticks(range(len(kinds)), [f"{size} layers, {bypass}" for size, bypass in kinds])
-        how = "compensated" if record.get("compensated") else "by itself"
+        how = "compensated" if record["compensation"] else "by itself"
         axes.set(xlabel="first layer", title=f"What a group costs {how}")
 
 
@@ -84,7 +84,7 @@ def plot_front(record: dict[str, Any], path: Path) -> None:
                 for each in record["measured"]
                 if each["kind"] == kind and each["kl"] > 1e-6
             )
-            fitted = kind == "search" and record.get("compensated")
+            fitted = kind == "search" and record["compensation"]
             label = f"{kind}, compensated" if fitted else kind
             if points:
                 axes.plot(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cqil_dist.errors import TextError
 from cqil_dist.planning.windows import Windows
-from cqil_dist.recommended import recommended
+from cqil_dist.recommended import plan_record
 
 
 def made_with(windows: Windows, *earlier: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -17,9 +15,15 @@ def made_with(windows: Windows, *earlier: Mapping[str, Any] | None) -> dict[str,
 
     Args:
         earlier: what is written of what it was made from: of a plan, of the plan in an adapter.
+            Its files, and how it was compensated, are not forgotten.
     """
     files = windows.files.union(*map(_files, earlier))
-    return {"text": windows.source, "tokens": windows.tokens, "files": sorted(files)}
+    fitted = [found for each in earlier if (found := _measured(each).get("compensation"))]
+    return {
+        **windows.to_json(),
+        "files": sorted(files),
+        **({"compensation": fitted[-1]} if fitted else {}),
+    }
 
 
 def refuse_known_text(
@@ -32,7 +36,7 @@ def refuse_known_text(
         adapter_plan: what lies in the adapter.
     """
     for text in texts:
-        if any(knows(record, text) for record in (record_of(plan, model), adapter_plan)):
+        if any(knows(record, text) for record in (plan_record(plan, model), adapter_plan)):
             raise TextError(
                 f"the plan or its adapter was made with {text.source}; what it scores there says "
                 "nothing of other text: evaluate on a file that it has not seen"
@@ -44,16 +48,11 @@ def knows(record: Mapping[str, Any] | None, text: Windows) -> bool:
     return not _files(record).isdisjoint(text.files)
 
 
-def record_of(plan: str, model: str) -> Mapping[str, Any] | None:
-    """What is written of a plan, given as the user does; None where nothing is."""
-    try:
-        text = recommended(plan, model) or Path(plan).read_text(encoding="utf-8")
-        found = json.loads(text)
-    except (OSError, ValueError):  # no file: notation, or JSON itself
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
-    measured = record.get("measured") if isinstance(record, Mapping) else None
-    return frozenset(measured.get("files", []) if isinstance(measured, Mapping) else [])
+    files = _measured(record).get("files")
+    return frozenset(map(str, files if isinstance(files, list) else []))
+
+
+def _measured(record: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    measured = (record or {}).get("measured")
+    return measured if isinstance(measured, Mapping) else {}

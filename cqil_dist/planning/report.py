@@ -14,12 +14,14 @@ from typing import Any
 from cqil_dist.plan import Plan
 from cqil_dist.planning.cost_model import CostModel
 from cqil_dist.planning.evaluation.intervals import Interval, difference_text
+from cqil_dist.records import FORMAT
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 
 # Kinds of records, by what they call themselves.
 _KINDS = ("analysis", "front", "evaluation", "latency")
+_OTHER_FORMAT = "of another format"
 
 
 def write_report(folder: Path) -> Path:
@@ -42,7 +44,10 @@ def write_report(folder: Path) -> Path:
     records = _records(folder)
     plans = _rows(records)
     measures = list(dict.fromkeys(key for row in plans for key in row["losses"]))
-    page = environment.get_template(_TEMPLATE).render(records, plans=plans, measures=measures)
+    left_out = [path.name for path, _ in records[_OTHER_FORMAT]]
+    page = environment.get_template(_TEMPLATE).render(
+        records, plans=plans, measures=measures, left_out=left_out
+    )
     (folder / REPORT).write_text(page, encoding="utf-8")
     return folder / REPORT
 
@@ -52,14 +57,15 @@ _Records = dict[str, list[tuple[Path, dict[str, Any]]]]
 
 def _records(folder: Path) -> _Records:
     """The records of a folder by kind, each with the file that it is in."""
-    found: _Records = {kind: [] for kind in _KINDS}
+    found: _Records = {kind: [] for kind in (*_KINDS, _OTHER_FORMAT)}
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not ours
-        if isinstance(record, dict) and record.get("record") in found:
-            found[record["record"]].append((path, record))
+        if isinstance(record, dict) and record.get("record") in _KINDS:
+            kind = record["record"] if record.get("format") == FORMAT else _OTHER_FORMAT
+            found[kind].append((path, record))
     return found
 
 
@@ -105,7 +111,10 @@ def _row(
         "exchanges": None if cost is None else cost.exchanges(plan),
         "predicted_ms": None if cost is None else cost.latency_us(plan) / 1000,
         "measured_ms": None if timing is None else timing["itl_p50_ms"],
-        "losses": {(each["measure"], each["of"]): each["difference"] for each in results},
+        "losses": {
+            (each["measure"], each["of"], each["items"], each["digest"]): each["difference"]
+            for each in results
+        },
     }
 
 

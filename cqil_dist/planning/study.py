@@ -3,8 +3,8 @@
 Under the cache directory, for each model by its content:
 
     plans/<model>/sampled-*.pt                   text that the model said
-    plans/<model>/<how>/compared-*.jsonl    groups and plans measured on a text
-    plans/<model>/<how>/scored-*.json       the original, scored on a text or a task
+    plans/<model>/<how>/compared-*.jsonl         groups and plans measured on a text
+    plans/<model>/<how>/scored-*.json            the original, scored on a text or a task
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+import cqil_dist
 from cqil_dist.errors import ConfigError, PlanError, TextError
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.cache_entry import cache_dir
@@ -163,15 +164,26 @@ class Study:
     @property
     def results(self) -> Path:
         """Folder of what depends on how the model is computed, and by which programs."""
-        programs = [f"{name}-{version(name)}" for name in ("cqil-dist", "torch", "transformers")]
+        programs = [f"{name}-{version}" for name, version in _programs().items()]
         return self.folder / "-".join([self.numerics, *programs])
 
     @property
     def numerics(self) -> str:
         """How, where it makes a difference to what is measured."""
-        return (
-            f"{self.device.type}-{str(self.dtype).removeprefix('torch.')}-{self.matmul_precision}"
-        )
+        return "-".join(self._computed.values())
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """How the model is computed, and by which programs, for people."""
+        return {**self._computed, **_programs()}
+
+    @property
+    def _computed(self) -> dict[str, str]:
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "matmul_precision": self.matmul_precision,
+        }
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
         """An adapter that can be merged.
@@ -193,3 +205,15 @@ class Study:
         if fitted is not None:
             compensation = Compensation(self.model, fitted, self.progress)
         return Comparison(original, compensation, self.results)
+
+
+@cache
+def _programs() -> dict[str, str]:
+    """Versions of all that decides what is measured; of our own code, its content as well."""
+    package = Path(cqil_dist.__file__).parent
+    files = [package / "plan.py", *package.glob("planning/**/*.py"), *package.glob("model/*.py")]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+    return {
+        "cqil-dist": f"{version('cqil-dist')}+{code[:8]}",
+        **{name: version(name) for name in ("torch", "transformers")},
+    }

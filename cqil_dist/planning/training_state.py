@@ -42,13 +42,13 @@ class TrainingState:
             identity: what tells the run from others; plain values by name.
 
         Raises:
-            ConfigError: what was saved is of another run.
+            ConfigError: what was saved is of another run, or damaged.
         """
         self._file = folder / STATE
         self._identity = dict(identity)
         self._saved: dict[str, Any] | None = None
         if self._file.is_file():
-            self._saved = torch.load(self._file, map_location="cpu", weights_only=True)
+            self._saved = _read(self._file)
             saved = self._saved["identity"]
             names = self._identity.keys() | saved.keys()
             if other := sorted(n for n in names if self._identity.get(n) != saved.get(n)):
@@ -80,3 +80,11 @@ class TrainingState:
         }
         with whole_file(self._file) as file:
             torch.save(state, file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an unpickler makes of damaged bytes
+        raise ConfigError(f"{file} is damaged ({error}); remove it to begin anew") from error
+    return saved

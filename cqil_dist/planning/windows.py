@@ -36,6 +36,9 @@ class Windows:
     def tokens(self) -> int:
         return self.token_ids_WT.numel()
 
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.source, "tokens": self.tokens, "window": self.token_ids_WT.shape[1]}
+
     @cached_property
     def digest(self) -> str:
         """Of the tokens: what was measured on them can be found again."""

@@ -32,9 +32,23 @@ from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.windows import Windows
-from cqil_dist.records import write_record
+from cqil_dist.records import FORMAT, write_record
 
 _ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A text or a task.
+
+    Attributes:
+        items: what of it is scored, such as "128 windows of 512 tokens".
+        digest: of its tokens.
+    """
+
+    name: str
+    items: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -43,29 +57,32 @@ class Result:
 
     Attributes:
         measure: "perplexity", "acc" or "acc_norm".
-        of: the text or the task.
-        items: windows or questions.
     """
 
     measure: str
-    of: str
-    items: int
+    of: Subject
     paired: Paired
 
     def to_json(self) -> dict[str, Any]:
         return {
             "measure": self.measure,
-            "of": self.of,
-            "items": self.items,
+            "of": self.of.name,
+            "items": self.of.items,
+            "digest": self.of.digest,
             **{name: asdict(interval) for name, interval in vars(self.paired).items()},
         }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured of a plan."""
+    """Everything that was measured of a plan.
+
+    Attributes:
+        setting: how it was computed.
+    """
 
     model: str
+    setting: dict[str, str]
     plan: Plan
     adapter: Path | None
     results: tuple[Result, ...]
@@ -74,7 +91,9 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         return {
             "record": "evaluation",
+            "format": FORMAT,
             "model": self.model,
+            "setting": self.setting,
             "plan": self.plan.to_json(),
             "adapter": None if self.adapter is None else str(self.adapter),
             "results": [result.to_json() for result in self.results],
@@ -112,7 +131,7 @@ def evaluate(
         merged.undo()
     path = None if adapter is None else adapter.path
     results = _compared(original, other)
-    return Evaluation(study.name, plan, path, tuple(results), tuple(samples))
+    return Evaluation(study.name, study.setting, plan, path, tuple(results), tuple(samples))
 
 
 def _check(texts: Sequence[Windows], tasks: Sequence[Task]) -> None:
@@ -139,13 +158,13 @@ class _Questions:
         return cls(task, [encode(study.tokenizer, each, most) for each in requests])
 
     @property
-    def digest(self) -> str:
-        """Of the tokens."""
-        return hashlib.sha256(repr(self.requests).encode()).hexdigest()[:16]
+    def subject(self) -> Subject:
+        count = f"{len(self.task.items)} questions"
+        return Subject(self.task.name, count, _digest(repr(self.requests)))
 
 
 # By measure, and text or task: of each window or question, a loss in nats, or 1 where it is right.
-_ByItem = dict[tuple[str, str], list[float]]
+_ByItem = dict[tuple[str, Subject], list[float]]
 
 
 def _by_item(
@@ -159,15 +178,17 @@ def _by_item(
     model, progress = study.model, study.progress
     found: _ByItem = {}
     for text in texts:
+        count, length = text.token_ids_WT.shape
+        subject = Subject(text.source, f"{count} windows of {length} tokens", text.digest)
         losses = partial(loss_by_window, model, text, progress)
-        found["perplexity", text.source] = list(_once(kept, text.digest, losses))
+        found["perplexity", subject] = list(_once(kept, subject.digest, losses))
     for questions in tasks:
-        task = questions.task
+        task, subject = questions.task, questions.subject
         score = partial(likelihoods, model, questions.requests, progress, f"Scoring {task.name}")
-        scores = (Likelihood(*each) for each in _once(kept, questions.digest, score))
+        scores = (Likelihood(*each) for each in _once(kept, subject.digest, score))
         answered = [(item, [next(scores) for _ in item.requests]) for item in task.items]
-        found["acc", task.name] = [item.accuracy(each) for item, each in answered]
-        found["acc_norm", task.name] = [item.normalized_accuracy(each) for item, each in answered]
+        found["acc", subject] = [item.accuracy(each) for item, each in answered]
+        found["acc_norm", subject] = [item.normalized_accuracy(each) for item, each in answered]
     return found
 
 
@@ -177,16 +198,24 @@ def _compared(original: _ByItem, other: _ByItem) -> list[Result]:
     for measure in ("perplexity", *_ACCURACIES):
         compare = compare_perplexities if measure == "perplexity" else compare_means
         scored = [
-            Result(measure, of, len(items), compare(items, other[measure, of]))
+            Result(measure, of, compare(items, other[measure, of]))
             for (found, of), items in original.items()
             if found == measure
         ]
         results += scored
         if measure in _ACCURACIES and len(scored) > 1:
-            items = sum(each.items for each in scored)
             paired = mean_of([each.paired for each in scored])
-            results.append(Result(measure, f"mean of {len(scored)}", items, paired))
+            results.append(Result(measure, _mean_of([each.of for each in scored]), paired))
     return results
+
+
+def _mean_of(subjects: Sequence[Subject]) -> Subject:
+    digest = _digest("".join(each.digest for each in subjects))
+    return Subject(f"mean of {len(subjects)}", "tasks, each with the same weight", digest)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _once(kept: Path | None, digest: str, score: Callable[[], Sequence[Any]]) -> Sequence[Any]:

@@ -53,6 +53,8 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         parsed = study.plan(plan)
         changes = None if adapter is None else study.adapter(Path(adapter), parsed)
         merge(study.model, changes)
+        # As ours are: bfloat16 has no more than eight bits for a sum of many tokens.
+        options.setdefault("softmax_dtype", "float32")
         super().__init__(pretrained=study.model, tokenizer=study.tokenizer, **options)
         self._computing = ExitStack()
         self._computing.enter_context(grouped(study.model, parsed.groups))

@@ -83,19 +83,31 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 
 def _item(entry: Any) -> Item:
     if "choices" in entry:
-        context = str(entry["context"])
-        requests = tuple(Request(context, str(choice)) for choice in entry["choices"])
+        context = _text(entry["context"])
+        requests = tuple(Request(context, _text(choice)) for choice in _list(entry["choices"]))
     elif "contexts" in entry:
-        continuation = str(entry["continuation"])
-        requests = tuple(Request(str(context), continuation) for context in entry["contexts"])
+        continuation = _text(entry["continuation"])
+        requests = tuple(Request(_text(each), continuation) for each in _list(entry["contexts"]))
     else:
-        return Item((Request(str(entry["context"]), str(entry["continuation"])),), None)
+        return Item((Request(_text(entry["context"]), _text(entry["continuation"])),), None)
     if not all(each.continuation.strip() for each in requests):
         raise ValueError("a choice is blank")
-    gold = int(entry["gold"])
-    if not 0 <= gold < len(requests):
-        raise ValueError(f"gold is {gold} of {len(requests)}")
+    gold = entry["gold"]
+    if type(gold) is not int or not 0 <= gold < len(requests):
+        raise ValueError(f"gold is {gold!r} of {len(requests)}")
     return Item(requests, gold)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def _best(scores: Sequence[float]) -> int:

@@ -17,7 +17,7 @@ from cqil_dist.cli.app import app
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.report import write_report
-from cqil_dist.records import write_record
+from cqil_dist.records import FORMAT, write_record
 
 TEXT = "The keeper of the lighthouse walks to the market to buy bread, fish and news. " * 40
 
@@ -34,9 +34,9 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan, adapter = str(folder / "plan.json"), str(folder / "adapter")
         small = ["--tokens", "128", "--window", "32"]
         run("plan", "analyze", tiny, *small, "--max-group", "2", "-o", str(folder))
-        run("plan", "search", tiny, *small, "--max-group", "2", "--depth", "4", "-o", plan)
+        run("plan", "search", tiny, *small, "--depth", "4", "-o", plan)
         run(
-            *("plan", "search", tiny, *small, "--max-group", "2", "--depth", "4"),
+            *("plan", "search", tiny, *small, "--depth", "4"),
             *("--fit-tokens", "2048", "-o", str(folder / "fitted" / "plan.json")),
         )
         run(
@@ -55,7 +55,8 @@ def folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         # As `cqil bench latency -o` leaves them; real ranks are started in tests/cluster.
         timed = Result("plan", 4, 2, read(folder / "plan.json"), itl_ms=[[3.0, 4.5, 5.0]])
         setting = {"model": str(tiny.path)}
-        latency = {"record": "latency", "setting": setting, "results": [timed.to_dict()]}
+        latency = {"record": "latency", "format": FORMAT, "setting": setting}
+        latency |= {"results": [timed.to_dict()]}
         write_record(folder / "latency.json", latency)
         write_report(folder)
     return folder
@@ -79,14 +80,22 @@ def test_what_cannot_be_is_said_before_anything_is_done(tiny: TinyModel, tmp_pat
     distilled = tmp_path / "distilled"
     distilled.mkdir()
     (distilled / "training.pt").touch()
+    compensated = tmp_path / "compensated"
+    compensated.mkdir()
+    for name in ("plan.json", "adapter_config.json"):
+        (compensated / name).touch()
     plan = ["--plan", "P2 S0 E6 D1"]
     for words, message in (
-        (["plan", "search", "--depth", "1"], "reach depths 2 to 6"),
+        (["plan", "search", "--depth", "1"], "of up to 2 of 6 layers reach depths 3 to 6"),
+        (["plan", "search", "--depth", "1", "--ranks", "4"], "of up to 3 of 6 layers reach"),
         (["plan", "compensate", "--plan", "sequential"], "it loses nothing to win back"),
         (["plan", "compensate", *plan, "-o", str(tmp_path)], "is no adapter's"),
         (["plan", "compensate", *plan, "-o", str(distilled)], "that was distilled"),
         (["distill", "--plan", "sequential"], "it loses nothing to win back"),
         (["distill", *plan, "--sampled-tokens", "64"], "beside files, but there are none"),
+        (["distill", *plan, "-o", str(compensated)], "that was not distilled there"),
+        (["distill", *plan, "--seed", str(2**40)], "seed is 1099511627776 but must be"),
+        (["eval", "--tasks", " ,"], "nothing to evaluate on"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
@@ -155,8 +164,23 @@ def test_a_search_for_compensation_measures_compensated(folder: Path) -> None:
     }
     assert found["fitted"].keys() == found["."].keys()
     assert found["fitted"][3] < 0.9 * found["."][3]
-    assert read(folder / "fitted" / "plan.json")["measured"]["compensated"]
-    assert not read(folder / "plan.json")["measured"]["compensated"]
+    assert read(folder / "fitted" / "plan.json")["measured"]["compensation"]["tokens"] == 2048
+    assert read(folder / "plan.json")["measured"]["compensation"] is None
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "show"], ["eval", "--ppl", "other.txt", "--window", "32", "--plan"]]
+)
+def test_a_plan_that_needs_compensation_says_so(
+    folder: Path, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("CQIL_CACHE", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    for plan, said in ((folder / "plan.json", False), (folder / "fitted" / "plan.json", True)):
+        given = plan.read_text(encoding="utf-8") if "eval" in words else str(plan)
+        result = CliRunner().invoke(app, [*words, given, "--model", str(tiny.path)])
+        assert result.exit_code == 0, result.output
+        assert ("give it with --adapter" in result.output) == said
 
 
 def test_the_adapter_is_for_the_plan(folder: Path, tiny: TinyModel) -> None:
@@ -165,6 +189,15 @@ def test_the_adapter_is_for_the_plan(folder: Path, tiny: TinyModel) -> None:
     assert adapter.plan is not None
     assert Plan.parse(adapter.plan, 6) == Plan.parse(read(folder / "plan.json"), 6)
     assert (folder / "adapter" / "loss.png").is_file()
+
+
+def test_a_page_leaves_out_what_it_cannot_read(folder: Path, tmp_path: Path) -> None:
+    """What another version wrote, in the same folder, costs nobody the page."""
+    write_record(tmp_path / "old.json", {"record": "front", "model": "other"})
+    write_record(tmp_path / "analysis.json", read(folder / "analysis.json"))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Analysis" in page
+    assert "written them: old.json" in page
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(folder: Path) -> None:

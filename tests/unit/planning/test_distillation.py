@@ -115,6 +115,13 @@ def test_a_resumed_run_is_an_unbroken_one(tiny: TinyModel, tmp_path: Path) -> No
     assert train(tiny, tmp_path / "broken").losses == unbroken.losses, "it is done already"
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"something else"])
+def test_a_damaged_state_is_named(tiny: TinyModel, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "training.pt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"training\.pt is damaged .* remove it to begin anew"):
+        train(tiny, tmp_path)
+
+
 def test_bfloat16_weights_are_compensated_and_trained_in_float32(
     tiny: TinyModel, tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def test_scores_are_lm_evals(
     )
     acc, acc_norm = evaluated(tiny, PLAN, [questions], adapter).results
     for result, likely in ((acc, most_likely), (acc_norm, most_likely_by_length)):
-        assert result.items == len(QUESTIONS)
+        assert result.of.items == f"{len(QUESTIONS)} questions"
         assert result.paired.original.value == pytest.approx(accuracy(original, likely))
         assert result.paired.other.value == pytest.approx(accuracy(other, likely))
 
@@ -214,6 +214,9 @@ def test_pairing_is_sharper_than_two_intervals() -> None:
         ("{", "line 3: not an item"),
         ('{"context": "a", "choices": ["b"]}', "line 3: not an item"),
         ('{"context": "a", "choices": ["b"], "gold": 1}', "gold is 1 of 1"),
+        ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is True of 2"),
+        ('{"context": "a", "choices": "bc", "gold": 1}', "'bc' is no list"),
+        ('{"context": null, "continuation": " b"}', "None is no text"),
         ("[1]", "line 3: not an item"),
     ],
 )

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
-from cqil_dist.planning.provenance import made_with, record_of, refuse_known_text
+from cqil_dist.planning.provenance import made_with, refuse_known_text
 from cqil_dist.planning.windows import Windows, read_windows
+from cqil_dist.recommended import plan_record
 
 PLAN = "P2 S0 E6 D1"
 
@@ -27,9 +28,15 @@ def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Pa
     plan = tmp_path / "plan.json"
     measured = made_with(read_windows([seen], tiny.tokenizer, 32))
     plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
-    arguments = ["eval", "--model", str(tiny.path), "--plan", str(plan), "--window", "32"]
-    for file, code in ((seen, 1), (copied, 1), (other, 0)):
-        result = CliRunner().invoke(app, [*arguments, "--ppl", str(file), "--device", "cpu"])
+    arguments = ["eval", "--model", str(tiny.path), "--window", "32", "--device", "cpu"]
+    inline = plan.read_text(encoding="utf-8")
+    for given, file, code in (
+        (str(plan), seen, 1),
+        (f" {plan}", copied, 1),
+        (inline, seen, 1),
+        (str(plan), other, 0),
+    ):
+        result = CliRunner().invoke(app, [*arguments, "--plan", given, "--ppl", str(file)])
         assert result.exit_code == code, result.output
         assert ("was made with" in result.output) == (code == 1)
 
@@ -53,8 +60,15 @@ def test_what_an_adapter_was_made_from_is_not_forgotten(tiny: TinyModel, tmp_pat
         assert "was made with" in result.output
 
 
+def test_a_record_without_files_knows_no_text(tiny: TinyModel) -> None:
+    text = Windows(torch.zeros(2, 8, dtype=torch.long), "text.txt", frozenset(["a"]))
+    for measured in (None, {}, {"files": None}, {"files": "a"}):
+        plan = json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured})
+        refuse_known_text([text], plan, "tiny", None)
+
+
 def test_named_plans_know_their_text(tmp_path: Path) -> None:
-    known = record_of("fast", "smollm2-135m")
+    known = plan_record("fast", "smollm2-135m")
     assert known is not None
     (checksum,) = known["measured"]["files"]
     seen = Windows(torch.zeros(2, 8, dtype=torch.long), "fit.txt", frozenset([checksum]))
