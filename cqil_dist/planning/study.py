@@ -138,7 +138,7 @@ class Study:
             )
         if files:
             count = None if tokens is None else max(1, tokens // length)
-            return read_windows(files, self.tokenizer, length, count, seed)
+            return read_windows(files, self.tokenizer, length, count, seed, self.progress)
         return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
 
     def extended(self, text: Windows, tokens: int, seed: int) -> Windows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from cqil_dist.errors import TextError
+from cqil_dist.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Characters that are made tokens of at a time: a tokenizer takes a hundred bytes for each.
+_BLOCK = 1 << 21
+# Windows that each is chosen from, where the text holds so many.
+_CHOICE = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def read_windows(
     length: int,
     count: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Windows:
     """Windows of text files, none overlapping another.
 
@@ -80,7 +87,8 @@ def read_windows(
 
     Args:
         length: tokens of a window.
-        count: take so many, at random; None takes all, in order.
+        count: take so many, at random; None takes all, in order. Of a long text no more is read
+            than gives a good choice.
 
     Raises:
         TextError: a file cannot be read, or there is not enough text.
@@ -91,15 +99,25 @@ def read_windows(
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"cannot read text from {path}: {error}") from error
-    first = first_tokens(tokenizer)
+    first = torch.tensor(first_tokens(tokenizer), dtype=torch.long)
     following = length - len(first)
-    rows: list[Tensor] = []
-    for text in texts:
-        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = len(ids) // following
-        rows.append(torch.tensor(ids[: whole * following], dtype=torch.long).view(whole, following))
-    cut_WT = torch.cat(rows)
-    windows = torch.cat([torch.tensor(first, dtype=torch.long).expand(len(cut_WT), -1), cut_WT], 1)
+    blocks = [block for text in texts for block in _blocks(text)]
+    enough = None
+    if count is not None:
+        enough = _CHOICE * count
+        generator = torch.Generator().manual_seed(seed)
+        blocks = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)]
+    cut_WT = torch.empty(0, following, dtype=torch.long)
+    with (progress or SilentProgress()).task("Reading text", len(blocks), "blocks") as task:
+        for block in blocks:
+            if enough is not None and len(cut_WT) >= enough:
+                break
+            ids: Any = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+            whole = len(ids) // following * following
+            rows_WT = torch.tensor(ids[:whole], dtype=torch.long).view(-1, following)
+            cut_WT = torch.cat([cut_WT, rows_WT])
+            task.advance()
+    windows = torch.cat([first.expand(len(cut_WT), -1), cut_WT], 1)
     needed = 1 if count is None else count
     if len(windows) < needed:
         raise TextError(
@@ -111,6 +129,17 @@ def read_windows(
         windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
     checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return Windows(windows, ", ".join(path.name for path in paths), checksums)
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """A text in parts that end with a line, where lines are not longer than a part."""
+    start = 0
+    while start < len(text):
+        end = start + _BLOCK
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
