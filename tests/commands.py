@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
-from watching import wait_for
+from watching import descendants, wait_for
 
 
 def start_cqil(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -53,11 +53,7 @@ class Serving:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Those it has started, by a part of their command line."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if name in " ".join(child.cmdline())
-        ]
+        return descendants(name, self.process.pid)
 
 
 @contextmanager

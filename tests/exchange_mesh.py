@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -29,6 +31,16 @@ def in_threads(*bodies: Callable[[], T]) -> list[T]:
     with ThreadPoolExecutor(len(bodies)) as pool:
         futures: list[Future[T]] = [pool.submit(body) for body in bodies]
         return [future.result() for future in futures]
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def descriptors_at_first() -> int:
+    """Counted when those that earlier tests dropped are gone, or they would go within the test."""
+    gc.collect()
+    return open_descriptors()
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def launch(network: Network, path: Path, **options: Any) -> RemoteEngine:
         "strategy": "STRICT_SPREAD",
         "address": "auto",
         "max_len": MAX_LEN,
-        "step_deadline_s": 3,
+        # A healthy rank answers within this also where all hosts share a few cores.
+        "step_deadline_s": 10,
     }
     return RemoteEngine(network.hosts[0], **{**defaults, **options})
 

@@ -6,13 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from commands import cqil, start_cqil
 from tiny_models import TinyModel, TinyModelFactory
 from typer.main import get_command
 from typer.testing import CliRunner
+from watching import descendants, wait_for
 
 from cqil_dist.cli.app import app
 
@@ -57,12 +57,10 @@ def test_generate_streams_text_to_standard_output_alone(model: TinyModel) -> Non
     try:
         assert process.stdout is not None
         assert process.stderr is not None
+        # Found before there is text: all of it takes no longer than looking for processes.
+        wait_for(lambda: bool(descendants("ray::LayerActor", process.pid)), "a rank")
+        (rank,) = descendants("ray::LayerActor", process.pid)
         first = process.stdout.read(1)
-        (rank,) = (
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "ray::LayerActor" in " ".join(child.cmdline())
-        )
         rank.kill()
         # Not `communicate`, which knows nothing of what `read` has read ahead.
         rest = process.stdout.read()

@@ -17,7 +17,7 @@ import pytest
 import ray
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel, TinyModelFactory
-from watching import actors, wait_for
+from watching import actors, descendants, wait_for
 
 import cqil_dist as cqil
 
@@ -32,9 +32,8 @@ with cqil.launch(sys.argv[1], "P2 S0 E6 D1", ranks=2, max_len=64) as engine:
         raise RuntimeError("the user's own code failed")
     for chunk in engine.generate("x", max_tokens=63, ignore_eos=True):
         print("token", flush=True)
-    if sys.argv[2] == "wait":
-        import time
-        time.sleep(60)
+    import time
+    time.sleep(60)  # the signal comes before the end, however late
 """
 
 
@@ -44,15 +43,16 @@ def model(tiny_model: TinyModelFactory) -> TinyModel:
 
 
 def test_a_local_launch_leaves_no_process(model: TinyModel) -> None:
-    """However it ends. All at once, since starting Ray is a matter of waiting for the most part."""
+    """However it ends. Two at once, since starting Ray is a matter of waiting for the most part;
+    with more, Ray may give up its own waits on a machine of few cores."""
     endings = ("fail", "interrupt", "kill")
-    with ThreadPoolExecutor(len(endings)) as pool:
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(partial(check_a_local_launch_leaves_no_process, model), endings))
 
 
 def check_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(model.path), "wait" if ending == "kill" else ending],
+        [sys.executable, "-c", SCRIPT, str(model.path), ending],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,8 +62,8 @@ def check_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> Non
     try:
         assert process.stdout is not None
         ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
-        assert len(ranks) == 2, ending
-        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert len(ranks) == 2, (ending, process.communicate(timeout=60))
+        family = [child.pid for child in descendants(of=process.pid)]
         ours = [*actors("LayerActor"), *actors("Coordinator")]
         if ending in ("interrupt", "kill"):
             process.stdout.readline()  # a token: generation is under way

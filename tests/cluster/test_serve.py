@@ -50,7 +50,7 @@ def service(model: TinyModel) -> Iterator[Serving]:
     with cqil_serve(
         *(str(model.path), "--plan", "P2 S0 E6 D1", "--ranks", "2", "--compare", "sequential"),
         *("--served-model-name", "tiny", "--max-len", str(MAX_LEN)),
-        *("--log-json", "--step-deadline-s", "2"),
+        *("--log-json", "--step-deadline-s", "10"),
         CQIL_API_KEY=KEY,
     ) as service:
         yield service
@@ -64,19 +64,19 @@ def test_it_says_where_and_for_whom(service: Serving) -> None:
 
 def test_both_plans_answer_as_their_references_do(service: Serving, model: TinyModel) -> None:
     ids = model.tokenizer(PROMPT)["input_ids"]
-    client = openai_of(service)
-    assert [each.id for each in client.models.list()] == ["tiny", "tiny:sequential"]
-    for name, plan in (("tiny", "P2 S0 E6 D1"), ("tiny:sequential", "sequential")):
-        answer = client.completions.create(
-            model=name,
-            prompt=PROMPT,
-            max_tokens=20,
-            temperature=0,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
-        )
-        tokens = answer.choices[0].model_extra["token_ids"]  # type: ignore[index]
-        logits = model.reference_logits(model.plan(plan), [*ids, *tokens])
-        assert tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+    with openai_of(service) as client:
+        assert [each.id for each in client.models.list()] == ["tiny", "tiny:sequential"]
+        for name, plan in (("tiny", "P2 S0 E6 D1"), ("tiny:sequential", "sequential")):
+            answer = client.completions.create(
+                model=name,
+                prompt=PROMPT,
+                max_tokens=20,
+                temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            tokens = answer.choices[0].model_extra["token_ids"]  # type: ignore[index]
+            logits = model.reference_logits(model.plan(plan), [*ids, *tokens])
+            assert tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def test_status_tells_plans_ranks_and_load(service: Serving) -> None:
@@ -89,13 +89,13 @@ def test_status_tells_plans_ranks_and_load(service: Serving) -> None:
 @pytest.mark.parametrize("victim", ["ray::Coordinator", "ray::LayerActor"])
 def test_streams_of_any_kind_outlive_what_computes_them(service: Serving, victim: str) -> None:
     """Over HTTP as well, whose clients could not take a stream up again."""
-    expected = openai_of(service).completions.create(
-        model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}
-    )
-    events = openai_of(service).completions.create(
-        model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
-    )
-    with client_of(service) as client:
+    with openai_of(service) as http_client, client_of(service) as client:
+        expected = http_client.completions.create(
+            model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}
+        )
+        events = http_client.completions.create(
+            model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
+        )
         chunks = client.generate(PROMPT, **LONG, ignore_eos=True, stream=True)
         texts = [next(events).choices[0].text, next(chunks).text]
         service.processes(victim)[0].kill()
@@ -117,7 +117,8 @@ def test_the_dashboard_shows_metrics_that_there_are(service: Serving) -> None:
         for name in re.findall(r"ray_cqil_\w+", target["expr"])
     }
     assert len(shown) > 10
-    openai_of(service).completions.create(model="tiny", prompt=PROMPT, max_tokens=4)
+    with openai_of(service) as client:
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4)
 
     def missing() -> set[str]:
         lines = httpx.get(f"{service.http}/metrics", timeout=30).text.splitlines()
@@ -163,9 +164,13 @@ def test_a_trace_holds_every_part_of_every_group_on_every_rank(
 
 
 def test_the_log_is_json_and_keeps_secrets(service: Serving) -> None:
-    openai_of(service).completions.create(model="tiny", prompt="a private matter", max_tokens=2)
-    with pytest.raises(openai.AuthenticationError):
-        openai_of(service, api_key="a wrong key").models.list()
+    with openai_of(service) as client:
+        client.completions.create(model="tiny", prompt="a private matter", max_tokens=2)
+    with (
+        openai_of(service, api_key="a wrong key") as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
     wait_for(lambda: "401" in service.errors[-1], "the refusal is logged")
     lines = [line for line in service.errors if line.startswith("{")]
     entries = [json.loads(line) for line in lines]
@@ -176,13 +181,14 @@ def test_the_log_is_json_and_keeps_secrets(service: Serving) -> None:
 
 def test_on_sigterm_it_finishes_what_runs_and_leaves_nothing(service: Serving) -> None:
     """The last test of this service."""
-    events = openai_of(service).completions.create(
-        model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
-    )
-    next(events)
-    started = service.processes()
-    service.process.send_signal(signal.SIGTERM)
-    finish_reasons = [event.choices[0].finish_reason for event in events]
+    with openai_of(service) as client:
+        events = client.completions.create(
+            model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
+        )
+        next(events)
+        started = service.processes()
+        service.process.send_signal(signal.SIGTERM)
+        finish_reasons = [event.choices[0].finish_reason for event in events]
     assert finish_reasons[-1] == "length"
     assert service.process.wait(timeout=60) == 0
     deadline = time.monotonic() + 30

@@ -19,14 +19,48 @@ _EVERYWHERE = ("*", "0.0.0.0", "[::")
 _RAY_S_OWN = 1  # every worker of Ray's has one such port, for calls
 
 
+def test_a_short_cut_ends_where_it_began(network: Network, model: TinyModel) -> None:
+    """Too short for Ray to call the node dead; the rank starts anew on it all the same.
+
+    Asked of an engine whose deadline is shorter than the cut, and which ends before that of the
+    other tests starts: there is no room for both.
+    """
+    with launch(network, model.path, step_deadline_s=3) as engine:
+        ranks = engine.status()["ranks"]
+        kill_idle_nodes(network, ranks)
+        undisturbed = read_all(engine)
+        host = host_of(network, ranks[1])
+
+        def cut_for_a_while() -> None:
+            host.cut()
+            try:
+                time.sleep(4)
+            finally:
+                host.restore()
+
+        status = disturb(engine, undisturbed, cut_for_a_while)
+        assert status["ranks"][1]["address"] == host.address
+
+
+def kill_idle_nodes(network: Network, ranks: list[dict[str, Any]]) -> None:
+    """So that there is no other to move to."""
+    for idle in {host.address for host in network.hosts[1:]} - {r["address"] for r in ranks}:
+        network.host_at(idle).kill_ray()
+
+
 @pytest.fixture(scope="module")
 def engine(network: Network, model: TinyModel) -> Iterator[RemoteEngine]:
+    network.start_ray()  # the nodes that were killed above
     with launch(network, model.path) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def undisturbed(engine: RemoteEngine) -> list[RemoteStream]:
+    return read_all(engine)
+
+
+def read_all(engine: RemoteEngine) -> list[RemoteStream]:
     return [stream(engine, sampling).read() for sampling in SAMPLINGS]
 
 
@@ -119,8 +153,7 @@ def test_the_engine_waits_for_a_node_to_come_back(
     """No node is left: the status says what is waited for until there is one."""
     ranks = engine.status()["ranks"]
     host = host_of(network, ranks[1])
-    for idle in {host.address for host in network.hosts[1:]} - {r["address"] for r in ranks}:
-        network.host_at(idle).kill_ray()
+    kill_idle_nodes(network, ranks)
 
     def kill_and_bring_back() -> None:
         host.kill_ray()
@@ -132,24 +165,6 @@ def test_the_engine_waits_for_a_node_to_come_back(
         host.start_ray(network.hosts[0], cpus=1)
 
     status = disturb(engine, undisturbed, kill_and_bring_back)
-    assert status["ranks"][1]["address"] == host.address
-
-
-def test_a_short_cut_ends_where_it_began(
-    network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
-) -> None:
-    """Too short for Ray to call the node dead; the rank starts anew on it all the same."""
-    _, lost = engine.status()["ranks"]
-    host = host_of(network, lost)
-
-    def cut_for_a_while() -> None:
-        host.cut()
-        try:
-            time.sleep(4)
-        finally:
-            host.restore()
-
-    status = disturb(engine, undisturbed, cut_for_a_while)
     assert status["ranks"][1]["address"] == host.address
 
 

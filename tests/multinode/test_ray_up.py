@@ -147,7 +147,7 @@ def test_ray_up_generate_lose_a_node_ray_down(operator: Operator, smollm2_path: 
         strategy="STRICT_SPREAD",
         address="auto",
         max_len=256,
-        step_deadline_s=5,
+        step_deadline_s=10,
     ) as engine:
         ranks = engine.status()["ranks"]
         assert len({rank["address"] for rank in ranks}) == 2

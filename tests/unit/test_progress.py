@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from watching import wait_for
 
 from cqil_dist.progress import (
     ConsoleProgress,
@@ -67,15 +68,14 @@ def test_a_terminal_has_bars_while_steps_run_and_a_line_for_each_at_the_end() ->
         with progress.task("Loading rank 1", total=4, unit="tensors") as second:
             first.update(1)
             second.update(3)
-            time.sleep(0.3)
-        assert "1 of 4 tensors" in out.getvalue()
-        assert "3 of 4 tensors" in out.getvalue()
+            amounts = ("1 of 4 tensors", "3 of 4 tensors")
+            wait_for(lambda: all(amount in out.getvalue() for amount in amounts), "both bars")
         first.update(4)
-    assert re.search(r"Loading rank 1: 3 tensors, \d\.\d s", out.getvalue())
-    assert re.search(r"Loading rank 0: 4 tensors, \d\.\d s", out.getvalue())
+    assert re.search(r"Loading rank 1: 3 tensors, \d+\.\d s", out.getvalue())
+    assert re.search(r"Loading rank 0: 4 tensors, \d+\.\d s", out.getvalue())
     with progress.task("Again"):  # the bars can come back
         pass
-    assert "Again: 0.0 s" in out.getvalue()
+    assert re.search(r"Again: \d+\.\d s", out.getvalue())
 
 
 @pytest.mark.parametrize("make", [lines_progress, terminal_progress])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import time
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from exchange_mesh import SECRET, in_threads
+from exchange_mesh import SECRET, descriptors_at_first, in_threads, open_descriptors
 
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import COORDINATOR, Listener, connect, connect_mesh
@@ -21,10 +20,6 @@ OTHER_SECRET = bytes(32)
 def dial(address: str) -> socket.socket:
     host, port = address.split(":")
     return socket.create_connection((host, int(port)), timeout=10)
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_both_ends_learn_who_the_other_is_and_can_talk() -> None:
@@ -130,7 +125,7 @@ def test_a_recorded_answer_is_of_no_use_in_another_conversation() -> None:
 
 
 def test_a_silent_acceptor_is_given_up_at_the_deadline_and_nothing_leaks() -> None:
-    before = open_descriptors()
+    before = descriptors_at_first()
     with socket.create_server(("127.0.0.1", 0)) as server:
         started = time.monotonic()
         with pytest.raises(ProtocolError, match="0 of the handshake's next 44 bytes"):
@@ -147,7 +142,7 @@ def test_nobody_listening_is_a_lost_peer() -> None:
 
 
 def test_strangers_do_not_keep_a_rank_from_joining() -> None:
-    before = open_descriptors()
+    before = descriptors_at_first()
     with Listener("127.0.0.1", SECRET, epoch=0) as listener, ExitStack() as stack:
         strangers = [stack.enter_context(dial(listener.address)) for _ in range(5)]
         silent, half, garbage, huge, closed = strangers
@@ -160,7 +155,7 @@ def test_strangers_do_not_keep_a_rank_from_joining() -> None:
             lambda: listener.accept_peers({1}, 10.0),
             lambda: {0: connect(listener.address, 1, 0, SECRET, 0, 10.0)},
         )
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4  # a stranger's handshake may take 5 s
         assert accepted[1].getpeername() == near[0].getsockname()
         stack.enter_context(accepted[1])
         stack.enter_context(near[0])
@@ -178,7 +173,7 @@ def test_a_silent_stranger_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -
 
     def accept() -> None:
         with pytest.raises(PeerLost):
-            listener.accept_peers({1}, 1.0)
+            listener.accept_peers({1}, 3.0)
 
     def stay_silent() -> float:
         with dial(listener.address) as sock:
@@ -190,7 +185,7 @@ def test_a_silent_stranger_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -
     with Listener("127.0.0.1", SECRET, epoch=0) as listener:
         _, dropped_after_s = in_threads(accept, stay_silent)
     assert dropped_after_s is not None
-    assert dropped_after_s < 0.8
+    assert dropped_after_s < 2.5
 
 
 def test_a_flood_of_silent_strangers_makes_way_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +221,7 @@ def test_a_second_connection_of_a_rank_and_an_unexpected_rank_are_dropped() -> N
 
 
 def test_a_mesh_that_does_not_complete_leaves_nothing_open() -> None:
-    before = open_descriptors()
+    before = descriptors_at_first()
     with (
         Listener("127.0.0.1", SECRET, epoch=0) as low,
         Listener("127.0.0.1", SECRET, epoch=0) as middle,
@@ -235,7 +230,7 @@ def test_a_mesh_that_does_not_complete_leaves_nothing_open() -> None:
 
         def join(listener: Listener, rank: int) -> None:
             with pytest.raises(PeerLost, match=r"lost rank 2 .*ranks \[2\] did not connect"):
-                connect_mesh(listener, rank, addresses, SECRET, 0, 0.5)
+                connect_mesh(listener, rank, addresses, SECRET, 0, 2.0)
 
         in_threads(lambda: join(low, 0), lambda: join(middle, 1))
     assert open_descriptors() == before

@@ -100,7 +100,7 @@ def test_a_timeout_names_the_peer_and_leaves_the_link_usable(pair: Pair) -> None
     started = time.monotonic()
     with pytest.raises(PeerLost, match=r"lost the coordinator at far:2: no message within 0\.1 s"):
         far.recv(0.1)
-    assert 0.1 <= time.monotonic() - started < 1
+    assert 0.1 <= time.monotonic() - started < 5
     near._sock.send(head[5:])
     assert far.recv(5.0) == ({"a": 1}, None)
 
@@ -116,7 +116,7 @@ def test_a_closed_peer_is_lost_at_once(pair: Pair) -> None:
     assert (caught.value.peer, caught.value.address) == (-1, "far:2")
     with pytest.raises(PeerLost):
         far.send({}, torch.zeros(MAX_BYTES // 4))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 def test_close_wakes_a_receive_that_waits_for_ever(pair: Pair) -> None:
@@ -126,7 +126,7 @@ def test_close_wakes_a_receive_that_waits_for_ever(pair: Pair) -> None:
     started = time.monotonic()
     with pytest.raises(PeerLost, match="this end closed the connection"):
         far.recv(None)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     closer.join()
     far.close()
     for use in (lambda: far.recv(None), lambda: far.send({})):
@@ -142,7 +142,7 @@ def test_close_wakes_a_blocked_send() -> None:
         started = time.monotonic()
         with pytest.raises(PeerLost):
             link.send({}, torch.zeros(MAX_BYTES // 4))
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
         closer.join()
 
 
@@ -235,7 +235,7 @@ def test_recv_each_fails_at_once_when_any_link_closes(star: Star) -> None:
     started = time.monotonic()
     with pytest.raises(PeerLost, match="lost rank 2 at rank:2: it closed"):
         recv_each(star.coordinator, None)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 def test_recv_each_names_all_that_owe_a_message_at_the_timeout(star: Star) -> None:

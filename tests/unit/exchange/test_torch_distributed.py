@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,21 +22,24 @@ WIDTH = 64
 
 
 def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    """With a port that nobody is given before the ranks have loaded torch and listen at it: none
+    that the kernel chooses (32768 and up), or Ray for its workers (10002 to 19999)."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return f"127.0.0.1:{port}"
 
 
 def run(world: int, body: Callable[[int, int, str], Any]) -> list[Any]:
     """`body(rank, world, init_address)` in a process of its own for each rank."""
     address = free_address()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(world, spawn) as pool:
+    with ProcessPoolExecutor(world, spawn, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(body, rank, world, address) for rank in range(world)]
         return [future.result(timeout=90) for future in futures]
 
 
 def join(rank: int, world: int, address: str, **options: Any) -> TorchDistributedExchange:
-    torch.set_num_threads(1)
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", **options}
     return TorchDistributedExchange(rank, world, "gloo", address, **settings)
 

@@ -23,22 +23,24 @@ from cqil_dist.progress import ConsoleProgress, SilentProgress
 
 SILENT = SilentProgress()
 
-# A process whose conversion leaves half a file and then takes its time, and which logs every
-# conversion it starts.
+# A process whose conversion leaves half a file and then waits for the file that lets it end, for a
+# minute at most, and which logs every conversion it starts.
 SLOW_CONVERSION = """
 import shutil, sys, time
 from pathlib import Path
 from cqil_dist.model import store
 from cqil_dist.progress import ConsoleProgress
 
-model, finished, log, seconds = sys.argv[1:]
+model, finished, log, may_end = sys.argv[1:]
 
 def convert(gguf, directory, name, progress):
     with open(log, "a") as out:
         out.write("converting\\n")
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(b"half")
-    time.sleep(float(seconds))
+    deadline = time.monotonic() + 60
+    while not Path(may_end).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     shutil.copytree(finished, directory, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("manifest.json"))
 
@@ -48,15 +50,17 @@ print(store.resolve(model, ConsoleProgress()))
 
 
 def start_slow_conversion(
-    model: Path, converted_cache: Path, log: Path, seconds: float
+    model: Path, converted_cache: Path, log: Path, may_end: Path, errors: Path
 ) -> subprocess.Popen[str]:
     (finished,) = (converted_cache / "models").iterdir()
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, str(model), str(finished), str(log), str(seconds)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    paths = (model, finished, log, may_end)
+    with errors.open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOW_CONVERSION, *map(str, paths)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -199,7 +203,8 @@ def test_next_run_recovers_from_a_kill_half_way(
     quick_conversion: list[Path],
     tmp_path: Path,
 ) -> None:
-    killed = start_slow_conversion(tiny_gguf.path, converted_cache, tmp_path / "log", 60)
+    paths = (tmp_path / name for name in ("log", "never there", "errors"))
+    killed = start_slow_conversion(tiny_gguf.path, converted_cache, *paths)
     with killed:
         wait_until(lambda: list(cache.glob("building/*/*/model/model.safetensors")))
         killed.send_signal(signal.SIGKILL)
@@ -234,16 +239,26 @@ def test_converter_ends_when_its_parent_is_killed(
 def test_two_processes_at_once_convert_once(
     tiny_gguf: TinyGguf, cache: Path, converted_cache: Path, tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    both = [start_slow_conversion(tiny_gguf.path, converted_cache, log, 2) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    log, may_end = tmp_path / "log", tmp_path / "may end"
+    told = [tmp_path / f"errors{number}" for number in range(2)]
+    both = [
+        start_slow_conversion(tiny_gguf.path, converted_cache, log, may_end, errors)
+        for errors in told
+    ]
+
+    def waiting() -> list[str]:
+        texts = [errors.read_text() for errors in told]
+        return [text for text in texts if "Waiting for another process" in text]
+
+    wait_until(waiting)
+    may_end.touch()
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], [e.read_text() for e in told]
     assert log.read_text() == "converting\n"
-    assert outputs[0][0] == outputs[1][0]
-    assert (Path(outputs[0][0].strip()) / "manifest.json").is_file()
-    waited = [errors for _, errors in outputs if "Waiting for another process" in errors]
-    assert len(waited) == 1
-    assert "tiny.gguf" in waited[0]
+    assert outputs[0] == outputs[1]
+    assert (Path(outputs[0].strip()) / "manifest.json").is_file()
+    (waited,) = waiting()
+    assert "tiny.gguf" in waited
 
 
 def test_list_models_names_builtins_and_what_is_cached(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from observed_engine import PLAN, ObservedModel, serving
-from served import Served, served
+from served import PacedModel, Served, served
 from tcp_proxy import Wire, wire_to
 from tiny_models import TinyModelFactory
 from watching import wait_for
@@ -46,9 +46,9 @@ except ImportError as error:
 
 
 @pytest.fixture
-def steps(tiny_model: TinyModelFactory) -> ObservedModel:
-    model = tiny_model()
-    return ObservedModel(model, model.plan(PLAN), 2)
+def steps(tiny_model: TinyModelFactory) -> PacedModel:
+    """As fast as it can be, unless a test sets a pace."""
+    return PacedModel(tiny_model(), 2, 0)
 
 
 @pytest.fixture
@@ -189,10 +189,9 @@ def test_where_nobody_answers_patience_ends(service: Served) -> None:
             client.status()
 
 
-def test_a_timeout_holds_for_all_connections_together(
-    service: Served, steps: ObservedModel
-) -> None:
+def test_a_timeout_holds_for_all_connections_together(service: Served, steps: PacedModel) -> None:
     """A stream that is taken up again has no more time than it had."""
+    steps.pace_s = 0.05  # too slow for all tokens to be out before the steps are held
     with (
         wire_to(service.addresses.grpc) as wire,
         Client(wire.address, locate=lambda: service.addresses.grpc, timeout_s=1.5) as client,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from observed_engine import PLAN, LostInStep, ObservedModel, serving
-from served import Served, served
+from served import PacedModel, Served, served
 from tiny_models import TinyModelFactory
 from tls import self_signed
 from watching import wait_for
@@ -42,12 +41,13 @@ from cqil_dist.serving.serve_config import Tls
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LONG: dict[str, Any] = {"max_tokens": 50, "temperature": 0, "ignore_eos": True}
+PACE_S = 0.1  # so that a caller who acts in the midst of `LONG` has seconds for it
 
 
 @pytest.fixture
-def steps(tiny_model: TinyModelFactory) -> ObservedModel:
-    model = tiny_model()
-    return ObservedModel(model, model.plan(PLAN), 2)
+def steps(tiny_model: TinyModelFactory) -> PacedModel:
+    """As fast as it can be, unless a test sets a pace."""
+    return PacedModel(tiny_model(), 2, 0)
 
 
 @pytest.fixture
@@ -157,7 +157,8 @@ def test_a_deadline_ends_the_request_and_frees_its_slot(
     wait_for(lambda: all_slots_are_free(service), "the slot is free")
 
 
-def test_hanging_up_frees_the_slot_within_a_step(service: Served, steps: ObservedModel) -> None:
+def test_hanging_up_frees_the_slot_within_a_step(service: Served, steps: PacedModel) -> None:
+    steps.pace_s = PACE_S
     with service.client() as client:
         stream = client.generate("x", **LONG, stream=True)
         next(stream)
@@ -167,7 +168,8 @@ def test_hanging_up_frees_the_slot_within_a_step(service: Served, steps: Observe
     assert len(steps.steps) < before + 40, "it was not computed to its end"
 
 
-def test_an_aborted_request_ends_with_what_it_has(service: Served, steps: ObservedModel) -> None:
+def test_an_aborted_request_ends_with_what_it_has(service: Served, steps: PacedModel) -> None:
+    steps.pace_s = PACE_S
     with service.client() as client:
         stream = client.generate("x", **LONG, stream=True, request_id="mine")
         first = next(stream)
@@ -196,7 +198,7 @@ def test_a_request_under_a_name_in_use_ends_the_earlier_one(
             got: list[Chunk] = []
             reading_second = threading.Thread(target=lambda: got.extend(second))
             reading_second.start()
-            time.sleep(0.2)
+            wait_for(lambda: unfinished(service) == 2, "the second has come")
         reading.join(30)
         reading_second.join(30)
     assert ended[-1].finish_reason == "abort"
@@ -262,7 +264,7 @@ def test_a_long_recovery_is_not_serving_and_a_short_one_is(tiny_model: TinyModel
 
     with (
         serving(model, LostInStep(model, 20), rebuild) as engine,
-        served(engine, recovery_bound_s=1.0) as service,
+        served(engine, recovery_bound_s=3.0) as service,
         service.client() as client,
     ):
         stream = client.generate("x", **LONG, stream=True)

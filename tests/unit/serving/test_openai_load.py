@@ -130,9 +130,10 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_slot(
     model: TinyModel, paced: PacedModel
 ) -> None:
     """With a status of its own before it has begun to answer, and with an error event after."""
+    paced.pace_s = 0.05  # 50 tokens take longer than the timeout, and the first far less
     with (
         serving(model, paced, slots=2) as engine,
-        served(engine, request_timeout_s=0.6) as service,
+        served(engine, request_timeout_s=1.5) as service,
         openai_of(service) as client,
     ):
         with paced.held():
@@ -215,6 +216,7 @@ def test_a_stream_that_is_closed_midway_frees_its_slots(slow: Served, paced: Pac
 
 def test_a_call_that_is_cancelled_frees_its_slot(slow: Served, paced: PacedModel) -> None:
     """Whether it runs, or waits for a slot; those beside it stay."""
+    paced.pace_s = 0.2  # none of them ends by itself before the last has been cancelled
 
     async def calls() -> None:
         async with AsyncOpenAI(
@@ -240,6 +242,7 @@ def test_a_call_that_is_cancelled_frees_its_slot(slow: Served, paced: PacedModel
             await until((2, 0))
             running.cancel()
             await until((1, 0))
+            paced.pace_s = 0
             async for event in await beside:
                 last = event
             assert last.choices[0].finish_reason == "length"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack, suppress
-from statistics import median
 
 import httpx
 import pytest
@@ -54,17 +53,18 @@ def test_an_answer_does_not_wait_for_acknowledgements(service: Served) -> None:
             sock.sendall(request("GET", "/health"))
             assert sock.answer()[0] == 200
             times.append(time.monotonic() - began)
-    assert median(times) < 0.03
+    # The first may be acknowledged at once, and others be late on a busy machine.
+    assert sorted(times)[4] < 0.03
 
 
 def test_headers_must_come_in_time(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others are served meanwhile, also one whose headers are slow, but not too slow."""
-    monkeypatch.setattr(http_server, "_HEADERS_S", 0.6)
+    monkeypatch.setattr(http_server, "_HEADERS_S", 2.0)
     slow = request("GET", "/health", b"", "X-Slow: " + "x" * 1000)
-    seconds, words = dribbled(service, slow, 10)
-    assert seconds > 0.5
-    assert words == b""
     with Connection(service, timeout_s=10) as silent:
+        seconds, words = dribbled(service, slow, 10)
+        assert seconds > 1.9
+        assert words == b""
         assert silent.closes()
     with Connection(service, timeout_s=10) as patient:
         for part in (slow[:20], slow[20:]):
@@ -72,7 +72,7 @@ def test_headers_must_come_in_time(service: Served, monkeypatch: pytest.MonkeyPa
             time.sleep(0.3)
         assert patient.answer()[0] == 200
         # An idle connection may stay, but not one that has begun another request.
-        time.sleep(0.8)
+        time.sleep(2.2)
         patient.sendall(request("GET", "/health"))
         assert patient.answer()[0] == 200
         patient.sendall(slow[:20])
@@ -84,7 +84,7 @@ def test_bodies_must_come_in_time(
     engine: Engine, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dribbled, or not at all; and what comes after the answer is not listened to for long."""
-    monkeypatch.setattr(http_server, "_HEADERS_S", 0.3)
+    monkeypatch.setattr(http_server, "_HEADERS_S", 1.5)
     begun = posted(b"", kind, JSON)
     part = b"1\r\n{\r\n" if kind == CHUNKED else b"{"
     with served(engine, body_timeout_s=0.5) as service, Connection(service) as sock:
