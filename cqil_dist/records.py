@@ -11,7 +11,19 @@ from cqil_dist.errors import ConfigError
 from cqil_dist.whole_file import whole_file
 
 # Of the records that a report is made from: it reads none of another.
-FORMAT = 2
+_FORMAT = 2
+
+
+def headed(kind: str, **found: Any) -> dict[str, Any]:
+    """A record that says what it is of."""
+    return {"record": kind, "format": _FORMAT, **found}
+
+
+def kind_of(record: object) -> tuple[str | None, bool]:
+    """What a record is of, None if it is none; and whether it can be read."""
+    if not isinstance(record, dict) or not isinstance(record.get("record"), str):
+        return None, False
+    return record["record"], record.get("format") == _FORMAT
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

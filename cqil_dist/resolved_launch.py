@@ -12,8 +12,9 @@ from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.store import resolve
+from cqil_dist.plan_record import note_missing_compensation
 from cqil_dist.progress import Progress
-from cqil_dist.recommended import note_missing_compensation, plan_for
+from cqil_dist.recommended import plan_for
 
 
 @dataclass(frozen=True)

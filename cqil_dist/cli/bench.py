@@ -73,7 +73,7 @@ def latency(
     from cqil_dist.benchmarks.machine import machine
     from cqil_dist.benchmarks.report import print_tables, write_plot
     from cqil_dist.planning.report import write_report
-    from cqil_dist.records import FORMAT, write_record
+    from cqil_dist.records import headed, write_record
 
     results, layers, nodes = measure(
         Case(model, device, dtype, prompt_tokens, output_tokens),
@@ -94,13 +94,12 @@ def latency(
         "repeats": repeats,
         **machine(device),
     }
-    report = {
-        "record": "latency",
-        "format": FORMAT,
-        "setting": setting,
-        "layer_times_ms": None if layers is None else asdict(layers),
-        "results": [result.to_dict() for result in results],
-    }
+    report = headed(
+        "latency",
+        setting=setting,
+        layer_times_ms=None if layers is None else asdict(layers),
+        results=[result.to_dict() for result in results],
+    )
     print_tables(report)
     write_record(output / "latency.json", report)
     write_plot(report, output / "latency.png")

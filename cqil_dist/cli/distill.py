@@ -9,7 +9,7 @@ import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import ConfigError
-from cqil_dist.planning.compute_config import ComputeConfig
+from cqil_dist.planning.compute_config import MAX_SEED, ComputeConfig
 from cqil_dist.planning.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
 
@@ -22,7 +22,8 @@ _TRAINING: dict[str, Any] = {
     "lora_r": Annotated[int, typer.Option(help="LoRA rank.")],
     "lora_alpha": Annotated[int, typer.Option(help="LoRA alpha; the scale is alpha / rank.")],
     "seed": Annotated[
-        int, typer.Option(min=0, help="Seed of the adapter and of the text's order.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, help="Seed of the adapter and of the text's order."),
     ],
     "save_steps": Annotated[int, typer.Option(help="Steps between two saved states.")],
     "eval_steps": Annotated[
@@ -62,12 +63,12 @@ def distill(
     goes on with a run that was interrupted, and ends as if it had not been.
     """
     from cqil_dist.model.adapter import CONFIG, require_adapter_folder
+    from cqil_dist.plan_record import note_missing_compensation, plan_record
     from cqil_dist.planning.distillation import distill as train_adapter
     from cqil_dist.planning.plots import plot_training
     from cqil_dist.planning.provenance import knows, made_with
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import STATE, TrainingLog
-    from cqil_dist.recommended import note_missing_compensation, plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
@@ -81,7 +82,7 @@ def distill(
     if init is not None and init.resolve() == output.resolve():
         raise ConfigError(f"--init and --output are both {output}; write to another folder")
     if init is None:
-        note_missing_compensation(plan, model, progress)
+        note_missing_compensation(plan, model, progress, "--init")
     start = None if init is None else study.adapter(init, parsed)
     read, kept = study.windows(text or [], window, tokens, training.seed).split(held_out)
     if start is not None and knows(start.plan, kept):

@@ -50,12 +50,12 @@ def evaluate(
     Intervals are of 95 %; the last column compares item by item, which is sharper than comparing
     the two before it.
     """
+    from cqil_dist.plan_record import note_missing_compensation
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.provenance import refuse_known_text
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.study import Study
-    from cqil_dist.recommended import note_missing_compensation
     from cqil_dist.records import require_file, write_record
 
     if output is not None:

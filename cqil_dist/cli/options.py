@@ -13,7 +13,7 @@ import typer
 
 from cqil_dist.errors import ConfigError, TextError
 from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.planning.compute_config import ComputeConfig
+from cqil_dist.planning.compute_config import MAX_SEED, ComputeConfig
 
 Model = Annotated[
     str,
@@ -69,7 +69,7 @@ SampledTokens = Annotated[
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[
     int,
-    typer.Option("--seed", min=0, max=2**32, help="Of the text that is sampled or chosen."),
+    typer.Option("--seed", min=0, max=MAX_SEED, help="Of the text that is sampled or chosen."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
@@ -163,10 +163,13 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
 
 
 def compute_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a `ComputeConfig`, in its parameter `computing`.
+    """Give a command a `ComputeConfig`, in its parameter `computing`, and `explaining_memory`."""
+    explained = explaining_memory(command)
+    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(explained)
 
-    A device whose memory does not suffice is an error of how it was asked: ConfigError.
-    """
+
+def explaining_memory(command: Callable[..., None]) -> Callable[..., None]:
+    """Have a command raise ConfigError where the device's memory does not suffice."""
 
     @wraps(command)
     def run(**given: Any) -> None:
@@ -180,11 +183,11 @@ def compute_options(command: Callable[..., None]) -> Callable[..., None]:
             what, _, _ = str(error).partition("\n")
             raise ConfigError(
                 f"the device's memory does not suffice: {what}; give less text (--tokens) or a "
-                "smaller --window, compute in --dtype bfloat16, or train with "
+                "smaller --window, compute in --dtype bfloat16, or, where it trains, with "
                 "--gradient-checkpointing"
             ) from error
 
-    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(run)
+    return run
 
 
 def require_text(text: list[Path] | None, sampled_tokens: int) -> None:

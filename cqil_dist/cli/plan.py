@@ -31,7 +31,7 @@ _CALIBRATION: dict[str, Any] = {
     "max_group": Annotated[
         int | None,
         typer.Option(
-            min=2, help="Layers of the largest groups; default: 3, in a search --ranks at most."
+            min=2, help="Layers of the largest groups; default: 3, or 2 in a search for 2 --ranks."
         ),
     ],
     "fit_tokens": Annotated[
@@ -158,11 +158,11 @@ def compensate(
     `cqil plan search --fit-tokens`.
     """
     from cqil_dist.model.adapter import require_adapter_folder, write_adapter
+    from cqil_dist.plan_record import plan_record
     from cqil_dist.planning.compensation import Compensation
     from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import STATE
-    from cqil_dist.recommended import plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
@@ -175,7 +175,7 @@ def compensate(
     compensation = Compensation(study.model, windows, study.progress, rank, ridge)
     loras = compensation.loras(parsed)
     made = made_with(windows, plan_record(plan, model))
-    made["compensation"] = compensation.to_json()
+    made["fitted"] = compensation.to_json()
     write_adapter(output, loras, str(study.path), {**parsed.to_json(), "measured": made})
     typer.echo(f"written: {output}", err=True)
 

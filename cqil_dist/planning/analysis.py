@@ -12,7 +12,7 @@ from cqil_dist.planning.comparison import Comparison
 from cqil_dist.planning.sensitivity import candidates, measure_sensitivities
 from cqil_dist.planning.similarity import input_similarity
 from cqil_dist.progress import Progress
-from cqil_dist.records import FORMAT
+from cqil_dist.records import headed
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,15 @@ class Analysis:
     sensitivities: dict[Group, float]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "record": "analysis",
-            "format": FORMAT,
-            "model": self.model,
+        return headed(
+            "analysis",
+            model=self.model,
             **self.comparison.to_json(),
-            "similarity": [[round(v, 5) for v in row] for row in self.similarity_LL.tolist()],
-            "sensitivities": [
+            similarity=[[round(v, 5) for v in row] for row in self.similarity_LL.tolist()],
+            sensitivities=[
                 {**group.to_json(), "kl": kl} for group, kl in self.sensitivities.items()
             ],
-        }
+        )
 
 
 def analyze(model: str, comparison: Comparison, largest: int, progress: Progress) -> Analysis:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cqil_dist.planning.comparison import Comparison
     from cqil_dist.planning.study import Study
 
-_LAYERS = 3
+_LARGEST_GROUP = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CalibrationConfig:
         """In layers. A rank with two of a group's layers computes them one after the other."""
         if self.max_group is not None:
             return self.max_group
-        return _LAYERS if ranks is None else max(2, min(_LAYERS, ranks))
+        return _LARGEST_GROUP if ranks is None else max(2, min(_LARGEST_GROUP, ranks))
 
     def measure(self, study: Study, ranks: int | None = None) -> tuple[Comparison, Analysis]:
         """Every group by itself; and how whole plans are measured.

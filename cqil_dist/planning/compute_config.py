@@ -12,6 +12,9 @@ _VALUES = {
     "matmul_precision": ("highest", "high", "medium"),
 }
 
+# torch takes 64 bits, and runs add numbers of their own: of a batch, of an epoch.
+MAX_SEED = 2**32
+
 
 @dataclass(frozen=True)
 class ComputeConfig:

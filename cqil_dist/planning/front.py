@@ -18,7 +18,7 @@ from cqil_dist.planning.search import PlanSearch, additive_front
 from cqil_dist.planning.sensitivity import Sensitivities
 from cqil_dist.planning.similarity import regular_plan, without_layers
 from cqil_dist.progress import Progress
-from cqil_dist.records import FORMAT
+from cqil_dist.records import headed
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class MeasuredPlan:
 
     def describe(self, comparison: Comparison) -> str:
         ratio = self.divergence.perplexity / comparison.original.perplexity
-        compensated = ", compensated with 'cqil plan compensate'" if comparison.compensation else ""
+        compensated = ", once compensated (cqil plan compensate)" if comparison.compensation else ""
         return (
             f"{self.depth} groups, KL {self.divergence.kl:.3f} nats a token, perplexity "
             f"{ratio:.3f}x on the calibration text{compensated}"
@@ -255,14 +255,13 @@ def front_json(
     measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
     """What depth costs a model, as `plot_front` and the report read it."""
-    return {
-        "record": "front",
-        "format": FORMAT,
-        "model": model,
+    return headed(
+        "front",
+        model=model,
         **comparison.to_json(),
-        "cost": asdict(cost),
-        "measured": [each.to_json() for each in measured],
-    }
+        cost=asdict(cost),
+        measured=[each.to_json() for each in measured],
+    )
 
 
 def _meets_once(group: Group) -> bool:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cqil_dist.errors import TextError
+from cqil_dist.plan_record import PlanRecord, measured_of, plan_record
 from cqil_dist.planning.windows import Windows
-from cqil_dist.recommended import plan_record
 
 
-def made_with(windows: Windows, *earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+def made_with(windows: Windows, *earlier: PlanRecord | None) -> dict[str, Any]:
     """What to write of a text beside what was made with it, under the key "measured".
 
     Args:
         earlier: what is written of what it was made from: of a plan, of the plan in an adapter.
-            Its files, and how it was compensated, are not forgotten.
+            Its files are not forgotten, nor the compensation that the plan was chosen for.
     """
     files = windows.files.union(*map(_files, earlier))
-    fitted = [found for each in earlier if (found := _measured(each).get("compensation"))]
+    chosen = [found for each in earlier if (found := measured_of(each).get("compensation"))]
     return {
         **windows.to_json(),
         "files": sorted(files),
-        **({"compensation": fitted[-1]} if fitted else {}),
+        "compensation": chosen[-1] if chosen else None,
     }
 
 
 def refuse_known_text(
-    texts: Sequence[Windows], plan: str, model: str, adapter_plan: Mapping[str, Any] | None
+    texts: Sequence[Windows], plan: str, model: str, adapter_plan: PlanRecord | None
 ) -> None:
     """Raises TextError where a plan's file, or an adapter, was made with one of these texts.
 
@@ -43,16 +43,11 @@ def refuse_known_text(
             )
 
 
-def knows(record: Mapping[str, Any] | None, text: Windows) -> bool:
+def knows(record: PlanRecord | None, text: Windows) -> bool:
     """Whether what the record describes was made with a file that the text is from."""
     return not _files(record).isdisjoint(text.files)
 
 
-def _files(record: Mapping[str, Any] | None) -> frozenset[str]:
-    files = _measured(record).get("files")
+def _files(record: PlanRecord | None) -> frozenset[str]:
+    files = measured_of(record).get("files")
     return frozenset(map(str, files if isinstance(files, list) else []))
-
-
-def _measured(record: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    measured = (record or {}).get("measured")
-    return measured if isinstance(measured, Mapping) else {}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,13 @@ from typing import Any
 from cqil_dist.plan import Plan
 from cqil_dist.planning.cost_model import CostModel
 from cqil_dist.planning.evaluation.intervals import Interval, difference_text
-from cqil_dist.records import FORMAT
+from cqil_dist.records import kind_of
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 
 # Kinds of records, by what they call themselves.
 _KINDS = ("analysis", "front", "evaluation", "latency")
-_OTHER_FORMAT = "of another format"
 
 
 def write_report(folder: Path) -> Path:
@@ -41,10 +42,9 @@ def write_report(folder: Path) -> Path:
         "picture": _picture,
         "plan": _plan_text,
     }
-    records = _records(folder)
+    records, left_out = _records(folder)
     plans = _rows(records)
-    measures = list(dict.fromkeys(key for row in plans for key in row["losses"]))
-    left_out = [path.name for path, _ in records[_OTHER_FORMAT]]
+    measures = _headings(list(dict.fromkeys(key for row in plans for key in row["losses"])))
     page = environment.get_template(_TEMPLATE).render(
         records, plans=plans, measures=measures, left_out=left_out
     )
@@ -53,20 +53,35 @@ def write_report(folder: Path) -> Path:
 
 
 _Records = dict[str, list[tuple[Path, dict[str, Any]]]]
+# What is measured, of what, on which part of it, and the digest of that.
+_Measure = tuple[str, str, str, str]
 
 
-def _records(folder: Path) -> _Records:
-    """The records of a folder by kind, each with the file that it is in."""
-    found: _Records = {kind: [] for kind in (*_KINDS, _OTHER_FORMAT)}
+def _records(folder: Path) -> tuple[_Records, list[str]]:
+    """The records of a folder by kind, each with its file; and files of another version."""
+    found: _Records = {kind: [] for kind in _KINDS}
+    left_out: list[str] = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not ours
-        if isinstance(record, dict) and record.get("record") in _KINDS:
-            kind = record["record"] if record.get("format") == FORMAT else _OTHER_FORMAT
+        kind, readable = kind_of(record)
+        if kind in found and readable:
             found[kind].append((path, record))
-    return found
+        elif kind in found:
+            left_out.append(path.name)
+    return found, left_out
+
+
+def _headings(keys: Sequence[_Measure]) -> dict[_Measure, str]:
+    """Of columns; with the tokens' digest where they would look the same without."""
+    headings = {key: ", ".join(key[:3]) for key in keys}
+    often = Counter(headings.values())
+    return {
+        key: f"{heading} ({key[3][:4]})" if often[heading] > 1 else heading
+        for key, heading in headings.items()
+    }
 
 
 def _rows(records: _Records) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.divergence import Divergence
@@ -117,9 +117,14 @@ class PlanSearch:
 
     def _neighbours(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
         """Plans of the same depth that may be better, most promising first; until time is up."""
-        for deeper in sorted(self._loosened(plan), key=self._sum)[:_LOOSENED]:
-            tightened = sorted(self._tightened(deeper, allowed), key=self._sum)
-            yield from self._in_time([each for each in tightened if each != plan][:_TIGHTENED])
+        splits = sorted(self._loosened(plan), key=lambda ways: self._sum(ways[0]))
+        for ways in splits[:_LOOSENED]:
+            tightened = (
+                [each for each in self._tightened(deeper, allowed) if each != plan]
+                for deeper in ways
+            )
+            found = sorted(next(filter(None, tightened), []), key=self._sum)
+            yield from self._in_time(found[:_TIGHTENED])
         yield from self._in_time(filter(allowed, self._other_bypasses(plan)))
 
     def _in_time(self, plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -128,17 +133,18 @@ class PlanSearch:
                 return
             yield plan
 
-    def _loosened(self, plan: Plan) -> Iterator[Plan]:
-        """Every plan in which one group is two."""
+    def _loosened(self, plan: Plan) -> Iterator[list[Plan]]:
+        """Every way to make one group two: with the best bypass of each first, then with others."""
         for index, group in enumerate(plan.groups):
             for cut in range(1, group.size):
-                parts = (group.layers[:cut], group.layers[cut:])
-                yield self._replaced(plan, index, 1, [self._group(layers) for layers in parts])
+                parts = (self._groups(group.layers[:cut]), self._groups(group.layers[cut:]))
+                plans = [self._replaced(plan, index, 1, each) for each in product(*parts)]
+                yield sorted(plans, key=self._sum)
 
     def _tightened(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
         """Every plan in which two adjacent groups are one, with the best bypass allowed there."""
         for index, (group, following) in enumerate(pairwise(plan.groups)):
-            joined = self._bypasses.get(group.layers + following.layers, [])
+            joined = self._groups(group.layers + following.layers)
             plans = (self._replaced(plan, index, 2, [each]) for each in joined)
             yield from islice(filter(allowed, plans), 1)
 
@@ -148,8 +154,9 @@ class PlanSearch:
                 if other != group:
                     yield self._replaced(plan, index, 1, [other])
 
-    def _group(self, layers: tuple[int, ...]) -> Group:
-        return Group(layers) if len(layers) == 1 else self._bypasses[layers][0]
+    def _groups(self, layers: tuple[int, ...]) -> list[Group]:
+        """With each known bypass, the least sensitive first."""
+        return [Group(layers)] if len(layers) == 1 else self._bypasses.get(layers, [])
 
     def _replaced(self, plan: Plan, first: int, count: int, groups: Sequence[Group]) -> Plan:
         return Plan((*plan.groups[:first], *groups, *plan.groups[first + count :]), plan.num_layers)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cqil_dist.errors import ConfigError
+from cqil_dist.planning.compute_config import MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class TrainingConfig:
         for name in counted:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1")
-        if not 0 <= self.seed <= 2**32:
-            raise ConfigError(f"seed is {self.seed} but must be from 0 to 2**32")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed} but must be from 0 to {MAX_SEED}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(
                 f"warmup_steps is {self.warmup_steps} but must be at least 0 and below steps, "

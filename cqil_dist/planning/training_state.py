@@ -85,6 +85,12 @@ class TrainingState:
 def _read(file: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        saved["identity"].keys()
+    except (OSError, MemoryError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
     except Exception as error:  # whatever an unpickler makes of damaged bytes
-        raise ConfigError(f"{file} is damaged ({error}); remove it to begin anew") from error
+        raise ConfigError(
+            f"{file} is damaged ({error!r}); choose another folder, or remove {file.parent} to "
+            "begin anew"
+        ) from error
     return saved

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # Characters that are made tokens of at a time: a tokenizer takes a hundred bytes for each.
 _BLOCK = 1 << 21
-# Windows that each is chosen from, where the text holds so many.
-_CHOICE = 64
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def read_windows(
 
     Args:
         length: tokens of a window.
-        count: take so many, at random; None takes all, in order. Of a long text no more is read
-            than gives a good choice.
+        count: take so many, at random; None takes all, in order.
 
     Raises:
         TextError: a file cannot be read, or there is not enough text.
@@ -100,23 +97,7 @@ def read_windows(
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"cannot read text from {path}: {error}") from error
     first = torch.tensor(first_tokens(tokenizer), dtype=torch.long)
-    following = length - len(first)
-    blocks = [block for text in texts for block in _blocks(text)]
-    enough = None
-    if count is not None:
-        enough = _CHOICE * count
-        generator = torch.Generator().manual_seed(seed)
-        blocks = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)]
-    cut_WT = torch.empty(0, following, dtype=torch.long)
-    with (progress or SilentProgress()).task("Reading text", len(blocks), "blocks") as task:
-        for block in blocks:
-            if enough is not None and len(cut_WT) >= enough:
-                break
-            ids: Any = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
-            whole = len(ids) // following * following
-            rows_WT = torch.tensor(ids[:whole], dtype=torch.long).view(-1, following)
-            cut_WT = torch.cat([cut_WT, rows_WT])
-            task.advance()
+    cut_WT = _cut(texts, tokenizer, length - len(first), progress or SilentProgress())
     windows = torch.cat([first.expand(len(cut_WT), -1), cut_WT], 1)
     needed = 1 if count is None else count
     if len(windows) < needed:
@@ -129,6 +110,21 @@ def read_windows(
         windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
     checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return Windows(windows, ", ".join(path.name for path in paths), checksums)
+
+
+def _cut(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
+) -> Tensor:
+    """Texts in rows of so many tokens; what is left over at the end of a block is dropped."""
+    blocks = [block for text in texts for block in _blocks(text)]
+    rows_WT = [torch.empty(0, length, dtype=torch.long)]
+    with progress.task("Reading text", len(blocks), "blocks") as task:
+        for block in blocks:
+            ids: Any = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+            whole = len(ids) // length * length
+            rows_WT.append(torch.tensor(ids[:whole], dtype=torch.long).view(-1, length))
+            task.advance()
+    return torch.cat(rows_WT)
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -32,17 +32,17 @@ from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
 from cqil_dist.planning.study import Study
 from cqil_dist.planning.windows import Windows
-from cqil_dist.records import FORMAT, write_record
+from cqil_dist.records import headed, write_record
 
 _ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A text or a task.
+    """What is scored: a text, a task, or several tasks.
 
     Attributes:
-        items: what of it is scored, such as "128 windows of 512 tokens".
+        items: what of it, such as "128 windows of 512 tokens".
         digest: of its tokens.
     """
 
@@ -89,16 +89,15 @@ class Evaluation:
     samples: tuple[Sample, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "record": "evaluation",
-            "format": FORMAT,
-            "model": self.model,
-            "setting": self.setting,
-            "plan": self.plan.to_json(),
-            "adapter": None if self.adapter is None else str(self.adapter),
-            "results": [result.to_json() for result in self.results],
-            "samples": [asdict(sample) for sample in self.samples],
-        }
+        return headed(
+            "evaluation",
+            model=self.model,
+            setting=self.setting,
+            plan=self.plan.to_json(),
+            adapter=None if self.adapter is None else str(self.adapter),
+            results=[result.to_json() for result in self.results],
+            samples=[asdict(sample) for sample in self.samples],
+        )
 
 
 def evaluate(
@@ -205,11 +204,11 @@ def _compared(original: _ByItem, other: _ByItem) -> list[Result]:
         results += scored
         if measure in _ACCURACIES and len(scored) > 1:
             paired = mean_of([each.paired for each in scored])
-            results.append(Result(measure, _mean_of([each.of for each in scored]), paired))
+            results.append(Result(measure, _all_of([each.of for each in scored]), paired))
     return results
 
 
-def _mean_of(subjects: Sequence[Subject]) -> Subject:
+def _all_of(subjects: Sequence[Subject]) -> Subject:
     digest = _digest("".join(each.digest for each in subjects))
     return Subject(f"mean of {len(subjects)}", "tasks, each with the same weight", digest)
 

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from cqil_dist.plan import PlanSource
+from cqil_dist.plan_record import note_missing_compensation
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.grouped_model import grouped
 from cqil_dist.planning.merging import merge
@@ -51,6 +52,8 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         computing = ComputeConfig(device.removesuffix(":0"), dtype, matmul_precision)
         study = Study.of(pretrained, computing, ConsoleProgress())
         parsed = study.plan(plan)
+        if adapter is None:
+            note_missing_compensation(plan, pretrained, study.progress, "adapter")
         changes = None if adapter is None else study.adapter(Path(adapter), parsed)
         merge(study.model, changes)
         # As ours are: bfloat16 has no more than eight bits for a sum of many tokens.

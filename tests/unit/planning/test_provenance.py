@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
+from cqil_dist.plan_record import plan_record
 from cqil_dist.planning.provenance import made_with, refuse_known_text
 from cqil_dist.planning.windows import Windows, read_windows
-from cqil_dist.recommended import plan_record
 
 PLAN = "P2 S0 E6 D1"
 
