@@ -185,7 +185,7 @@ class _Fit:
         members = [recorded[layer, _OUTPUT] for layer in self.group.layers]
         parts = [torch.cat(each, -1) for each in zip(*members, strict=True)]
         samples = (
-            _relative_to_target(part_TK, target[0].float(), (target - output)[0].float())
+            _relative(part_TK, output[0].float(), target[0].float())
             for part_TK, output, target in zip(parts, outputs, targets, strict=True)
         )
         b_DR, a_RK = _reduced_rank_ridge(samples, self.ridge, self.rank)
@@ -251,16 +251,16 @@ def _read(
     return read
 
 
-def _relative_to_target(
-    inputs_TK: Tensor, target_TD: Tensor, residual_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Inputs and residual of tokens, in parts of the token's target.
+def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and residual of tokens, in parts of the token's target or output, the larger.
 
     What comes next normalises its input: a few tokens that are a thousand times larger than all
-    others would decide everything.
+    others would decide everything. So would a few that a group makes a hundred times larger than
+    they are in the original; there are some in every ten thousand.
     """
-    scale_T1 = target_TD.pow(2).mean(-1, keepdim=True).rsqrt()
-    return scale_T1 * inputs_TK, scale_T1 * residual_TD
+    squares = (each.pow(2).mean(-1, keepdim=True) for each in (output_TD, target_TD))
+    scale_T1 = torch.maximum(*squares).rsqrt()
+    return scale_T1 * inputs_TK, scale_T1 * (target_TD - output_TD)
 
 
 def _reduced_rank_ridge(

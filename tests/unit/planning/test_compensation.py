@@ -55,6 +55,21 @@ def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path
     assert original.compare(plan.groups).kl == pytest.approx(found, abs=1e-5)
 
 
+@pytest.mark.parametrize("wild", ["output", "target", "both"])
+def test_a_token_that_grows_a_thousandfold_does_not_spoil_the_map(wild: str) -> None:
+    """Of the original's there are some in every text, and groups may make others."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_TK, output_TD = torch.randn(2, 1000, 8, generator=generator)
+    map_KD = 0.1 * torch.randn(8, 8, generator=generator)
+    target_TD = output_TD + inputs_TK @ map_KD
+    for name, values_TD in (("output", output_TD), ("target", target_TD)):
+        if wild in (name, "both"):
+            values_TD[0] *= 1000
+    relative = compensation._relative(inputs_TK, output_TD, target_TD)
+    b_DR, a_RK = compensation._reduced_rank_ridge([relative], 1e-6, 8)
+    assert (a_RK.T @ b_DR.T - map_KD).norm() < 0.05 * map_KD.norm()
+
+
 def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
     """A layer by itself may be changed too: parallel attention and feed-forward."""
     plan = Plan.covering([Group((1,), Bypass("parallel")), Group((3, 4))], 6)
