@@ -256,7 +256,7 @@ def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[
 
     What comes next normalises its input: a few tokens that are a thousand times larger than all
     others would decide everything. So would a few that a group makes a hundred times larger than
-    they are in the original; there are some in every ten thousand.
+    they are in the original, of which 64k tokens of text held some.
     """
     squares = (each.pow(2).mean(-1, keepdim=True) for each in (output_TD, target_TD))
     scale_T1 = torch.maximum(*squares).rsqrt()

@@ -13,7 +13,7 @@ from itertools import islice, pairwise, product
 
 from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.divergence import Divergence
-from cqil_dist.planning.sensitivity import Sensitivities, best_bypasses
+from cqil_dist.planning.sensitivity import Sensitivities, groups_by_layers
 from cqil_dist.progress import Progress
 
 # Of the plans one group deeper, from how many to go on; and from each, how many plans to measure.
@@ -26,10 +26,9 @@ def additive_front(num_layers: int, sensitivities: Sensitivities) -> dict[int, P
 
     That sum is not the plan's divergence, but orders plans well enough to begin with.
     """
-    best = best_bypasses(sensitivities)
     ending: dict[int, list[Group]] = {last: [Group((last,))] for last in range(num_layers)}
-    for group in best.values():
-        ending[group.layers[-1]].append(group)
+    for best, *_ in groups_by_layers(sensitivities).values():
+        ending[best.layers[-1]].append(best)
     # fronts[n][d]: least sum, and groups, of the first n layers in d groups.
     fronts: list[dict[int, tuple[float, tuple[Group, ...]]]] = [{0: (0.0, ())}]
     for last in range(num_layers):
@@ -64,10 +63,7 @@ class PlanSearch:
     def __post_init__(self) -> None:
         self._ends = time.monotonic() + self.seconds
         self.reachable = additive_front(self.num_layers, self.sensitivities)
-        # By layers, the least sensitive bypass first.
-        self._bypasses: dict[tuple[int, ...], list[Group]] = {}
-        for group in sorted(self.sensitivities, key=self.sensitivities.__getitem__):
-            self._bypasses.setdefault(group.layers, []).append(group)
+        self._known = groups_by_layers(self.sensitivities)
 
     def kl(self, plan: Plan) -> float:
         """The divergence of a whole plan, measured once."""
@@ -150,13 +146,13 @@ class PlanSearch:
 
     def _other_bypasses(self, plan: Plan) -> Iterator[Plan]:
         for index, group in enumerate(plan.groups):
-            for other in self._bypasses.get(group.layers, []):
+            for other in self._known.get(group.layers, []):
                 if other != group:
                     yield self._replaced(plan, index, 1, [other])
 
     def _groups(self, layers: tuple[int, ...]) -> list[Group]:
         """With each known bypass, the least sensitive first."""
-        return [Group(layers)] if len(layers) == 1 else self._bypasses.get(layers, [])
+        return [Group(layers)] if len(layers) == 1 else self._known.get(layers, [])
 
     def _replaced(self, plan: Plan, first: int, count: int, groups: Sequence[Group]) -> Plan:
         return Plan((*plan.groups[:first], *groups, *plan.groups[first + count :]), plan.num_layers)

@@ -36,10 +36,9 @@ def measure_sensitivities(
     return found
 
 
-def best_bypasses(sensitivities: Sensitivities) -> dict[tuple[int, ...], Group]:
-    """The least sensitive bypass of each run of layers."""
-    best: dict[tuple[int, ...], Group] = {}
-    for group, kl in sensitivities.items():
-        if group.layers not in best or kl < sensitivities[best[group.layers]]:
-            best[group.layers] = group
-    return best
+def groups_by_layers(sensitivities: Sensitivities) -> dict[tuple[int, ...], list[Group]]:
+    """Of each run of layers a group for every bypass, the least sensitive first."""
+    found: dict[tuple[int, ...], list[Group]] = {}
+    for group in sorted(sensitivities, key=sensitivities.__getitem__):
+        found.setdefault(group.layers, []).append(group)
+    return found
