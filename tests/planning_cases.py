@@ -8,9 +8,11 @@ import torch
 from tiny_models import TinyModel, random_tokens
 from transformers import PreTrainedModel
 
-from cqil_dist.model.adapter import Adapter
+from cqil_dist.model.adapter import Adapter, Lora
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
+from cqil_dist.plan import Plan
+from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.planning.grouped_model import load_model
 from cqil_dist.planning.study import Study
@@ -31,6 +33,12 @@ def fresh(tiny: TinyModel, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 def random_windows(count: int, seed: int, length: int = 32) -> Windows:
     rows = [random_tokens(length, 1000 * seed + row) for row in range(count)]
     return Windows(torch.tensor(rows), "random")
+
+
+def changes(fitting: Compensation, plan: Plan) -> dict[str, Lora]:
+    """What compensates a plan, by module."""
+    with fitting.applied(plan.changed) as merged:
+        return merged.loras
 
 
 HELD_OUT = random_windows(4, 2)

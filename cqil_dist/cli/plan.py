@@ -150,16 +150,21 @@ def compensate(
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Windows more, to see how much it helps.")
+    ] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("compensated"),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
 
     Costs nothing at run time. `cqil distill --init` goes on from there. Plans for it are found by
-    `cqil plan search --fit-tokens`.
+    `cqil plan search --fit-tokens`. Says how far the plan is from the original before and after, on
+    text that nothing is fitted to.
     """
     from cqil_dist.model.adapter import require_adapter_folder, write_adapter
     from cqil_dist.plan_record import plan_record
     from cqil_dist.planning.compensation import Compensation
+    from cqil_dist.planning.original import Original
     from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import STATE
@@ -170,14 +175,27 @@ def compensate(
         raise ConfigError(f"{output} holds an adapter that was distilled; write to another folder")
     study = Study.of(model, computing, ConsoleProgress())
     parsed = study.concurrent_plan(plan)
-    windows = study.windows(text or [], window, tokens, seed)
+    read = study.windows(text or [], window, tokens + held_out * window, seed)
+    windows, kept = read.split(held_out)
     windows = study.extended(windows, sampled_tokens, seed)
+    original = Original(study.model, kept, study.progress)
+    before = original.compare(parsed.groups).kl
     compensation = Compensation(study.model, windows, study.progress, rank, ridge)
-    loras = compensation.loras(parsed)
+    with compensation.applied(parsed.changed, study.progress) as merged:
+        loras, after = merged.loras, original.compare(parsed.groups).kl
     made = made_with(windows, plan_record(plan, model))
     made["fitted"] = compensation.to_json()
+    made["held_out"] = {"tokens": kept.tokens, "kl_before": before, "kl_after": after}
     write_adapter(output, loras, str(study.path), {**parsed.to_json(), "measured": made})
-    typer.echo(f"written: {output}", err=True)
+    typer.echo(
+        f"written: {output} (held-out KL {after:.4f} nats a token; without it {before:.4f})",
+        err=True,
+    )
+    if after >= before:
+        study.progress.note(
+            "it does not help on text that it was not fitted to: fit to more text (--tokens) or "
+            "change less (a larger --ridge)"
+        )
 
 
 @app.command()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from cqil_dist.errors import TextError
 from cqil_dist.model.adapter import Lora
 from cqil_dist.model.checkpoint import layer_tensor
-from cqil_dist.plan import Group, Plan
+from cqil_dist.plan import Group
 from cqil_dist.planning.grouped_model import hidden_after, hidden_states
 from cqil_dist.planning.merging import Merged
 from cqil_dist.planning.windows import Windows
@@ -93,15 +93,6 @@ class Compensation:
                 states_WL.append(hidden_states(self._model, tokens_T))
                 task.advance()
         return states_WL
-
-    def loras(self, plan: Plan) -> dict[str, Lora]:
-        """Changes of projections, by module, for every group from the first that is no exact layer.
-
-        Raises:
-            TextError: there is too little text for so small a ridge.
-        """
-        with self.applied(plan.changed, self._progress) as merged:
-            return merged.loras
 
     @contextmanager
     def applied(

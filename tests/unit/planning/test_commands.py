@@ -150,6 +150,13 @@ def test_the_plan_is_the_best_that_was_measured(folder: Path) -> None:
     assert {each["depth"] for each in measured} == {3, 4, 5, 6}
 
 
+def test_compensation_tells_how_much_it_helps_on_text_not_fitted_to(folder: Path) -> None:
+    measured = read(folder / "start" / "plan.json")["measured"]
+    assert measured["fitted"]["tokens"] == 512
+    assert measured["held_out"]["tokens"] == 8 * 32
+    assert 0 < measured["held_out"]["kl_after"] < measured["held_out"]["kl_before"]
+
+
 def test_a_search_for_compensation_measures_compensated(folder: Path) -> None:
     """Other text as well: what is fitted on is kept apart."""
     found = {

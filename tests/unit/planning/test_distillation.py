@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from planning_cases import HELD_OUT, fresh, held_out_kl, random_windows
+from planning_cases import HELD_OUT, changes, fresh, held_out_kl, random_windows
 from safetensors.torch import load_file
 from tiny_models import TinyModel, assert_near, random_tokens
 from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def train(
 def compensated(tiny: TinyModel, model: PreTrainedModel, output: Path) -> Path:
     plan = tiny.plan(PLAN)
     fitting = Compensation(model, random_windows(64, 3), SilentProgress(), rank=16)
-    write_adapter(output, fitting.loras(plan), str(tiny.path), plan.to_json())
+    write_adapter(output, changes(fitting, plan), str(tiny.path), plan.to_json())
     return output
 
 
