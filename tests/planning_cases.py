@@ -35,7 +35,7 @@ def random_windows(count: int, seed: int, length: int = 32) -> Windows:
     return Windows(torch.tensor(rows), "random")
 
 
-def changes(fitting: Compensation, plan: Plan) -> dict[str, Lora]:
+def fitted_loras(fitting: Compensation, plan: Plan) -> dict[str, Lora]:
     """What compensates a plan, by module."""
     with fitting.applied(plan.changed) as merged:
         return merged.loras

@@ -49,9 +49,7 @@ def distill(
     ] = None,
     sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
-    held_out: Annotated[
-        int, typer.Option("--held-out", min=1, help="Windows that are not trained on.")
-    ] = 8,
+    held_out: options.HeldOut = 8,
     init: Annotated[
         Path | None, typer.Option("--init", help="Adapter to begin with (cqil plan compensate).")
     ] = None,

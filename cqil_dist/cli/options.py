@@ -66,6 +66,12 @@ SampledTokens = Annotated[
         help="Text of the model's own, mixed with that of --text; half goes on from that.",
     ),
 ]
+HeldOut = Annotated[
+    int,
+    typer.Option(
+        "--held-out", min=1, help="Windows of the text, the last, that are only measured on."
+    ),
+]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
 Seed = Annotated[
     int,

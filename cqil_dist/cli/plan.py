@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from cqil_dist.launch_config import LaunchConfig
 from cqil_dist.planning.calibration import CalibrationConfig
 from cqil_dist.planning.compute_config import ComputeConfig
 from cqil_dist.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
@@ -140,9 +143,10 @@ def compensate(
     model: options.Model,
     plan: options.PlanText,
     text: options.Text = None,
-    tokens: options.Tokens = 16_384,
+    tokens: options.Tokens = 20_480,
     sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
+    held_out: options.HeldOut = 8,
     seed: options.Seed = 0,
     rank: Annotated[
         int, typer.Option("--rank", min=1, help="Directions of each map that are kept.")
@@ -150,21 +154,19 @@ def compensate(
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
-    held_out: Annotated[
-        int, typer.Option("--held-out", min=1, help="Windows more, to see how much it helps.")
-    ] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("compensated"),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
 
     Costs nothing at run time. `cqil distill --init` goes on from there. Plans for it are found by
-    `cqil plan search --fit-tokens`. Says how far the plan is from the original before and after, on
-    text that nothing is fitted to.
+    `cqil plan search --fit-tokens`. Says how far the plan is from the original without it and with
+    it, on windows that it is not fitted to; the plan may have been chosen on them.
     """
     from cqil_dist.model.adapter import require_adapter_folder, write_adapter
     from cqil_dist.plan_record import plan_record
     from cqil_dist.planning.compensation import Compensation
-    from cqil_dist.planning.original import Original
+    from cqil_dist.planning.grouped_model import final_hidden
+    from cqil_dist.planning.held_out import HeldOut
     from cqil_dist.planning.provenance import made_with
     from cqil_dist.planning.study import Study
     from cqil_dist.planning.training_state import STATE
@@ -175,14 +177,18 @@ def compensate(
         raise ConfigError(f"{output} holds an adapter that was distilled; write to another folder")
     study = Study.of(model, computing, ConsoleProgress())
     parsed = study.concurrent_plan(plan)
-    read = study.windows(text or [], window, tokens + held_out * window, seed)
-    windows, kept = read.split(held_out)
-    windows = study.extended(windows, sampled_tokens, seed)
-    original = Original(study.model, kept, study.progress)
-    before = original.compare(parsed.groups).kl
+    read, kept = study.windows(text or [], window, tokens, seed).split(held_out)
+    windows = study.extended(read, sampled_tokens, seed)
+
+    def hidden(tokens_CT: Tensor) -> Tensor:
+        return final_hidden(study.model, input_ids=tokens_CT)
+
+    measured = HeldOut(study.model, kept, hidden)
+    before = measured.kl(parsed.groups, hidden)
     compensation = Compensation(study.model, windows, study.progress, rank, ridge)
     with compensation.applied(parsed.changed, study.progress) as merged:
-        loras, after = merged.loras, original.compare(parsed.groups).kl
+        loras = merged.loras
+        after = measured.kl(parsed.groups, hidden)
     made = made_with(windows, plan_record(plan, model))
     made["fitted"] = compensation.to_json()
     made["held_out"] = {"tokens": kept.tokens, "kl_before": before, "kl_after": after}
@@ -191,7 +197,7 @@ def compensate(
         f"written: {output} (held-out KL {after:.4f} nats a token; without it {before:.4f})",
         err=True,
     )
-    if after >= before:
+    if not after < before:
         study.progress.note(
             "it does not help on text that it was not fitted to: fit to more text (--tokens) or "
             "change less (a larger --ridge)"

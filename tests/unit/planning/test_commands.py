@@ -150,11 +150,23 @@ def test_the_plan_is_the_best_that_was_measured(folder: Path) -> None:
     assert {each["depth"] for each in measured} == {3, 4, 5, 6}
 
 
-def test_compensation_tells_how_much_it_helps_on_text_not_fitted_to(folder: Path) -> None:
+def test_compensation_tells_how_much_it_helps(folder: Path) -> None:
     measured = read(folder / "start" / "plan.json")["measured"]
-    assert measured["fitted"]["tokens"] == 512
+    assert measured["fitted"]["tokens"] == 512 - 8 * 32
     assert measured["held_out"]["tokens"] == 8 * 32
     assert 0 < measured["held_out"]["kl_after"] < measured["held_out"]["kl_before"]
+
+
+def test_a_compensation_that_does_harm_says_so(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows, learnt by heart."""
+    monkeypatch.setenv("CQIL_CACHE", str(tmp_path / "cache"))
+    words = ["--tokens", "320", "--window", "32", "--ridge", "1e-4", "-o", str(tmp_path / "fit")]
+    plan = ["plan", "compensate", "--model", str(tiny.path), "--plan", "P2 S0 E6 D1"]
+    result = CliRunner().invoke(app, [*plan, *words])
+    assert result.exit_code == 0, result.output
+    assert "does not help on text that it was not fitted to" in " ".join(result.output.split())
 
 
 def test_a_search_for_compensation_measures_compensated(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning_cases import HELD_OUT, changes, fresh, held_out_kl, random_windows
+from planning_cases import HELD_OUT, fitted_loras, fresh, held_out_kl, random_windows
 from tiny_models import TinyModel
 
 from cqil_dist.errors import TextError
@@ -30,7 +30,9 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
 ) -> None:
     model = fresh(tiny)
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    loras = changes(Compensation(model, random_windows(64, 3), QUIET, rank=48), tiny.plan(PLAN))
+    loras = fitted_loras(
+        Compensation(model, random_windows(64, 3), QUIET, rank=48), tiny.plan(PLAN)
+    )
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     write_adapter(tmp_path, loras, str(tiny.path), tiny.plan(PLAN).to_json())
     assert held_out_kl(tiny, PLAN, tmp_path) < 0.9 * held_out_kl(tiny, PLAN, None)
@@ -49,7 +51,7 @@ def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path
     assert compensated.compare_group(group).kl < plain.compare_group(group).kl
     assert compensated.compare(tiny.plan("sequential")).kl == pytest.approx(0, abs=1e-6)
 
-    loras = changes(fitting, plan)
+    loras = fitted_loras(fitting, plan)
     write_adapter(tmp_path / "adapter", loras, str(tiny.path), plan.to_json())
     merge(model, Adapter(tmp_path / "adapter"))
     assert original.compare(plan.groups).kl == pytest.approx(found, abs=1e-5)
@@ -73,7 +75,7 @@ def test_a_token_that_grows_a_thousandfold_does_not_spoil_the_map(wild: str) -> 
 def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
     """A layer by itself may be changed too: parallel attention and feed-forward."""
     plan = Plan.covering([Group((1,), Bypass("parallel")), Group((3, 4))], 6)
-    loras = changes(Compensation(fresh(tiny), random_windows(8, 3), QUIET), plan)
+    loras = fitted_loras(Compensation(fresh(tiny), random_windows(8, 3), QUIET), plan)
     fitted = {int(module.split(".")[2]) for module in loras}
     assert fitted == {1, 2, 3, 4, 5}
 
@@ -107,7 +109,7 @@ def test_the_directions_that_explain_most_are_kept(tiny: TinyModel, tmp_path: Pa
     kls = [held_out_kl(tiny, PLAN, None)]
     for rank in (2, 16):
         fitting = Compensation(fresh(tiny), random_windows(64, 3), QUIET, rank=rank)
-        loras = changes(fitting, plan)
+        loras = fitted_loras(fitting, plan)
         assert all(len(lora.a_RI) == lora.b_OR.shape[1] == rank for lora in loras.values())
         write_adapter(tmp_path / str(rank), loras, str(tiny.path), plan.to_json())
         kls.append(held_out_kl(tiny, PLAN, tmp_path / str(rank)))
@@ -117,5 +119,5 @@ def test_the_directions_that_explain_most_are_kept(tiny: TinyModel, tmp_path: Pa
 def test_what_cannot_be_fitted_is_said(tiny: TinyModel) -> None:
     little = Compensation(fresh(tiny), random_windows(1, 3), QUIET, ridge=0.0)
     with pytest.raises(TextError, match="give more text, or a larger ridge"):
-        changes(little, tiny.plan(PLAN))
-    assert changes(little, tiny.plan("sequential")) == {}, "there is nothing to take back"
+        fitted_loras(little, tiny.plan(PLAN))
+    assert fitted_loras(little, tiny.plan("sequential")) == {}, "there is nothing to take back"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from planning_cases import HELD_OUT, changes, fresh, held_out_kl, random_windows
+from planning_cases import HELD_OUT, fitted_loras, fresh, held_out_kl, random_windows
 from safetensors.torch import load_file
 from tiny_models import TinyModel, assert_near, random_tokens
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.plan import Plan
 from cqil_dist.planning import distillation
+from cqil_dist.planning import held_out as held_out_module
 from cqil_dist.planning import kl_loss as kl_loss_module
 from cqil_dist.planning.compensation import Compensation
 from cqil_dist.planning.distillation import distill
@@ -73,7 +74,7 @@ def train(
 def compensated(tiny: TinyModel, model: PreTrainedModel, output: Path) -> Path:
     plan = tiny.plan(PLAN)
     fitting = Compensation(model, random_windows(64, 3), SilentProgress(), rank=16)
-    write_adapter(output, changes(fitting, plan), str(tiny.path), plan.to_json())
+    write_adapter(output, fitted_loras(fitting, plan), str(tiny.path), plan.to_json())
     return output
 
 
@@ -122,25 +123,44 @@ def test_a_damaged_state_is_named(tiny: TinyModel, tmp_path: Path, content: byte
         train(tiny, tmp_path)
 
 
-def test_bfloat16_weights_are_compensated_and_trained_in_float32(
+def test_what_is_found_with_bfloat16_weights_goes_into_a_float32_adapter(
     tiny: TinyModel, tmp_path: Path
 ) -> None:
-    """What a GPU does by default: what is found goes into a float32 adapter."""
+    """What a GPU does by default."""
     model = fresh(tiny, torch.bfloat16)
     start = compensated(tiny, model, tmp_path / "start")
     trained = tmp_path / "trained"
-    train(tiny, trained, model=model, start=start, gradient_checkpointing=True)
+    log = train(tiny, trained, model=model, start=start, gradient_checkpointing=True)
     kls = [held_out_kl(tiny, PLAN, each) for each in (None, start, trained)]
     assert kls[2] < 0.98 * kls[1] < 0.9 * kls[0]
+    assert log.held_out[0] == pytest.approx(kls[1], rel=0.05), "it is the written adapter's"
+    assert log.held_out[12] == pytest.approx(kls[2], rel=0.05)
     written = load_file(trained / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+
+
+def test_float32_weights_take_part_in_the_models_dtype(tiny: TinyModel) -> None:
+    """Float32 products of an adapter take longer than the model's own."""
+    student = distillation._Student(fresh(tiny, torch.bfloat16), CONFIG, None)
+    lora_a = student.peft_model.get_submodule("base_model.model.model.layers.3.mlp.up_proj.lora_A")
+    seen: set[torch.dtype] = set()
+    for module in lora_a.modules():
+        module.register_forward_hook(
+            lambda module, given, y: seen.update({given[0].dtype, y.dtype})
+        )
+    hidden_CTD = student.hidden(TRAIN.token_ids_WT[:2])
+    hidden_CTD.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    assert seen == {torch.bfloat16}
+    trained = [p for p in student.peft_model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
 
 
 def test_windows_are_computed_together_or_one_by_one(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = train(tiny, tmp_path / "together", steps=3)
-    monkeypatch.setattr(distillation, "_TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(held_out_module, "_TOKENS_AT_ONCE", 1)
     monkeypatch.setattr(kl_loss_module, "_ROWS_AT_ONCE", 7)
     apart = train(tiny, tmp_path / "apart", steps=3)
     assert apart.losses == pytest.approx(together.losses, abs=1e-5)
