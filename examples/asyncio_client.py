@@ -24,7 +24,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", default="localhost:50051", help="of the gRPC port")
     async with AsyncClient(parser.parse_args().address) as client:
-        # They share steps, so that three take little longer than one.
+        # They share steps, so that three take less than three times as long as one.
         for text in await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS)):
             print(text)
         reply = await client.chat([{"role": "user", "content": "hi"}], max_tokens=16, seed=1)

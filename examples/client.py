@@ -24,7 +24,8 @@ def main() -> None:
 
         # The whole answer at once.
         try:
-            reply = client.chat([{"role": "user", "content": "hi"}], temperature=0.7, seed=1)
+            messages = [{"role": "user", "content": "hi"}]
+            reply = client.chat(messages, max_tokens=64, temperature=0.7, seed=1)
         except QueueFull:
             print("too busy; try again later")
         else:

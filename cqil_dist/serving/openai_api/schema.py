@@ -109,6 +109,7 @@ class TextPart(_Request):
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[_List[TextPart], Field(min_length=1)]
+    name: str | None = Field(default=None, description="Without effect.")
 
 
 class TextFormat(_Request):

@@ -69,7 +69,7 @@ def test_a_conversation_goes_on_with_the_message_that_was_answered(client: OpenA
 
 def test_roles_and_contents_may_be_written_in_the_newer_ways(client: OpenAI) -> None:
     parts = [{"type": "text", "text": "Go "}, {"type": "text", "text": "on."}]
-    newer = [{"role": "developer", "content": parts}, *MESSAGES[1:]]
+    newer = [{"role": "developer", "content": parts, "name": "kim"}, *MESSAGES[1:]]
     options = {"temperature": 0, "max_tokens": 10}
     assert chat(client, newer, **options).choices == chat(client, MESSAGES, **options).choices
     newest = {"temperature": 0, "max_completion_tokens": 10}
