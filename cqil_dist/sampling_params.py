@@ -18,6 +18,15 @@ from cqil_dist.errors import RequestError
 MAX_LOGPROBS = 20
 _INT32_MAX = 2**31 - 1  # what the wire carries
 
+MAX_STOP = 16
+"""Most stop texts."""
+
+MAX_STOP_CHARACTERS = 1024
+"""Of one stop text: so much of an output may be held back."""
+
+MAX_STOP_TOKEN_IDS = 256
+"""Most stop tokens. Both kinds are looked for after every token of a request."""
+
 # Dividing logits by less than this only adds rounding; vLLM draws the same line.
 _GREEDY_BELOW = 1e-5
 
@@ -38,8 +47,9 @@ class SamplingParams:
         repetition_penalty: in [0.01, 100]; above 1 discourages tokens of the prompt and of the
             output so far (arXiv 1909.05858); 1 is off. It acts on greedy decoding too.
         stop: texts that end the output, which is cut just before them. A single text may be given
-            as a str, several as a list.
-        stop_token_ids: token ids that end the output; their own text is not part of it.
+            as a str, several (16 at most, of up to 1024 characters) as a list.
+        stop_token_ids: token ids that end the output, 256 at most; their own text is not part of
+            it.
         seed: -2**63 to 2**63 - 1; the same seed, prompt and values give the same tokens. None
             draws one.
         logprobs: give the log-probability of each token and of this many alternatives, 0 to 20;
@@ -157,16 +167,24 @@ def _number(name: str, value: object) -> float:
 
 def _stop_strings(value: object) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
+    if isinstance(stops, list | tuple) and len(stops) > MAX_STOP:
+        raise RequestError(f"stop has {len(stops)} texts but may have {MAX_STOP}")
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
         raise RequestError(f"stop is {value!r} but must be a text or a list of texts")
     if "" in stops:
         raise RequestError(f"stop is {value!r} but an empty text would stop every output at once")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_CHARACTERS:
+        raise RequestError(
+            f"stop has a text of {longest} characters but may have {MAX_STOP_CHARACTERS}"
+        )
     return tuple(stops)
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"stop_token_ids is {value!r} but must be a list of token ids")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(f"stop_token_ids has {len(value)} ids but may have {MAX_STOP_TOKEN_IDS}")
     return tuple(
         _integer(f"stop_token_ids[{i}]", id, low=0, high=_INT32_MAX) for i, id in enumerate(value)
     )

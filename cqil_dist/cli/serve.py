@@ -93,11 +93,11 @@ def serve(
 async def _serve(
     engine: RunningEngine, config: ServeConfig, announce: Callable[[Addresses], None]
 ) -> None:
-    from cqil_dist.serving.cluster_metrics import cluster_metrics
+    from cqil_dist.serving.cluster_metrics import ClusterMetrics
     from cqil_dist.serving.server import Service, serve
 
     client = engine.service.async_client()
     try:
-        await serve(Service(client, config, cluster_metrics), announce)
+        await serve(Service(client, config, ClusterMetrics()), announce)
     finally:
         await client.close()

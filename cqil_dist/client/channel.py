@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cqil_dist.errors import ServiceUnavailable
+from cqil_dist.errors import ConfigError, ServiceUnavailable
 from cqil_dist.rpc.options import DIRECT, KEEPALIVE, LET_IN, LONG_ANSWERS, RECONNECTING
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 
@@ -28,6 +28,9 @@ class Endpoint:
         tls: whether the connection is encrypted, and the server's certificate checked.
         ca_cert: a file of the certificates to check it against; None takes the system's.
         direct: never through the HTTP proxy that the environment may name.
+
+    Raises:
+        ConfigError: a certificate is given but no TLS, or the key cannot be sent.
     """
 
     address: str
@@ -35,6 +38,19 @@ class Endpoint:
     tls: bool = False
     ca_cert: Path | None = None
     direct: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ca_cert is not None and not self.tls:
+            raise ConfigError(
+                f"ca_cert is {self.ca_cert} but tls is off, which would send everything in the "
+                "clear; set tls=True, or leave ca_cert out"
+            )
+        key = self.api_key or ""
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "api_key has characters that cannot be sent; printable ASCII it must be, without "
+                "a line's end"
+            )
 
     def at(self, address: str) -> Endpoint:
         """The same service, elsewhere."""

@@ -81,7 +81,12 @@ class PromptEncoder:
             )
 
     def _encode_chat(self, messages: Any) -> list[int]:
-        self._check_length("".join(message.get("content", "") for message in messages))
+        if len(messages) > self._max_len:
+            raise RequestError(
+                f"the conversation has {len(messages)} messages, which cannot be the "
+                f"{self._max_len} tokens that prompt and completion together may have"
+            )
+        self._check_length("".join(part for message in messages for part in message.values()))
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True

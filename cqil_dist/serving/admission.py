@@ -17,16 +17,18 @@ class Admission:
     """Counts requests in and out, over all the ways they come in.
 
     Args:
-        limit: most requests within.
+        capacity: requests that can run and wait where they are served.
+        beyond: most that are let in besides, to be refused there.
 
     Attributes:
-        limit: as given.
+        capacity: as given.
         draining: nobody is let in any more.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, capacity: int, beyond: int = 0) -> None:
         self.draining = False
-        self.limit = limit
+        self.capacity = capacity
+        self._limit = capacity + beyond
         # By name: one that resumes may come in before its former self is out.
         self._within: Counter[str] = Counter()
         self._sent_away = False
@@ -46,8 +48,8 @@ class Admission:
         """
         if self.draining:
             raise ServiceUnavailable("the server is ending; ask another, or again in a while")
-        if self.within >= self.limit:
-            raise QueueFull(f"{self.limit} requests run and wait here; try again later")
+        if self.within >= self._limit:
+            raise QueueFull(f"{self._limit} requests run and wait here; try again later")
         self._within[request_id] += 1
         try:
             yield

@@ -74,7 +74,7 @@ class Service:
         config = self._config
         models = await self._client.models()
         status = await self._client.status()
-        self._admission = Admission(status.slots + status.max_waiting + _TO_BE_REFUSED)
+        self._admission = Admission(status.slots + status.max_waiting, _TO_BE_REFUSED)
         backend = Backend(self._client, models, self._admission, config.request_timeout_s)
         self._grpc = GrpcServer(backend, config)
         self._http = HttpServer(create_app(backend, self.health, config, self._metrics), config.tls)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import pytest
 from observed_engine import PLAN, ObservedModel, serving
 from served import coordinated
 from tiny_models import TinyModelFactory
 
 from cqil_dist.client import Client
+from cqil_dist.errors import ConfigError
 
 
 def test_streams_that_wait_for_another_to_find_the_service_go_on(
@@ -40,3 +44,19 @@ def test_streams_that_wait_for_another_to_find_the_service_go_on(
                 asked = [pool.submit(complete) for _ in range(3)]
                 answers = {future.result(timeout=30) for future in asked}
     assert [len(answer) for answer in answers] == [5]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ca_cert": Path("ca.pem")}, "tls is off, which would send everything in the clear"),
+        ({"api_key": "secret\n"}, "without a line's end"),
+        ({"api_key": "gehe\u00efm"}, "printable ASCII"),
+    ],
+)
+def test_what_would_give_the_key_away_or_not_arrive_is_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Client("localhost:1", **given)
+    assert "secret" not in str(caught.value)

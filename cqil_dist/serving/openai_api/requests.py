@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cqil_dist.errors import RequestError
@@ -15,6 +16,10 @@ from cqil_dist.serving.openai_api.schema import (
     GenerationRequest,
     Message,
 )
+
+# Characters, token ids and messages that all choices of a request together may begin with: each is
+# a request of its own, with its prompt.
+_MAX_PROMPTS = 1 << 24
 
 _GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids")
 
@@ -44,11 +49,7 @@ def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.Ge
         sampling["logprobs"] = body.logprobs
         if body.echo:
             sampling["prompt_logprobs"] = body.logprobs
-    return [
-        _request(body, prompt, sampling, choice, f"{response_id}-{index * body.n + choice}")
-        for index, prompt in enumerate(prompts)
-        for choice in range(body.n)
-    ]
+    return _requests(body, prompts, sampling, response_id)
 
 
 def chat_requests(
@@ -72,10 +73,7 @@ def chat_requests(
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     messages = [{"role": _role(message), "content": _text(message)} for message in body.messages]
-    return [
-        _request(body, messages, sampling, choice, f"{response_id}-{choice}")
-        for choice in range(body.n)
-    ]
+    return _requests(body, [messages], sampling, response_id)
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
@@ -98,21 +96,38 @@ def _sampling(body: GenerationRequest) -> dict[str, Any]:
     return sampling
 
 
-def _request(
-    body: GenerationRequest, prompt: Prompt, sampling: dict[str, Any], choice: int, request_id: str
-) -> pb.GenerateRequest:
-    if body.seed is not None:
-        # Of the 64 bits that a seed has, without a sign bit that carries over.
-        sampling = {**sampling, "seed": (body.seed + choice + 2**63) % 2**64 - 2**63}
-    return request_to_wire(
-        prompt,
-        final_only=not body.stream,
-        model=body.model,
-        request_id=request_id,
-        echo=getattr(body, "echo", False),
-        timeline=body.return_timeline and body.stream,
-        **sampling,
-    )
+def _requests(
+    body: GenerationRequest, prompts: Sequence[Prompt], sampling: dict[str, Any], response_id: str
+) -> list[pb.GenerateRequest]:
+    """One a choice: of each prompt `n`, alike but for id and seed."""
+    if body.n > 1 and body.n * sum(map(_size, prompts)) > _MAX_PROMPTS:
+        raise RequestError(
+            f"{body.n} choices of so long a prompt are too much for one request; send several"
+        )
+    requests: list[pb.GenerateRequest] = []
+    for prompt in prompts:
+        first = request_to_wire(
+            prompt,
+            final_only=not body.stream,
+            model=body.model,
+            echo=getattr(body, "echo", False),
+            timeline=body.return_timeline and body.stream,
+            **sampling,
+        )
+        for choice in range(body.n):
+            request = pb.GenerateRequest(request_id=f"{response_id}-{len(requests)}")
+            request.MergeFrom(first)
+            if body.seed is not None:
+                # Of the 64 bits that a seed has, without a sign bit that carries over.
+                seed = (body.seed + choice + 2**63) % 2**64 - 2**63
+                request.sampling_params.seed = seed
+            requests.append(request)
+    return requests
+
+
+def _size(prompt: Prompt) -> int:
+    contents = (item["content"] for item in prompt if isinstance(item, dict))
+    return len(prompt) + sum(map(len, contents))
 
 
 def _role(message: Message) -> str:

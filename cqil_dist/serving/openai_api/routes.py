@@ -100,9 +100,9 @@ def _model(info: ModelInfo) -> schema.Model:
 
 
 async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response:
-    if len(asked.requests) > backend.admission.limit:
+    if len(asked.requests) > (capacity := backend.admission.capacity):
         raise RequestError(
-            f"{len(asked.requests)} choices are more than the {backend.admission.limit} requests "
+            f"{len(asked.requests)} choices are more than the {capacity} requests "
             "that run and wait here at most; send several requests"
         )
     if not asked.body.stream:

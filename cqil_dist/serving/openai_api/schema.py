@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cqil_dist.sampling_params import MAX_STOP, MAX_STOP_TOKEN_IDS
 
 MAX_CHOICES = 128
 
@@ -21,6 +23,18 @@ _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
+# Nor is each of a million wrong entries of an object told.
+_MAX_ENTRIES = 64
+
+
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > _MAX_ENTRIES:
+        raise ValueError(f"it has {len(given)} entries but may have {_MAX_ENTRIES}")
+    return given
+
+
+_FEW = BeforeValidator(_few)
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -29,7 +43,7 @@ class _Request(BaseModel):
     @classmethod
     def _null_is_absent(cls, given: Any) -> Any:
         """As in OpenAI's API: clients write null for what they leave open."""
-        if not isinstance(given, dict):
+        if not isinstance(_few(given), dict):
             return given
         return {name: value for name, value in given.items() if value is not None}
 
@@ -48,7 +62,7 @@ class GenerationRequest(_Request):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
-    stop: str | Annotated[_List[str], Field(max_length=16)] | None = Field(
+    stop: str | Annotated[_List[str], Field(max_length=MAX_STOP)] | None = Field(
         default=None, description="Texts that end the completion."
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
@@ -62,18 +76,20 @@ class GenerationRequest(_Request):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool = Field(default=False, description="Go on past the end-of-sequence token.")
-    stop_token_ids: _List[_TokenId] | None = None
+    stop_token_ids: Annotated[_List[_TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     return_token_ids: bool = Field(default=False, description="Choices bring their token ids.")
     return_timeline: bool = Field(
         default=False, description="Streamed choices bring the timelines of their steps."
     )
     user: str | None = Field(default=None, description="Without effect.")
-    metadata: dict[str, str] | None = Field(default=None, description="Without effect.")
+    metadata: Annotated[dict[str, str], _FEW] | None = Field(
+        default=None, description="Without effect."
+    )
     store: bool | None = Field(default=None, description="Without effect: nothing is stored.")
     service_tier: str | None = Field(default=None, description="Without effect.")
     presence_penalty: _Off | None = Field(default=None, description="Not supported: 0 only.")
     frequency_penalty: _Off | None = Field(default=None, description="Not supported: 0 only.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+    logit_bias: Annotated[dict[str, float], _FEW, Field(max_length=0)] | None = Field(
         default=None, description="Not supported: empty only."
     )
 

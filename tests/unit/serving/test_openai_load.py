@@ -102,6 +102,14 @@ def test_beyond_the_queue_requests_are_told_to_come_back(slow: Served, paced: Pa
     assert len(answers) == 1
 
 
+def test_more_choices_than_can_ever_be_let_in_are_a_mistake(slow: Served) -> None:
+    """To come back, as with a full queue, would be of no use."""
+    with openai_of(slow) as client:
+        with pytest.raises(openai.BadRequestError, match="4 choices are more than the 3 requests"):
+            complete(client, TEXT, n=4)
+        assert len(complete(client, TEXT, n=3, max_tokens=2).choices) == 3
+
+
 def test_a_service_that_drains_finishes_what_runs_and_sends_others_away(
     slow: Served, paced: PacedModel
 ) -> None:

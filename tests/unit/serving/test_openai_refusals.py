@@ -49,6 +49,9 @@ MISTAKES: list[tuple[str, Any]] = [
     ("stop_token_ids", 5),
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [2**31]),
+    ("stop_token_ids", [1] * 257),
+    ("metadata", {"a": 1}),
+    ("metadata", dict.fromkeys(map(str, range(65)), "x")),
     ("return_token_ids", "yes"),
     ("nonsense", 1),
 ]
@@ -121,6 +124,9 @@ def test_a_mistake_in_a_chat_is_named(client: OpenAI, field: str, value: Any) ->
         ({"prompt": [1] * MAX_LEN}, "the prompt has 64 tokens, but prompt and completion"),
         ({"prompt": ["x"] * 65, "n": 2}, "65 prompts with n=2 make 130 choices"),
         ({"stop": ["a", ""]}, "stop is ['a', '']"),
+        ({"stop": "x" * 1025}, "stop has a text of 1025 characters but may have 1024"),
+        ({"prompt": "x" * 150_000, "n": 128}, "128 choices of so long a prompt"),
+        ({f"field_{i}": 0 for i in range(70)}, "it has 73 entries but may have 64"),
         ({"max_tokens": 0}, "max_tokens is 0, which is for scoring a prompt: set echo"),
         ({"echo": True, "stream": True}, "echo and stream are both set"),
         ({"best_of": 2}, "best_of is 2 but only n (1) is supported"),
@@ -159,6 +165,7 @@ def test_one_prompt_in_error_is_named_before_others_stream(
         ({"top_logprobs": 2}, "top_logprobs is set, but not logprobs"),
         ({"max_completion_tokens": 3}, "max_tokens is 2 and max_completion_tokens"),
         ({"messages": [{"role": "user", "content": "x" * 99}]}, "the prompt has"),
+        ({"messages": [{"role": "user", "content": ""}] * 65}, "the conversation has 65 messages"),
     ],
 )
 def test_values_of_a_chat_that_do_not_go_together_are_named(
