@@ -106,11 +106,12 @@ class Link:
 
     def close(self) -> None:
         """Close the connection and wake a blocked send or receive, which raises PeerLost."""
-        self._shut_down()
+        self.shut_down()
         with self._sending, self._receiving:
             self._sock.close()
 
-    def _shut_down(self) -> None:
+    def shut_down(self) -> None:
+        """As `close`, but what waits keeps the connection until it has been woken."""
         self._closed = True
         with contextlib.suppress(OSError):  # not connected any more
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -123,7 +124,7 @@ class Link:
                 sent = self._sock.sendmsg(views)
             except BlockingIOError:
                 if not wait_ready({self._sock: select.POLLOUT}, deadline):
-                    self._shut_down()  # the peer may hold half a message: nothing can follow it
+                    self.shut_down()  # the peer may hold half a message: nothing can follow it
                     raise self._lost(
                         f"it made no room for a message within {self._send_deadline_s:g} s"
                     ) from None

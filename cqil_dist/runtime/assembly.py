@@ -146,7 +146,7 @@ class RankPool:
         spares = [
             candidate
             for index, candidate in enumerate(self._candidates)
-            if self._seats and index not in self._seats.values() and candidate.able
+            if self._seats and index not in self._seats.values() and not candidate.gone
         ]
         for spare in spares:
             if spare.question is None:
@@ -158,7 +158,7 @@ class RankPool:
                 spare.ready = spare.state.ranks >= everything
             elif not spare.known:
                 spare.ready = False
-            if not spare.ready:
+            if not spare.ready and spare.able:
                 self._prepare(spare)
 
     def _prepare(self, spare: Candidate) -> None:
@@ -168,8 +168,10 @@ class RankPool:
             try:
                 ray.get(spare.preparing)
             except RayTaskError as error:
-                spare.note_unfit(error)
-                return
+                if isinstance(error.cause, ModelError):
+                    spare.note_unfit(error)
+                    return
+                logger.warning("a spare could not read the weights, and tries again: %s", error)
             except RayError:
                 logger.info("a spare's process has ended; the next one will read the weights")
         spare.preparing = spare.actor.prepare.remote(self._spec)

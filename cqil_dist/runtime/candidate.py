@@ -31,7 +31,7 @@ class Candidate:
         question: the call that has not been answered yet, and when it was asked.
         known: it has answered since its process was last known to have ended.
         gone: Ray does not start it again.
-        unfit: why it cannot read the model.
+        unfit: why its process cannot read the model; the next one may.
         preparing: as a spare, its latest call to read all weights.
         ready: as a spare, it has them.
     """
@@ -46,6 +46,7 @@ class Candidate:
     unfit: RayTaskError | None = None
     preparing: Any = None
     ready: bool = False
+    _process: tuple[str, int] | None = None
 
     @property
     def able(self) -> bool:
@@ -89,12 +90,14 @@ class Candidate:
                 self.ask()
         except RayActorError:  # its process ended: the next question waits for the next one
             self.known = False
-            self.unfit = None  # on another node it may be
+            self.unfit = None
             self.ask()
         except RayError as error:
             self.gone = True
             logger.error("an actor cannot be started: %s", error)
         else:
+            if self._process != (process := (state.node_id, state.pid)):
+                self._process, self.unfit = process, None
             self.state = state
             self.known = True
             self.address = addresses.get(state.node_id, self.address)

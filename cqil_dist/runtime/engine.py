@@ -116,6 +116,7 @@ class Engine:
         self._cancelled: list[Request] = []
         self._failure: CqilError | None = None
         self._loss: _Loss | None = None
+        self._rebuilding = False  # the engine's thread waits for another model
         self._recoveries = 0
         self._last_recovery: Recovery | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -152,10 +153,16 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request early: its stream closes as "abort" and its slot is freed."""
+        """End a request early: its stream closes as "abort" and its slot is freed.
+
+        At once where nothing computes it, be it that it waits or that a lost model is replaced.
+        """
         with self._changed:
-            self._cancelled.append(request)
-            self._changed.notify()
+            if self._rebuilding or request.slot is None:
+                self._drop(request)
+            else:
+                self._cancelled.append(request)
+                self._changed.notify()
 
     def status(self) -> dict[str, Any]:
         """Counts of requests that run and wait, of slots, steps and recoveries; and the state."""
@@ -241,9 +248,7 @@ class Engine:
             return step
 
     def _schedule(self) -> ScheduledStep | None:
-        for request in self._cancelled:
-            self._drop(request)
-        self._cancelled.clear()
+        self._drop_cancelled()
         return self._scheduler.schedule()
 
     def _recover(self, error: ExchangeError) -> None:
@@ -265,11 +270,18 @@ class Engine:
                 with self._changed:
                     self._scheduler.remove(request)
                 request.fail(error)
-        self._model, phases = self._rebuild(error)
+        self._computing = ()
+        with self._changed:
+            self._drop_cancelled()
+            self._rebuilding = True
+        try:
+            self._model, phases = self._rebuild(error)
+        finally:
+            with self._changed:
+                self._rebuilding = False
+                self._scheduler.lose_cache()
         for name, seconds in phases.items():
             loss.phases[name] = loss.phases.get(name, 0.0) + seconds
-        with self._changed:
-            self._scheduler.lose_cache()
 
     def _note_progress(self) -> None:
         """The model works: a loss before this is made good."""
@@ -284,6 +296,11 @@ class Engine:
             self._last_recovery = recovery
         logger.warning("%s", recovery)
         self._on_recovery(recovery)
+
+    def _drop_cancelled(self) -> None:
+        for request in self._cancelled:
+            self._drop(request)
+        self._cancelled.clear()
 
     def _drop(self, request: Request) -> None:
         if not request.finished:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,8 @@ class RankGroup:
         return closed
 
     def close(self) -> None:
+        for link in self._links:  # whoever waits for all of them holds all of them
+            link.shut_down()
         for link in self._links:
             link.close()
 
@@ -124,14 +127,19 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
         segments = [Segment(*fields) for fields in header["segments"]]
         try:
             logits = program.step(segments, hidden_ND, exchange, header["plan"], header["timeline"])
+            answer: dict[str, Any] = {}
+            if header["timeline"]:
+                answer["times"] = times_of(program.clock)
+            # A device's errors may show no earlier than here, where its results are waited for.
+            if header["argmax_only"]:
+                answer["best"] = best_of_shard(logits, program.head_rows)
+                payload = None
+            else:
+                payload = logits.cpu()
         except Exception as error:
             link.send({"error": f"{type(error).__name__}: {error}"})
             raise
-        answer = {"times": times_of(program.clock)} if header["timeline"] else {}
-        if header["argmax_only"]:
-            link.send({**answer, "best": best_of_shard(logits, program.head_rows)})
-        else:
-            link.send(answer, logits.cpu())
+        link.send(answer, payload)
 
 
 def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:

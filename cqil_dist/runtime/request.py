@@ -171,9 +171,10 @@ class Request:
         """Take up a stream that broke off: append output tokens that its reader already has.
 
         The reader has their text too, and nothing of it is given again. Where they end the
-        request, the stream gives its last chunk at once, or when the prompt has been scored.
+        request, the stream gives its last chunk at once, or when the prompt has been scored. One
+        that asks for no output has none to go on from.
         """
-        for token_id in token_ids:
+        for token_id in () if self._ending is not None else token_ids:
             self.tokens.append(token_id)
             self._token_times.append(time.perf_counter())
             text, ending = self._outcome(token_id)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from observed_engine import (
     LOST,
+    MAX_LEN,
     PLAN,
     PROMPTS,
     LostInStep,
@@ -141,6 +142,29 @@ def test_what_is_known_is_told_before_the_wait_and_others_may_join_it(model: Tin
         assert finish(dropped).finish_reason == "abort"
 
 
+def test_cancelled_requests_end_while_a_model_is_waited_for(model: TinyModel) -> None:
+    """And make room for others, however long that takes."""
+    go_on = threading.Event()
+
+    def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
+        assert go_on.wait(timeout=30)
+        return healthy(model), {}
+
+    with serving(model, LostInStep(model, 3), rebuild) as engine:
+        running = engine.submit(ask(PROMPTS[0], greedy(10)))
+        while engine.status()["state"] != "recovering":
+            go_on.wait(0.01)
+        waiting = engine.submit(ask(PROMPTS[1], greedy(10)))
+        other = engine.submit(ask(PROMPTS[2], greedy(10)))
+        for request in (running, waiting):
+            engine.cancel(request)
+            assert finish(request).finish_reason == "abort"
+        status = engine.status()
+        assert (status["running_requests"], status["waiting_requests"]) == (0, 1)
+        go_on.set()
+        assert len(finish(other).token_ids) == 10
+
+
 def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
     gone = RankUnavailable("no actor for rank 1 (was on 10.0.0.2) within 5 s")
 
@@ -231,6 +255,20 @@ def finish_from(engine: Engine, params: SamplingParams, given: tuple[int, ...]) 
     result = read(engine.submit(ask(PROMPTS[0], params, resume_token_ids=given)))[-1].result
     assert result is not None
     return result
+
+
+def test_a_prompt_that_is_only_scored_goes_on_from_nothing(model: TinyModel) -> None:
+    """Not even from tokens given with it: there may be no position left for them."""
+    params = greedy(0, prompt_logprobs=0)
+    prompt = random_tokens(MAX_LEN, 7)
+    with serving(model, healthy(model)) as engine:
+        plain, resumed = (
+            finish(engine.submit(ask(prompt, params, resume_token_ids=given)))
+            for given in ((), (5,))
+        )
+        assert resumed.token_ids == ()
+        assert resumed.prompt_logprobs == plain.prompt_logprobs
+        assert engine.status()["recoveries"] == 0
 
 
 def test_tokens_that_end_a_request_leave_nothing_to_compute(model: TinyModel) -> None:
