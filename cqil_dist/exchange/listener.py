@@ -31,7 +31,8 @@ class Listener:
         """Listen on a free port of `host`: an address or name of this node, never all of them.
 
         Raises:
-            ExchangeError: `host` means every interface, or is not an address of this node.
+            ExchangeError: `host` means every interface.
+            OSError: `host` is not an address of this node, or no port can be had.
         """
         try:
             # An empty name would mean every interface too.
@@ -44,7 +45,7 @@ class Listener:
                 )
             self._sock = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
         except OSError as error:
-            raise ExchangeError(f"cannot listen on {host!r}: {error}") from error
+            raise OSError(f"cannot listen on {host!r}: {error}") from error
         self._sock.setblocking(False)
         self._secret = secret
         self._epoch = epoch

@@ -21,7 +21,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
 from cqil_dist.runtime.candidate import Candidate, end_stuck, read_answers
 from cqil_dist.runtime.layer_actor import ActorState
-from cqil_dist.runtime.meeting import ConnectedRanks, as_raised, connect_ranks, raise_first_error
+from cqil_dist.runtime.meeting import (
+    ActorFailed,
+    ConnectedRanks,
+    as_raised,
+    check_call,
+    connect_ranks,
+)
 from cqil_dist.runtime.seating import seat_ranks
 from cqil_dist.runtime.spec import EngineSpec
 
@@ -108,7 +114,11 @@ class RankPool:
                 reason: Exception = error
             except CqilError:
                 raise
-            except Exception as error:  # of one actor, which may have another successor
+            except ActorFailed as error:  # another process may do better
+                surprises += 1
+                self._candidates[self._seats[error.rank]].renew(str(error))
+                reason = error
+            except Exception as error:
                 surprises += 1
                 logger.exception("unexpected")
                 reason = error
@@ -168,8 +178,8 @@ class RankPool:
             try:
                 ray.get(spare.preparing)
             except RayTaskError as error:
-                if isinstance(error.cause, ModelError):
-                    spare.note_unfit(error)
+                if isinstance(cause := as_raised(error), ModelError):
+                    spare.note_unfit(cause)
                     return
                 logger.warning("a spare could not read the weights, and tries again: %s", error)
             except RayError:
@@ -233,7 +243,7 @@ class RankPool:
         """Raise why actors cannot read the model, if those that can are too few."""
         unfit = [c.unfit for c in self._candidates if c.unfit is not None and not c.gone]
         if unfit and sum(c.able for c in self._candidates) < self._spec.world:
-            raise as_raised(unfit[0])
+            raise unfit[0]
 
     def _check_stopping(self) -> None:
         if self._stopping.is_set():
@@ -249,10 +259,11 @@ class RankPool:
 
         Raises:
             ExchangeError: one of them cannot, or is lost; it takes another.
+            ActorFailed: something else is wrong with one.
         """
         seated = self._seated()
         loading = {
-            candidate.actor.load.remote(self._spec, rank): candidate
+            candidate.actor.load.remote(self._spec, rank): rank
             for rank, candidate in enumerate(seated)
         }
         questions = [candidate.actor.state.remote() for candidate in seated]
@@ -262,10 +273,11 @@ class RankPool:
             self._check_stopping()
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
             for call in done:
-                self._check_loaded(call, loading[call])
+                self._check_loaded(call, loading[call], seated)
             # Reading takes as long as it takes, as long as those who read are there.
             answers, silent = ray.wait(questions, num_returns=len(questions), timeout=0)
-            raise_first_error(answers)
+            for answer in answers:
+                check_call(answer, questions.index(answer))
             if not silent:
                 questions = [candidate.actor.state.remote() for candidate in seated]
                 asked = time.monotonic()
@@ -274,14 +286,12 @@ class RankPool:
                     f"{len(silent)} of {len(seated)} actors do not answer while they load"
                 )
 
-    def _check_loaded(self, call: Any, candidate: Candidate) -> None:
+    def _check_loaded(self, call: Any, rank: int, seated: Sequence[Candidate]) -> None:
         try:
-            ray.get(call)
-        except RayTaskError as error:
-            if not isinstance(error.cause, ModelError):
-                raise
-            candidate.note_unfit(error)
-            raise ExchangeError(f"{candidate.address} cannot read its rank's weights") from error
+            check_call(call, rank)
+        except ModelError as error:
+            seated[rank].note_unfit(error)
+            raise ExchangeError(f"{seated[rank].address} cannot read its rank's weights") from error
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from cqil_dist.errors import ModelError
 from cqil_dist.runtime.layer_actor import ActorState
 from cqil_dist.runtime.placement import host_addresses
 
@@ -43,10 +44,11 @@ class Candidate:
     asked: float = 0.0
     known: bool = False
     gone: bool = False
-    unfit: RayTaskError | None = None
+    unfit: ModelError | None = None
     preparing: Any = None
     ready: bool = False
     _process: tuple[str, int] | None = None
+    _ended: tuple[str, int] | None = None
 
     @property
     def able(self) -> bool:
@@ -63,12 +65,17 @@ class Candidate:
         """Have Ray end it and start it again, and ask the next one; unless it answers after all."""
         if ray.wait([self.question], timeout=0)[0]:
             return
-        logger.warning("no answer from %s within %.1f s", self.address, waited_s)
-        self.known = False
-        ray.kill(self.actor, no_restart=False)
+        self.renew(f"no answer within {waited_s:.1f} s")
         self.ask()
 
-    def note_unfit(self, error: RayTaskError) -> None:
+    def renew(self, reason: str) -> None:
+        """Have Ray end its process and start another."""
+        logger.warning("the process at %s is ended, for another: %s", self.address, reason)
+        self.known = False
+        self._ended = self._process
+        ray.kill(self.actor, no_restart=False)
+
+    def note_unfit(self, error: ModelError) -> None:
         """It cannot read the model, and is no candidate until it has started again."""
         self.unfit = error
         logger.error("%s cannot read the model and gets no rank: %s", self.address, error)
@@ -96,7 +103,11 @@ class Candidate:
             self.gone = True
             logger.error("an actor cannot be started: %s", error)
         else:
-            if self._process != (process := (state.node_id, state.pid)):
+            process = (state.node_id, state.pid)
+            if process == self._ended:  # not quite yet
+                self.ask()
+                return
+            if process != self._process:
                 self._process, self.unfit = process, None
             self.state = state
             self.known = True

@@ -197,6 +197,7 @@ class LayerActor:
 
         Raises:
             ExchangeError: the actor has been called to a later epoch.
+            OSError: no port can be had.
         """
         with self._meeting:
             if epoch <= self._epoch:

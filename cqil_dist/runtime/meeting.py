@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from cqil_dist.errors import ExchangeError, LaunchError
+from cqil_dist.errors import CqilError, ExchangeError, LaunchError
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
@@ -48,6 +48,18 @@ class ConnectedRanks:
     descriptions: tuple[RankStatus, ...]
 
 
+class ActorFailed(Exception):
+    """An actor raised what nothing of ours raises: its process may be past use.
+
+    Attributes:
+        rank: that it was to be.
+    """
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        super().__init__(f"rank {rank}: {type(error).__name__}: {error}")
+        self.rank = rank
+
+
 def connect_ranks(
     spec: EngineSpec, secret: bytes, actors: Sequence[Any], states: Mapping[int, ActorState]
 ) -> ConnectedRanks:
@@ -60,6 +72,7 @@ def connect_ranks(
     Raises:
         ExchangeError: they did not all meet; nothing of ours is left open.
         LaunchError: cores cannot be bound as asked.
+        ActorFailed: one of them can do nothing.
     """
     world = len(actors)
     epoch = 1 + max(state.epoch for state in states.values())
@@ -138,7 +151,7 @@ def _cores(spec: EngineSpec, states: Mapping[int, ActorState]) -> list[tuple[int
 
 
 def _results(calls: list[Any]) -> list[Any]:
-    """What the calls return. Raises the first error as soon as it comes, as it was raised."""
+    """What the calls of rank 0, 1, ... return. Raises the first error as soon as it comes."""
     deadline = time.monotonic() + _CALL_TIMEOUT_S
     waiting = calls
     while waiting:
@@ -147,17 +160,21 @@ def _results(calls: list[Any]) -> list[Any]:
             raise GetTimeoutError(
                 f"{len(waiting)} actors did not answer within {_CALL_TIMEOUT_S:g} s"
             )
-        raise_first_error(done)
+        for call in done:
+            check_call(call, calls.index(call))
     results: list[Any] = ray.get(calls)
     return results
 
 
-def raise_first_error(done: Iterable[Any]) -> None:
-    """Raise what a finished call raised, as it was raised, if one did."""
+def check_call(call: Any, rank: int) -> None:
+    """Raise what a finished call raised, if it did: one of ours as it is, else ActorFailed."""
     try:
-        ray.get(list(done))
+        ray.get(call)
     except RayTaskError as error:
-        raise as_raised(error) from None
+        raised = as_raised(error)
+        if isinstance(raised, CqilError):
+            raise raised from None
+        raise ActorFailed(rank, raised) from error
 
 
 def as_raised(error: RayTaskError) -> Exception:

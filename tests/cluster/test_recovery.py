@@ -151,6 +151,22 @@ def test_a_killed_coordinator_takes_over_the_ranks_as_they_are(engine: cqil.Runn
     }
 
 
+def test_a_rank_that_answers_but_can_do_nothing_is_started_again(
+    engine: cqil.RunningEngine,
+) -> None:
+    """As after an error that stays with its process; here it has no file left to open."""
+    ranks = ranks_of(engine)
+    broken = psutil.Process(ranks[1].pid)
+
+    def fault() -> None:
+        broken.rlimit(psutil.RLIMIT_NOFILE, (3, broken.rlimit(psutil.RLIMIT_NOFILE)[1]))
+        os.kill(ranks[0].pid, signal.SIGKILL)
+
+    disturb(engine, fault)
+    assert engine.status().state == "serving"
+    assert ranks_of(engine)[1].pid != broken.pid
+
+
 def test_a_spare_takes_over_without_reading_weights(cluster: None, model: TinyModel) -> None:
     """Where a rank is killed, and where it is stuck. Whoever is replaced is the next spare."""
     with launch(model, spares=1, step_deadline_s=5) as engine:

@@ -243,7 +243,7 @@ def test_listening_on_every_interface_is_refused(host: str) -> None:
 
 
 def test_an_address_of_another_node_is_refused() -> None:
-    with pytest.raises(ExchangeError, match=r"cannot listen on '192\.0\.2\.1'"):
+    with pytest.raises(OSError, match=r"cannot listen on '192\.0\.2\.1'"):
         Listener("192.0.2.1", SECRET, epoch=0)
 
 
