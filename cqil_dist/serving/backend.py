@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
 _LONGEST_ID = 128
+# Beyond a request's timeout, for what is left of its answer to be read.
+_LATE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Backend:
     models: Sequence[ModelInfo]
     admission: Admission
     timeout_s: float
+
+    @property
+    def longest_s(self) -> float:
+        """Most seconds that a request may take together with the reading of its answer."""
+        return self.timeout_s + _LATE_S
 
     def model(self, name: str) -> ModelInfo:
         """Raises ModelNotFound."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -45,9 +46,10 @@ class FrontServicer(rpc.GenerationServiceServicer):
                 await context.send_initial_metadata((LET_IN,))
 
             stream = self._backend.stream(request, let_in, context.time_remaining())
-            async with aclosing(stream) as chunks:
-                async for chunk in chunks:
-                    yield chunk_to_wire(chunk)
+            with _for_at_most(self._backend.longest_s, context):
+                async with aclosing(stream) as chunks:
+                    async for chunk in chunks:
+                        yield chunk_to_wire(chunk)
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -65,6 +67,30 @@ class FrontServicer(rpc.GenerationServiceServicer):
     ) -> pb.GetStatusResponse:
         async with _errors_as_codes(context):
             return status_to_wire(await self._backend.status())
+
+
+@contextmanager
+def _for_at_most(seconds: float, context: grpc.aio.ServicerContext) -> Iterator[None]:
+    """Ends the call then, also while it waits for a client that does not read."""
+    answering = asyncio.current_task()
+    assert answering is not None, "calls are answered in tasks"
+    late = False
+
+    async def end() -> None:
+        nonlocal late
+        await asyncio.sleep(seconds)
+        late = True
+        answering.cancel()
+        message = f"the answer was not read within {seconds:g} s"
+        with suppress(Exception):  # it raises what ends a call, or that there is none any more
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+    ending = asyncio.create_task(end())
+    try:
+        yield
+    finally:
+        if not late:
+            ending.cancel()
 
 
 @asynccontextmanager

@@ -35,8 +35,6 @@ from cqil_dist.status import ModelInfo
 
 _Result = TypeVar("_Result")
 _READ_AHEAD = 1024
-# Seconds beyond a request's timeout that its last events may take to be read.
-_LATE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response
                 return
             yield "data: [DONE]\n\n"
 
-    return _Events(text(), backend.timeout_s + _LATE_S)
+    return _Events(text(), backend.longest_s)
 
 
 class _Events(StreamingResponse):

@@ -18,6 +18,10 @@ from watching import wait_for
 
 from cqil_dist.client.resuming import Backoff
 from cqil_dist.errors import LaunchError, QueueFull, ServiceUnavailable
+from cqil_dist.rpc.convert import sampling_to_wire
+from cqil_dist.rpc.v1 import generation_pb2 as pb
+from cqil_dist.rpc.v1.generation_pb2_grpc import GenerationServiceStub
+from cqil_dist.serving import backend
 from cqil_dist.serving.admission import Admission
 from cqil_dist.serving.health import HealthWatch
 
@@ -60,6 +64,33 @@ def test_watchers_without_a_key_shut_nobody_out(tiny_model: TinyModelFactory) ->
             assert client.generate("x", max_tokens=2, ignore_eos=True).token_ids
         for watch in watches:
             watch.cancel()
+
+
+def test_a_grpc_client_that_does_not_read_is_let_go(
+    tiny_model: TinyModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its time is over, though the connection lives; others are served meanwhile."""
+    monkeypatch.setattr(backend, "_LATE_S", 0.0)
+    model = tiny_model()
+    steps = ObservedModel(model, model.plan(PLAN), 2)
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    request = pb.GenerateRequest(text="x", model="tiny")
+    request.sampling_params.MergeFrom(
+        sampling_to_wire({"max_tokens": 60, "logprobs": 20, "ignore_eos": True})
+    )
+    with (
+        serving(model, steps, slots=2) as engine,
+        served(engine, request_timeout_s=2) as service,
+        grpc.insecure_channel(service.addresses.grpc, options=options) as channel,
+    ):
+        unread = GenerationServiceStub(channel).Generate(request)
+        wait_for(lambda: service.free_slots() == 2 and len(steps.steps) > 59, "it is generated")
+        assert service.service.requests == 1, "and is being told"
+        with service.client() as client:
+            assert client.generate("x", max_tokens=2, ignore_eos=True).token_ids
+        wait_for(lambda: service.idle, "it has been let go")
+        with pytest.raises(grpc.RpcError, match="not read within 2 s"):
+            list(unread)
 
 
 def _code(watch: Any) -> Any:
