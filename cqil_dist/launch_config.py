@@ -20,7 +20,6 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 _DEFAULT_MAX_LEN = 4096
-_MAX_SLOTS = 2048  # whose tokens a message's header has room for (exchange/framing.py)
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,6 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise LaunchError(f"{name} is {value!r} but must be a whole number, at least 1")
-        if self.slots > _MAX_SLOTS:
-            raise LaunchError(
-                f"slots is {self.slots} but may be {_MAX_SLOTS} at most; launch several engines"
-            )
         if self.max_len == 1:
             raise LaunchError("max_len is 1 but must hold a prompt and a completion, at least 2")
         for name in ("spares", "max_waiting"):

@@ -50,7 +50,8 @@ def test_what_an_adapter_was_made_from_is_not_forgotten(tiny: TinyModel, tmp_pat
     measured = made_with(read_windows([searched], tiny.tokenizer, 32))
     plan.write_text(json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured}))
     common = ["--model", str(tiny.path), "--window", "32", "--device", "cpu"]
-    made = ["--plan", str(plan), "--text", str(fitted), "--tokens", "256", "-o", str(adapter)]
+    made = ["--plan", str(plan), "--text", str(fitted), "-o", str(adapter)]
+    made += ["--tokens", "320", "--held-out", "2"]
     result = CliRunner().invoke(app, ["plan", "compensate", *common, *made])
     assert result.exit_code == 0, result.output
     use = ["--plan", str(adapter / "plan.json"), "--adapter", str(adapter)]
