@@ -31,7 +31,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/exchange.py
-	$(BIN)/python bench/latency.py
+	$(BIN)/cqil bench latency
 
 # Generated code is checked in; a test fails when it is stale.
 proto: $(READY)

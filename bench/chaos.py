@@ -2,11 +2,12 @@
 
     python bench/chaos.py --minutes 10 [--faults kill,stop,link,coordinator] [--spares 1]
 
-See cqil_dist/benchmarks/chaos.py for how it is set up.
+See tests/faults/chaos.py for how it is set up.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cqil_dist.benchmarks.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
-from cqil_dist.benchmarks.hosts import Network
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from faults.chaos import FAULTS, RANKS, ChaosReport, Injected, run_chaos
+from faults.hosts import Network
+
 from cqil_dist.benchmarks.machine import machine
-from cqil_dist.model.store import resolve
 from cqil_dist.progress import ConsoleProgress
 from cqil_dist.records import write_record
+from cqil_dist.store.store import resolve
 
 
 def main(

@@ -38,16 +38,16 @@ def main(
     limit: Annotated[int, typer.Option(min=2, help="Questions.")] = 200,
 ) -> None:
     """Print both scores and how many questions they are of."""
-    from cqil_dist.planning.compute_config import ComputeConfig
     from cqil_dist.planning.evaluation.evaluate import evaluate
     from cqil_dist.planning.evaluation.tasks import read_task
-    from cqil_dist.planning.study import Study
+    from cqil_dist.planning.measure.compute_config import ComputeConfig
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.progress import ConsoleProgress
 
-    study = Study.of(model, ComputeConfig("cpu"), ConsoleProgress())
-    found = evaluate(study, study.plan("sequential"), None, [], [read_task(task, limit)], [])
+    measured = MeasuredModel.of(model, ComputeConfig("cpu"), ConsoleProgress())
+    found = evaluate(measured, measured.plan("sequential"), None, [], [read_task(task, limit)], [])
     ours = {result.measure: result.paired.original.value for result in found.results}
-    theirs = _lm_eval(task.resolve(), study.path, limit)
+    theirs = _lm_eval(task.resolve(), measured.path, limit)
     table = Table("measure", "cqil eval", "lm-eval", title=f"{model}, {task.stem}, {limit} items")
     for measure, value in ours.items():
         table.add_row(measure, f"{value:.4f}", f"{theirs[f'{measure},none']:.4f}")

@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cqil_dist.api import RunningEngine, launch
     from cqil_dist.client import AsyncClient, Client
     from cqil_dist.errors import (
         CheckpointError,
@@ -37,7 +36,8 @@ if TYPE_CHECKING:
         Unauthenticated,
         UnsupportedModel,
     )
-    from cqil_dist.launch_config import LaunchConfig
+    from cqil_dist.launching.config import LaunchConfig
+    from cqil_dist.launching.running_engine import RunningEngine, launch
     from cqil_dist.outputs import (
         Chunk,
         Completion,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when first used: ranks need neither Ray's driver
 # side nor transformers, and a client needs no torch.
 _HOMES = {
-    "cqil_dist.api": ("RunningEngine", "launch"),
+    "cqil_dist.launching.running_engine": ("RunningEngine", "launch"),
     "cqil_dist.errors": (
         "CheckpointError",
         "ConfigError",
@@ -86,7 +86,7 @@ _HOMES = {
     "cqil_dist.status": ("ModelInfo", "RankStatus", "Recovery", "Status"),
     "cqil_dist.client": ("AsyncClient", "Client"),
     "cqil_dist.plan": ("Bypass", "Group", "Plan"),
-    "cqil_dist.launch_config": ("LaunchConfig",),
+    "cqil_dist.launching.config": ("LaunchConfig",),
     "cqil_dist.sampling_params": ("SamplingParams",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

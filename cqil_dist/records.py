@@ -1,17 +1,34 @@
-"""What was found, as JSON: written whole or not at all."""
+"""Files written whole or not at all, records as JSON among them."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from cqil_dist.errors import ConfigError
-from cqil_dist.whole_file import whole_file
 
 # Of the records that a report is made from: it reads none of another.
 _FORMAT = 2
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write; it takes that one's place if the block ends well.
+
+    Folders that are missing are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def headed(kind: str, **found: Any) -> dict[str, Any]:

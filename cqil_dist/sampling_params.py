@@ -2,7 +2,7 @@
 
 Field names, defaults and meaning are those of vLLM's `SamplingParams`. This module validates and
 carries the values; it knows nothing of tensors, tokenizers or how a token is drawn from them
-(runtime/sampler.py does), so a client can import it without torch.
+(engine/sampler.py does), so a client can import it without torch.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import TinyModelFactory
 from hypothesis import settings
-from tiny_models import TinyModelFactory
 
-from cqil_dist.model.store import resolve
 from cqil_dist.progress import SilentProgress
+from cqil_dist.store.store import resolve
 
 # How long an example takes is the machine's affair: one stall must not fail a property.
 settings.register_profile("tests", deadline=None)

@@ -1,0 +1,1 @@
+"""Measurements of latency and of services under load, behind `cqil bench`."""

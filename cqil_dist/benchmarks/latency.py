@@ -102,11 +102,12 @@ def measure(
         serial paths are predicted from, where they were measured (here, on the CPU); and the
         addresses of the nodes that had a rank.
     """
-    from cqil_dist.api import launch
-    from cqil_dist.benchmarks.workers import Worker, prepare_layers, prepare_transformers
-    from cqil_dist.model.store import resolve
-    from cqil_dist.model.tokenizer import load_tokenizer
-    from cqil_dist.runtime.placement import connected
+    from cqil_dist.benchmarks.workers import Worker, prepare_transformers
+    from cqil_dist.launching.placement import connected
+    from cqil_dist.launching.running_engine import launch
+    from cqil_dist.rank.layer_timing import prepare_layers
+    from cqil_dist.store.store import resolve
+    from cqil_dist.store.tokenizer import load_tokenizer
 
     progress = ConsoleProgress()
     path = resolve(case.model, progress)
@@ -218,7 +219,7 @@ def _predicted(engine: Any, times: LayerTimes) -> float:
 
 
 def _exchange_times(snapshots: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    from cqil_dist.exchange.base import split_transfer_and_skew
+    from cqil_dist.benchmarks.round_times import split_transfer_and_skew
 
     times = split_transfer_and_skew(snapshots)
     if not len(times.transfer_s):

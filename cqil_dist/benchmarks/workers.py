@@ -10,7 +10,6 @@ import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,18 +17,7 @@ from typing import Any
 
 import torch
 
-from cqil_dist.assignment import assign
-from cqil_dist.exchange.tcp import TcpExchange
-from cqil_dist.model.checkpoint import Checkpoint
-from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.head import Embedding, HeadShard
-from cqil_dist.model.step import Segment
-from cqil_dist.plan import Plan
-from cqil_dist.runtime.rank import CacheShape, RankProgram
-
 Measurement = Callable[..., list[float]]
-
-_LAYERS_BYTES = 1 << 30
 
 
 class Worker:
@@ -128,41 +116,5 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
             )
         times = [started, *clock.times[1:]]
         return [1000 * (after - before) for before, after in pairwise(times)]
-
-    return measure
-
-
-def prepare_layers(path: Path, world: int, max_len: int) -> Measurement:
-    """Where a decode step's time goes without any exchange: layers, and a rank's head share.
-
-    Of as many layers as do not fit into a processor's caches; large ones stand for all alike.
-
-    `measure(position, repetitions)` gives [milliseconds of one layer, of the head shard, ...]:
-    medians are taken by the caller.
-    """
-    config = ModelConfig.from_directory(path)
-    layer_bytes = 4 * sum(out * inner for out, inner in config.projection_shapes.values())
-    config = replace(config, num_layers=min(config.num_layers, 1 + _LAYERS_BYTES // layer_bytes))
-    checkpoint = Checkpoint(path)
-    device = torch.device("cpu")
-    sequential = assign(Plan.sequential(config.num_layers), 1, config.vocab_size)
-    cache = CacheShape(slots=1, max_len=max_len)
-    program = RankProgram(0, [sequential], config, [checkpoint], cache, torch.float32, device)
-    exchange = TcpExchange(0, {}, {}, torch.float32, device, max_bytes=0)
-    rows = assign(sequential.plan, world, config.vocab_size).head_rows[0]
-    head = HeadShard.load(config, checkpoint, rows, torch.float32, device)
-    hidden_ND = Embedding(config, checkpoint, torch.float32)([1])
-
-    @torch.inference_mode()
-    def measure(position: int, repetitions: int) -> list[float]:
-        values: list[float] = []
-        for _ in range(repetitions):
-            started = time.perf_counter()
-            program.layers([Segment(0, position, 1, 1)], hidden_ND, exchange)
-            walked = time.perf_counter()
-            head(hidden_ND)
-            ended = time.perf_counter()
-            values += [1000 * (walked - started) / config.num_layers, 1000 * (ended - walked)]
-        return values
 
     return measure

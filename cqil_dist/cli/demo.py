@@ -38,7 +38,7 @@ def demo(
     verbose: options.Verbose = False,
 ) -> None:
     """Stream a completion under two plans on 2 ranks, and compare them in a table."""
-    from cqil_dist.runtime.placement import connected
+    from cqil_dist.launching.placement import connected
 
     progress = ConsoleProgress()
     console = Console()
@@ -60,7 +60,7 @@ def _run(
     progress: Progress,
     console: Console,
 ) -> Outcome:
-    from cqil_dist.api import launch
+    from cqil_dist.launching.running_engine import launch
 
     with launch(MODEL, plan, RANKS, pin=pin, progress=progress) as engine:
         # The first request touches memory that later ones find in place.

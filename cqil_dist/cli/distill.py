@@ -9,8 +9,8 @@ import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import ConfigError
-from cqil_dist.planning.compute_config import MAX_SEED, ComputeConfig
-from cqil_dist.planning.training_config import TrainingConfig
+from cqil_dist.planning.measure.compute_config import MAX_SEED, ComputeConfig
+from cqil_dist.planning.recover.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
 
 # By field of TrainingConfig.
@@ -61,12 +61,12 @@ def distill(
     goes on with a run that was interrupted, and ends as if it had not been.
     """
     from cqil_dist.model.adapter import CONFIG, require_adapter_folder
-    from cqil_dist.plan_record import note_missing_compensation, plan_record
-    from cqil_dist.planning.distillation import distill as train_adapter
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.plots import plot_training
     from cqil_dist.planning.provenance import knows, made_with
-    from cqil_dist.planning.study import Study
-    from cqil_dist.planning.training_state import STATE, TrainingLog
+    from cqil_dist.planning.recover.distillation import distill as train_adapter
+    from cqil_dist.planning.recover.training_state import STATE, TrainingLog
+    from cqil_dist.recommended.record import note_missing_compensation, plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
@@ -75,17 +75,17 @@ def distill(
             f"{output} holds an adapter that was not distilled there; write to another folder"
         )
     progress = ConsoleProgress()
-    study = Study.of(model, computing, progress)
-    parsed = study.concurrent_plan(plan)
+    measured = MeasuredModel.of(model, computing, progress)
+    parsed = measured.concurrent_plan(plan)
     if init is not None and init.resolve() == output.resolve():
         raise ConfigError(f"--init and --output are both {output}; write to another folder")
     if init is None:
         note_missing_compensation(plan, model, progress, "--init")
-    start = None if init is None else study.adapter(init, parsed)
-    read, kept = study.windows(text or [], window, tokens, training.seed).split(held_out)
+    start = None if init is None else measured.adapter(init, parsed)
+    read, kept = measured.windows(text or [], window, tokens, training.seed).split(held_out)
     if start is not None and knows(start.plan, kept):
         progress.note(f"--init {init} may have been fitted to held-out text: KL begins too low")
-    train = study.extended(read, sampled_tokens, training.seed)
+    train = measured.extended(read, sampled_tokens, training.seed)
 
     def show(log: TrainingLog) -> None:
         plot_training(log, output / "loss.png")
@@ -93,14 +93,14 @@ def distill(
         progress.note(f"after {steps} steps: held-out KL {kl:.4f} nats a token")
 
     train_adapter(
-        study.model,
+        measured.model,
         parsed,
         train,
         kept,
         training,
         output,
         progress,
-        teacher=f"{study.folder.name} {study.numerics}",
+        teacher=f"{measured.folder.name} {measured.numerics}",
         made=made_with(train, plan_record(plan, model), None if start is None else start.plan),
         start=start,
         on_evaluation=show,

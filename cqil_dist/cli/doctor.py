@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cqil_dist.cli import options
-from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
-    from cqil_dist.diagnosis import Finding
+    from cqil_dist.checks.doctor import Finding
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
 
@@ -36,9 +36,9 @@ def doctor(
     Versions, model files, memory, GPUs, and for each pair of nodes, in both directions, whether
     ranks can connect and how fast. Exits with 1 if a launch would fail.
     """
-    from cqil_dist.diagnosis import diagnose
-    from cqil_dist.resolved_launch import ResolvedLaunch
-    from cqil_dist.runtime.placement import connected
+    from cqil_dist.checks.doctor import diagnose
+    from cqil_dist.launching.placement import connected
+    from cqil_dist.launching.resolve import ResolvedLaunch
 
     progress = ConsoleProgress()
     config = LaunchConfig(model or "", plan, ranks, **launching)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cqil_dist.cli import options
 from cqil_dist.errors import TextError
-from cqil_dist.planning.compute_config import ComputeConfig
+from cqil_dist.planning.measure.compute_config import ComputeConfig
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def evaluate(
     Intervals are of 95 %; the last column compares item by item, which is sharper than comparing
     the two before it.
     """
-    from cqil_dist.plan_record import note_missing_compensation
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.provenance import refuse_known_text
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.study import Study
+    from cqil_dist.recommended.record import note_missing_compensation
     from cqil_dist.records import require_file, write_record
 
     if output is not None:
@@ -64,14 +64,14 @@ def evaluate(
     read = [read_task(_task_file(name, task_dir), limit) for name in names if name]
     if not ppl and not read:
         raise TextError("nothing to evaluate on: give --ppl FILE, or --tasks NAME,NAME")
-    study = Study.of(model, computing, ConsoleProgress())
-    texts = [study.windows([file], window, tokens, seed) for file in ppl or []]
-    parsed = study.plan(plan)
-    merged = None if adapter is None else study.adapter(adapter, parsed)
+    measured = MeasuredModel.of(model, computing, ConsoleProgress())
+    texts = [measured.windows([file], window, tokens, seed) for file in ppl or []]
+    parsed = measured.plan(plan)
+    merged = None if adapter is None else measured.adapter(adapter, parsed)
     if merged is None:
-        note_missing_compensation(plan, model, study.progress)
+        note_missing_compensation(plan, model, measured.progress)
     refuse_known_text(texts, plan, model, None if merged is None else merged.plan)
-    evaluation = evaluate_plan(study, parsed, merged, texts, read)
+    evaluation = evaluate_plan(measured, parsed, merged, texts, read)
     Console().print(_table(evaluation))
     if output is not None:
         write_record(output, evaluation.to_json())

@@ -57,7 +57,7 @@ def generate(
     )
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token to continue")
-    from cqil_dist.api import launch
+    from cqil_dist.launching.running_engine import launch
 
     with launch(model, plan, ranks, progress=ConsoleProgress(), **launching) as engine:
         request = [{"role": "user", "content": prompt}] if chat else prompt

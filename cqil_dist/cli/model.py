@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cqil_dist.model.store import fetch as fetch_model
-from cqil_dist.model.store import list_models
 from cqil_dist.progress import ConsoleProgress
+from cqil_dist.store.store import fetch as fetch_model
+from cqil_dist.store.store import list_models
 
 app = typer.Typer(no_args_is_help=True, help="Fetch and list models.")
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from cqil_dist.errors import ConfigError, TextError
-from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.planning.compute_config import MAX_SEED, ComputeConfig
+from cqil_dist.launching.config import LaunchConfig
+from cqil_dist.planning.measure.compute_config import MAX_SEED, ComputeConfig
 
 Model = Annotated[
     str,

@@ -14,9 +14,9 @@ from rich.table import Table
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.errors import ConfigError
-from cqil_dist.launch_config import LaunchConfig
-from cqil_dist.planning.calibration import CalibrationConfig
-from cqil_dist.planning.compute_config import ComputeConfig
+from cqil_dist.launching.config import LaunchConfig
+from cqil_dist.planning.measure.compute_config import ComputeConfig
+from cqil_dist.planning.search.calibration import CalibrationConfig
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ def analyze(
     Measured on text that the model itself says, or on --text. An interrupted run goes on where it
     was; `cqil plan search` on the same text begins with what was measured here.
     """
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.plots import plot_sensitivity, plot_similarity
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.study import Study
     from cqil_dist.records import require_folder, write_record
 
     require_folder(output)
-    study = Study.of(model, computing, ConsoleProgress())
-    _, analysis = calibration.measure(study)
+    measured = MeasuredModel.of(model, computing, ConsoleProgress())
+    _, analysis = calibration.measure(measured)
     record = analysis.to_json()
     file = output / ("analysis-compensated.json" if calibration.fit_tokens else "analysis.json")
     write_record(file, record)
@@ -111,20 +111,20 @@ def search(
     with the least sum, and local search goes on from there by measuring whole plans. Beside the
     plan is written what depth costs: searched plans, the paper's, and removed layers.
     """
-    from cqil_dist.planning.front import Goal, PlanFinder, front_json
-    from cqil_dist.planning.latency import measure_cost
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.plots import plot_front
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.study import Study
+    from cqil_dist.planning.search.latency import measure_cost
+    from cqil_dist.planning.search.pareto import Goal, PlanFinder, front_json
     from cqil_dist.records import require_file, write_record
 
     require_file(output)
     goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
-    study = Study.of(model, computing, ConsoleProgress())
-    goal.check(study.config.num_layers, calibration.largest_group(ranks))
-    comparison, analysis = calibration.measure(study, ranks)
-    cost = measure_cost(study.path, ranks, link_us)
-    finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, study.progress)
+    measured = MeasuredModel.of(model, computing, ConsoleProgress())
+    goal.check(measured.config.num_layers, calibration.largest_group(ranks))
+    comparison, analysis = calibration.measure(measured, ranks)
+    cost = measure_cost(measured.path, ranks, link_us)
+    finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, measured.progress)
     found = finder.find(goal)
     write_record(output, found.plan_json(comparison))
     described = found.describe(comparison)
@@ -163,42 +163,42 @@ def compensate(
     it, on windows that it is not fitted to; the plan may have been chosen on them.
     """
     from cqil_dist.model.adapter import require_adapter_folder, write_adapter
-    from cqil_dist.plan_record import plan_record
-    from cqil_dist.planning.compensation import Compensation
-    from cqil_dist.planning.grouped_model import final_hidden
-    from cqil_dist.planning.held_out import HeldOut
+    from cqil_dist.planning.measure.grouped_model import final_hidden
+    from cqil_dist.planning.measure.held_out import HeldOut
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.provenance import made_with
-    from cqil_dist.planning.study import Study
-    from cqil_dist.planning.training_state import STATE
+    from cqil_dist.planning.recover.compensation import Compensation
+    from cqil_dist.planning.recover.training_state import STATE
+    from cqil_dist.recommended.record import plan_record
 
     options.require_text(text, sampled_tokens)
     require_adapter_folder(output)
     if (output / STATE).is_file():
         raise ConfigError(f"{output} holds an adapter that was distilled; write to another folder")
-    study = Study.of(model, computing, ConsoleProgress())
-    parsed = study.concurrent_plan(plan)
-    read, kept = study.windows(text or [], window, tokens, seed).split(held_out)
-    windows = study.extended(read, sampled_tokens, seed)
+    measured = MeasuredModel.of(model, computing, ConsoleProgress())
+    parsed = measured.concurrent_plan(plan)
+    read, kept = measured.windows(text or [], window, tokens, seed).split(held_out)
+    windows = measured.extended(read, sampled_tokens, seed)
 
     def hidden(tokens_CT: Tensor) -> Tensor:
-        return final_hidden(study.model, input_ids=tokens_CT)
+        return final_hidden(measured.model, input_ids=tokens_CT)
 
-    measured = HeldOut(study.model, kept, hidden)
-    before = measured.kl(parsed.groups, hidden)
-    compensation = Compensation(study.model, windows, study.progress, rank, ridge)
-    with compensation.applied(parsed.changed, study.progress) as merged:
+    unseen = HeldOut(measured.model, kept, hidden)
+    before = unseen.kl(parsed.groups, hidden)
+    compensation = Compensation(measured.model, windows, measured.progress, rank, ridge)
+    with compensation.applied(parsed.changed, measured.progress) as merged:
         loras = merged.loras
-        after = measured.kl(parsed.groups, hidden)
+        after = unseen.kl(parsed.groups, hidden)
     made = made_with(windows, plan_record(plan, model))
     made["fitted"] = compensation.to_json()
     made["held_out"] = {"tokens": kept.tokens, "kl_before": before, "kl_after": after}
-    write_adapter(output, loras, str(study.path), {**parsed.to_json(), "measured": made})
+    write_adapter(output, loras, str(measured.path), {**parsed.to_json(), "measured": made})
     typer.echo(
         f"written: {output} (held-out KL {after:.4f} nats a token; without it {before:.4f})",
         err=True,
     )
     if not after < before:
-        study.progress.note(
+        measured.progress.note(
             "it does not help on text that it was not fitted to: fit to more text (--tokens) or "
             "change less (a larger --ridge)"
         )
@@ -213,7 +213,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Groups, serial depth, ideal reduction, exchanges, and what each rank holds."""
-    from cqil_dist.resolved_launch import ResolvedLaunch
+    from cqil_dist.launching.resolve import ResolvedLaunch
 
     config = LaunchConfig(model, plan, ranks, dtype=dtype)
     resolved = ResolvedLaunch.of(config, ConsoleProgress())

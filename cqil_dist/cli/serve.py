@@ -12,12 +12,12 @@ import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import LaunchError
-from cqil_dist.launch_config import LaunchConfig
+from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress
 from cqil_dist.serving.serve_config import ServeConfig, Tls
 
 if TYPE_CHECKING:
-    from cqil_dist.api import RunningEngine
+    from cqil_dist.launching.running_engine import RunningEngine
     from cqil_dist.serving.server import Addresses
 
 # By field of ServeConfig.
@@ -71,7 +71,7 @@ def serve(
     config = ServeConfig(tls=tls, **facing)
     LaunchConfig(model, plan, ranks, **launching)  # these, too, before anything is started
     config.check()
-    from cqil_dist.api import launch
+    from cqil_dist.launching.running_engine import launch
     from cqil_dist.serving.logs import configure_logging
 
     def announce(where: Addresses) -> None:

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from cqil_dist.cli.chrome_trace import chrome_trace
 from cqil_dist.client import Client
 from cqil_dist.plan import Plan
 from cqil_dist.status import find_model
 from cqil_dist.timeline import StepTimeline
-from cqil_dist.tracing import chrome_trace
 
 
 def trace(

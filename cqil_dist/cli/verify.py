@@ -21,9 +21,9 @@ def verify(
 
     Runs in float32 on CPUs, where equality means equal tokens. Exits with 1 if a check fails.
     """
-    from cqil_dist.api import launch
-    from cqil_dist.model.store import resolve
-    from cqil_dist.verification import PREFILL_TOKENS, verify_exactness
+    from cqil_dist.checks.verify import PREFILL_TOKENS, verify_exactness
+    from cqil_dist.launching.running_engine import launch
+    from cqil_dist.store.store import resolve
 
     progress = ConsoleProgress()
     path = resolve(model, progress)

@@ -18,21 +18,21 @@ import ray
 import torch
 
 from cqil_dist.coordinator.metrics import EngineMetrics
+from cqil_dist.coordinator.node_addresses import host_addresses
+from cqil_dist.coordinator.rank_pool import RankPool
+from cqil_dist.coordinator.rendezvous import ConnectedRanks
 from cqil_dist.coordinator.service import EngineServicer, start_server
+from cqil_dist.engine.engine import Engine
 from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
-from cqil_dist.model.generation_defaults import default_sampling
 from cqil_dist.model.head import Embedding
-from cqil_dist.model.tokenizer import load_tokenizer
+from cqil_dist.rank.model_files import model_directory
+from cqil_dist.rank.protocol import RankGroup
+from cqil_dist.rank.spec import EngineSpec
 from cqil_dist.rpc.options import OTHER_CALLS
-from cqil_dist.runtime.assembly import RankPool
-from cqil_dist.runtime.engine import Engine
-from cqil_dist.runtime.meeting import ConnectedRanks
-from cqil_dist.runtime.model_files import model_directory
-from cqil_dist.runtime.placement import host_addresses
-from cqil_dist.runtime.rank_group import RankGroup
-from cqil_dist.runtime.spec import EngineSpec
 from cqil_dist.status import ModelInfo, Status
+from cqil_dist.store.generation_defaults import default_sampling
+from cqil_dist.store.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import grpc

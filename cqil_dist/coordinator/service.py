@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from cqil_dist.engine.engine import Engine
+from cqil_dist.engine.request import Request
 from cqil_dist.errors import CqilError
 from cqil_dist.inputs import GenerationInput
 from cqil_dist.outputs import Completion
@@ -20,8 +22,6 @@ from cqil_dist.rpc.options import KEEPALIVE, LET_IN, LONG_ANSWERS
 from cqil_dist.rpc.status_codes import code_of, details_of
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
-from cqil_dist.runtime.engine import Engine
-from cqil_dist.runtime.request import Request
 from cqil_dist.status import ModelInfo, Status, find_model
 
 

@@ -3,8 +3,6 @@
 from cqil_dist.exchange.base import (
     Exchange,
     ExchangeStats,
-    RoundTimes,
-    split_transfer_and_skew,
     sum_in_rank_order,
 )
 from cqil_dist.exchange.handshake import COORDINATOR, SECRET_BYTES
@@ -20,12 +18,10 @@ __all__ = [
     "ExchangeStats",
     "Link",
     "Listener",
-    "RoundTimes",
     "TcpExchange",
     "TorchDistributedExchange",
     "connect",
     "connect_mesh",
     "recv_each",
-    "split_transfer_and_skew",
     "sum_in_rank_order",
 ]

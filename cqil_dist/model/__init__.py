@@ -1,0 +1,1 @@
+"""The arithmetic of a decoder: parts, caches, weights and their reading; never imports Ray."""

@@ -27,8 +27,7 @@ from torch import Tensor
 from cqil_dist.errors import CheckpointError, ConfigError, PlanError, UnsupportedModel
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.plan import Plan
-from cqil_dist.records import require_folder
-from cqil_dist.whole_file import whole_file
+from cqil_dist.records import require_folder, whole_file
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cqil_dist.model.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.layers import rms_normalize
+from cqil_dist.model.parts import rms_norm
 from cqil_dist.model.projection import Projection
 
 # The head is a model's largest matrix: it is read in blocks, so that loading needs little more
@@ -60,7 +60,7 @@ class HeadShard:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Float32 logits [N, rows] of this shard's part of the vocabulary."""
-        return self.projection(rms_normalize(hidden_ND, self.eps)).float()
+        return self.projection(rms_norm(hidden_ND, self.eps)).float()
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cqil_dist.assignment import Piece, Stage
 from cqil_dist.model.checkpoint import Checkpoint, TensorReader, layer_tensor
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.layers import AttentionPart, FeedForwardPart, OutputProjection
+from cqil_dist.model.parts import AttentionPart, FeedForwardPart, OutputProjection
 from cqil_dist.model.projection import Projection
 
 # A projection's name, its whole width beside the model's, and the part of it a piece takes.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cqil_dist.planning.training_state import TrainingLog
+    from cqil_dist.planning.recover.training_state import TrainingLog
 
 _SMOOTHED = 20
 

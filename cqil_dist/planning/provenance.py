@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cqil_dist.errors import TextError
-from cqil_dist.plan_record import PlanRecord, measured_of, plan_record
-from cqil_dist.planning.windows import Windows
+from cqil_dist.planning.measure.windows import Windows
+from cqil_dist.recommended.record import PlanRecord, measured_of, plan_record
 
 
 def made_with(windows: Windows, *earlier: PlanRecord | None) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cqil_dist.plan import Plan
-from cqil_dist.planning.cost_model import CostModel
 from cqil_dist.planning.evaluation.intervals import Interval, difference_text
+from cqil_dist.planning.search.cost_model import CostModel
 from cqil_dist.records import kind_of
 
 REPORT = "report.html"

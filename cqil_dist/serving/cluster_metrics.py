@@ -9,7 +9,7 @@ import httpx
 import ray
 
 from cqil_dist.errors import ServiceUnavailable
-from cqil_dist.in_thread import in_thread
+from cqil_dist.launching.in_thread import in_thread
 
 _PREFIX = "ray_cqil_"
 _ANSWER_S = 3.0

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -20,7 +21,6 @@ from cqil_dist.errors import (
     ServiceUnavailable,
     Unauthenticated,
 )
-from cqil_dist.serving.openai_api.schema import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,17 @@ _TYPES = {
 }
 _RETRY_AFTER_S = 1
 _MOST_TOLD = 4
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | int | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

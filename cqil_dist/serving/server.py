@@ -14,7 +14,7 @@ from cqil_dist.errors import LaunchError, RankUnavailable
 from cqil_dist.rpc.options import OTHER_CALLS
 from cqil_dist.serving.admission import Admission
 from cqil_dist.serving.backend import Backend
-from cqil_dist.serving.grpc_front import GrpcServer
+from cqil_dist.serving.grpc_frontend import GrpcServer
 from cqil_dist.serving.health import HealthWatch
 from cqil_dist.serving.http_app import create_app
 from cqil_dist.serving.http_server import HttpServer

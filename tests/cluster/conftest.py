@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cqil_dist.runtime.placement import connected
+from cqil_dist.launching.placement import connected
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import cqil, start_cqil
-from tiny_models import TinyModel, TinyModelFactory
+from helpers.commands import cqil, start_cqil
+from helpers.tiny_models import TinyModel, TinyModelFactory
+from helpers.watching import descendants, wait_for
 from typer.main import get_command
 from typer.testing import CliRunner
-from watching import descendants, wait_for
 
 from cqil_dist.cli.app import app
 

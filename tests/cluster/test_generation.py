@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 import pytest
-from adapters import random_adapter
-from tiny_models import TinyModel, TinyModelFactory, random_tokens, tiny_config
-from watching import wait_for
+from helpers.adapters import random_adapter
+from helpers.tiny_models import TinyModel, TinyModelFactory, random_tokens, tiny_config
+from helpers.watching import wait_for
 
 import cqil_dist as cqil
 from cqil_dist.client import Client

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from helpers.tiny_models import TinyModel, TinyModelFactory
+from helpers.watching import actors, descendants, wait_for
 from safetensors.torch import load_file, save_file
-from tiny_models import TinyModel, TinyModelFactory
-from watching import actors, descendants, wait_for
 
 import cqil_dist as cqil
 

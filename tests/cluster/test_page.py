@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from browsing import chromium
-from commands import cqil_serve
-from page_tab import ANSWER_MS, Tab, attributes, choices
+from helpers.browsing import chromium
+from helpers.commands import cqil_serve
+from helpers.page_tab import ANSWER_MS, Tab, attributes, choices
+from helpers.watching import wait_for
 from playwright.sync_api import Browser, Locator, Route, ViewportSize
-from watching import wait_for
 
 pytestmark = pytest.mark.real_model
 

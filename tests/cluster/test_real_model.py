@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cqil_dist as cqil
-from cqil_dist.verification import PREFILL_TOKENS, verify_ranks, verify_reference
+from cqil_dist.checks.verify import PREFILL_TOKENS, verify_ranks, verify_reference
 
 pytestmark = pytest.mark.real_model
 

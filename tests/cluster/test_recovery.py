@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from tiny_models import TinyModel, TinyModelFactory, tiny_config
-from watching import actors, wait_for
+from helpers.tiny_models import TinyModel, TinyModelFactory, tiny_config
+from helpers.watching import actors, wait_for
 
 import cqil_dist as cqil
 from cqil_dist.outputs import Chunk, Completion

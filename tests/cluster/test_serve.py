@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from commands import Serving, cqil, cqil_serve
-from tiny_models import TinyModel, TinyModelFactory, tiny_config
+from helpers.commands import Serving, cqil, cqil_serve
+from helpers.tiny_models import TinyModel, TinyModelFactory, tiny_config
+from helpers.watching import wait_for
 from typer.testing import CliRunner
-from watching import wait_for
 
 from cqil_dist import Client
 from cqil_dist.cli.app import app

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TinyModel, TinyModelFactory, random_tokens
+from helpers.tiny_models import TinyModel, TinyModelFactory, random_tokens
 
 import cqil_dist as cqil
 from cqil_dist.assignment import assign
 from cqil_dist.exchange import TorchDistributedExchange
+from cqil_dist.launching.placement import connected
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment
-from cqil_dist.runtime.placement import connected
-from cqil_dist.runtime.rank import CacheShape, RankProgram
+from cqil_dist.rank.program import CacheShape, RankProgram
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -1,4 +1,4 @@
-"""A cluster over hosts of their own: see cqil_dist/benchmarks/hosts.py."""
+"""A cluster over hosts of their own: see tests/faults/hosts.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import MAX_LEN
-from tiny_models import TinyModel, TinyModelFactory, tiny_config
-
-from cqil_dist.benchmarks.hosts import Network, why_not
+from faults.hosts import Network, why_not
+from helpers.nodes import MAX_LEN
+from helpers.tiny_models import TinyModel, TinyModelFactory, tiny_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

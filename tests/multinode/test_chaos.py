@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tiny_models import TinyModel
-
-from cqil_dist.benchmarks.chaos import run_chaos
-from cqil_dist.benchmarks.hosts import Network
+from faults.chaos import run_chaos
+from faults.hosts import Network
+from helpers.tiny_models import TinyModel
 
 
 def test_random_faults_change_no_token(network: Network, model: TinyModel) -> None:

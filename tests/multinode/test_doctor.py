@@ -6,10 +6,9 @@ import json
 import subprocess
 from typing import Any
 
-from nodes import PLAN
-from tiny_models import TinyModel
-
-from cqil_dist.benchmarks.hosts import Network
+from faults.hosts import Network
+from helpers.nodes import PLAN
+from helpers.tiny_models import TinyModel
 
 
 def doctor(network: Network, *words: str) -> tuple[int, list[dict[str, Any]]]:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from nodes import PLAN, PROMPT, SAMPLINGS, host_of, launch, stream
-from tiny_models import TinyModel
-from watching import wait_for
-
-from cqil_dist.benchmarks.hosts import Host, Network
-from cqil_dist.benchmarks.remote import RemoteEngine, RemoteStream
+from faults.hosts import Host, Network
+from faults.remote import RemoteEngine, RemoteStream
+from helpers.nodes import PLAN, PROMPT, SAMPLINGS, host_of, launch, stream
+from helpers.tiny_models import TinyModel
+from helpers.watching import wait_for
 
 _EVERYWHERE = ("*", "0.0.0.0", "[::")
 _RAY_S_OWN = 1  # every worker of Ray's has one such port, for calls

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from nodes import SAMPLINGS, host_of, launch, stream
-from tiny_models import TinyModel
+from faults.hosts import Network
+from faults.remote import RemoteEngine
+from helpers.nodes import SAMPLINGS, host_of, launch, stream
+from helpers.tiny_models import TinyModel
 
 import cqil_dist as cqil
-from cqil_dist.benchmarks.hosts import Network
-from cqil_dist.benchmarks.remote import RemoteEngine
 
 
 def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyModel) -> None:

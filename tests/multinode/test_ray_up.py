@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from nodes import host_of
-from watching import wait_for
+from faults.hosts import Host, Network
+from faults.remote import RemoteEngine
+from helpers.nodes import host_of
+from helpers.watching import wait_for
 
-from cqil_dist.benchmarks.hosts import Host, Network
-from cqil_dist.benchmarks.remote import RemoteEngine
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.reference import ReferenceModel

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny_models import plans
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import plans
 
 from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign, follow
 from cqil_dist.errors import PlanError

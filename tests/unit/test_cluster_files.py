@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from faults.hosts import RAY_SETTINGS
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 from typer.main import get_command
 
-from cqil_dist.benchmarks.hosts import RAY_SETTINGS
 from cqil_dist.cli.app import app
 
 REPOSITORY = Path(__file__).parents[2]

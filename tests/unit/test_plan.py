@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_models import plans
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import plans
 
 from cqil_dist.errors import CqilError, PlanError
 from cqil_dist.plan import Bypass, Group, Plan

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.watching import wait_for
 from rich.console import Console
-from watching import wait_for
 
 from cqil_dist.progress import (
     ConsoleProgress,

@@ -70,7 +70,7 @@ def test_importing_the_package_costs_nothing() -> None:
         "status",
         "timeline",
         "recommended",
-        "planning.training_config",
+        "planning.recover.training_config",
     ],
 )
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:
@@ -89,13 +89,13 @@ def test_layers_below_the_actors_know_no_ray(package: str) -> None:
 
 
 def test_the_rank_program_and_the_engine_know_no_ray() -> None:
-    names = ("rank", "rank_group", "engine", "scheduler", "request", "sampler", "detokenizer")
-    assert "ray" not in loaded_by(*(f"cqil_dist.runtime.{name}" for name in names))
+    rank = ("cqil_dist.rank.program", "cqil_dist.rank.protocol")
+    assert "ray" not in loaded_by(*rank, *modules_of("cqil_dist.engine"))
 
 
 def test_ranks_need_no_transformers() -> None:
     """It takes seconds to import, and a rank gets the config as plain numbers."""
-    assert "transformers" not in loaded_by("cqil_dist.runtime.rank", "cqil_dist.exchange")
+    assert "transformers" not in loaded_by("cqil_dist.rank.program", "cqil_dist.exchange")
 
 
 def own_errors(error: type[Exception] = errors.CqilError) -> Iterator[type[Exception]]:

@@ -28,10 +28,10 @@ from cqil_dist.planning.evaluation.scoring import (
     loss_by_window,
 )
 from cqil_dist.planning.evaluation.tasks import Task
-from cqil_dist.planning.grouped_model import grouped
-from cqil_dist.planning.merging import merge
-from cqil_dist.planning.study import Study
-from cqil_dist.planning.windows import Windows
+from cqil_dist.planning.measure.grouped_model import grouped
+from cqil_dist.planning.measure.measured_model import MeasuredModel
+from cqil_dist.planning.measure.merging import merge
+from cqil_dist.planning.measure.windows import Windows
 from cqil_dist.records import headed, write_record
 
 _ACCURACIES = ("acc", "acc_norm")
@@ -101,7 +101,7 @@ class Evaluation:
 
 
 def evaluate(
-    study: Study,
+    measured: MeasuredModel,
     plan: Plan,
     adapter: Adapter | None,
     texts: Sequence[Windows],
@@ -115,22 +115,22 @@ def evaluate(
             have the same name; a task's continuation cannot be scored.
     """
     _check(texts, tasks)
-    questions = [_Questions.of(task, study) for task in tasks]
-    original = _by_item(study, texts, questions, study.results)
-    answers = [completion(study, prompt) for prompt in prompts]
-    merged = merge(study.model, adapter)
+    questions = [_Questions.of(task, measured) for task in tasks]
+    original = _by_item(measured, texts, questions, measured.results)
+    answers = [completion(measured, prompt) for prompt in prompts]
+    merged = merge(measured.model, adapter)
     try:
-        with grouped(study.model, plan.groups):
-            other = _by_item(study, texts, questions, None)
+        with grouped(measured.model, plan.groups):
+            other = _by_item(measured, texts, questions, None)
             samples = [
-                Sample(prompt, answer, completion(study, prompt))
+                Sample(prompt, answer, completion(measured, prompt))
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
     finally:
         merged.undo()
     path = None if adapter is None else adapter.path
     results = _compared(original, other)
-    return Evaluation(study.name, study.setting, plan, path, tuple(results), tuple(samples))
+    return Evaluation(measured.name, measured.setting, plan, path, tuple(results), tuple(samples))
 
 
 def _check(texts: Sequence[Windows], tasks: Sequence[Task]) -> None:
@@ -151,10 +151,10 @@ class _Questions:
     requests: list[Encoded]
 
     @classmethod
-    def of(cls, task: Task, study: Study) -> _Questions:
+    def of(cls, task: Task, measured: MeasuredModel) -> _Questions:
         requests = [request for item in task.items for request in item.requests]
-        most = study.config.max_positions
-        return cls(task, [encode(study.tokenizer, each, most) for each in requests])
+        most = measured.config.max_positions
+        return cls(task, [encode(measured.tokenizer, each, most) for each in requests])
 
     @property
     def subject(self) -> Subject:
@@ -167,14 +167,17 @@ _ByItem = dict[tuple[str, Subject], list[float]]
 
 
 def _by_item(
-    study: Study, texts: Sequence[Windows], tasks: Sequence[_Questions], kept: Path | None
+    measured: MeasuredModel,
+    texts: Sequence[Windows],
+    tasks: Sequence[_Questions],
+    kept: Path | None,
 ) -> _ByItem:
-    """Of the study's model as it is now.
+    """Of the measured model as it is now.
 
     Args:
         kept: folder of earlier scores of this very model, which are not computed again.
     """
-    model, progress = study.model, study.progress
+    model, progress = measured.model, measured.progress
     found: _ByItem = {}
     for text in texts:
         count, length = text.token_ids_WT.shape

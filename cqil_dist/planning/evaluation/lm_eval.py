@@ -16,12 +16,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from cqil_dist.plan import PlanSource
-from cqil_dist.plan_record import note_missing_compensation
-from cqil_dist.planning.compute_config import ComputeConfig
-from cqil_dist.planning.grouped_model import grouped
-from cqil_dist.planning.merging import merge
-from cqil_dist.planning.study import Study
+from cqil_dist.planning.measure.compute_config import ComputeConfig
+from cqil_dist.planning.measure.grouped_model import grouped
+from cqil_dist.planning.measure.measured_model import MeasuredModel
+from cqil_dist.planning.measure.merging import merge
 from cqil_dist.progress import ConsoleProgress
+from cqil_dist.recommended.record import note_missing_compensation
 
 
 @register_model("cqil")
@@ -50,14 +50,14 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         computing = ComputeConfig(device.removesuffix(":0"), dtype, matmul_precision)
-        study = Study.of(pretrained, computing, ConsoleProgress())
-        parsed = study.plan(plan)
+        measured = MeasuredModel.of(pretrained, computing, ConsoleProgress())
+        parsed = measured.plan(plan)
         if adapter is None:
-            note_missing_compensation(plan, pretrained, study.progress, "adapter")
-        changes = None if adapter is None else study.adapter(Path(adapter), parsed)
-        merge(study.model, changes)
+            note_missing_compensation(plan, pretrained, measured.progress, "adapter")
+        changes = None if adapter is None else measured.adapter(Path(adapter), parsed)
+        merge(measured.model, changes)
         # As ours are: bfloat16 has no more than eight bits for a sum of many tokens.
         options.setdefault("softmax_dtype", "float32")
-        super().__init__(pretrained=study.model, tokenizer=study.tokenizer, **options)
+        super().__init__(pretrained=measured.model, tokenizer=measured.tokenizer, **options)
         self._computing = ExitStack()
-        self._computing.enter_context(grouped(study.model, parsed.groups))
+        self._computing.enter_context(grouped(measured.model, parsed.groups))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from cqil_dist.planning.study import Study
+    from cqil_dist.planning.measure.measured_model import MeasuredModel
 
 PROMPTS = (
     "The capital of France is",
@@ -29,15 +29,15 @@ class Sample:
 
 
 @torch.inference_mode()
-def completion(study: Study, prompt: str) -> str:
-    """Of the study's model as it is now."""
-    ids: Any = study.tokenizer(prompt)["input_ids"]
-    given = torch.tensor([ids], device=study.device)
-    said = study.model.generate(
+def completion(measured: MeasuredModel, prompt: str) -> str:
+    """Of the measured model as it is now."""
+    ids: Any = measured.tokenizer(prompt)["input_ids"]
+    given = torch.tensor([ids], device=measured.device)
+    said = measured.model.generate(
         given,
         attention_mask=torch.ones_like(given),
         max_new_tokens=_COMPLETION_TOKENS,
         do_sample=False,
     )
-    text = study.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
+    text = measured.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
     return str(text)

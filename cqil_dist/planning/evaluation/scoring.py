@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from cqil_dist.errors import TextError
-from cqil_dist.planning.grouped_model import final_hidden, next_token_logits
-from cqil_dist.planning.windows import Windows
+from cqil_dist.planning.measure.grouped_model import final_hidden, next_token_logits
+from cqil_dist.planning.measure.windows import Windows
 from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:

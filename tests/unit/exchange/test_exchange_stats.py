@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cqil_dist.exchange import ExchangeStats, split_transfer_and_skew, sum_in_rank_order
+from cqil_dist.benchmarks.round_times import split_transfer_and_skew
+from cqil_dist.exchange import ExchangeStats, sum_in_rank_order
 
 
 def test_the_ring_keeps_the_latest_waits_in_order() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from exchange_mesh import SECRET, descriptors_at_first, in_threads, open_descriptors
+from helpers.exchange_mesh import SECRET, descriptors_at_first, in_threads, open_descriptors
 
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import COORDINATOR, Listener, connect, connect_mesh

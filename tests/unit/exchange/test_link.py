@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from exchange_mesh import in_threads, socket_pair
+from helpers.exchange_mesh import in_threads, socket_pair
 
 from cqil_dist.errors import ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import Link, framing, recv_each

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exchange_mesh import (
+from helpers.exchange_mesh import (
     descriptors_at_first,
     everyone,
     in_threads,

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import random_adapter
-from safetensors.torch import load_file, save_file
-from tiny_models import (
+from helpers.adapters import random_adapter
+from helpers.tiny_models import (
     LocalModel,
     TinyModel,
     TinyModelFactory,
@@ -20,6 +19,7 @@ from tiny_models import (
     random_tokens,
     tiny_config,
 )
+from safetensors.torch import load_file, save_file
 
 from cqil_dist.errors import CheckpointError, CqilError, PlanError, UnsupportedModel
 from cqil_dist.model.adapter import Adapter

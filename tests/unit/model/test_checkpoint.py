@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import (
+from helpers.tiny_models import (
     CPU,
     LocalModel,
     TinyModel,
@@ -20,6 +19,7 @@ from tiny_models import (
     random_tokens,
     tiny_config,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cqil_dist.assignment import assign
@@ -27,7 +27,7 @@ from cqil_dist.errors import CheckpointError
 from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
 from cqil_dist.model.head import Embedding
 from cqil_dist.model.reference import ReferenceModel
-from cqil_dist.runtime.rank import CacheShape, RankProgram
+from cqil_dist.rank.program import CacheShape, RankProgram
 
 INDEX = "model.safetensors.index.json"
 Weights = dict[str, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import TinyModel, TinyModelFactory
+from helpers.tiny_models import TinyModel, TinyModelFactory
 
 
 @pytest.fixture(scope="module")

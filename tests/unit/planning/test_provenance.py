@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning_cases import TEXT
-from tiny_models import TinyModel
+from helpers.planning_cases import TEXT
+from helpers.tiny_models import TinyModel
 from typer.testing import CliRunner
 
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
-from cqil_dist.plan_record import plan_record
+from cqil_dist.planning.measure.windows import Windows, read_windows
 from cqil_dist.planning.provenance import made_with, refuse_known_text
-from cqil_dist.planning.windows import Windows, read_windows
+from cqil_dist.recommended.record import plan_record
 
 PLAN = "P2 S0 E6 D1"
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from observed_engine import (
+from helpers.observed_engine import (
     PLAN,
     ObservedModel,
     serving,
 )
+from helpers.openai_calls import ORIGINAL, PACE_S, openai_of
+from helpers.served import MODEL, PacedModel, Served, served
+from helpers.tiny_models import TinyModel, TinyModelFactory
+from helpers.watching import wait_for
 from openai import OpenAI
-from openai_calls import ORIGINAL, PACE_S, openai_of
-from served import MODEL, PacedModel, Served, served
-from tiny_models import TinyModel, TinyModelFactory
-from watching import wait_for
 
-from cqil_dist.runtime.engine import Engine
+from cqil_dist.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from observed_engine import PLAN, ObservedModel, serving
-from served import MODEL, Served, served
-from tiny_models import TinyModelFactory
+from helpers.observed_engine import PLAN, ObservedModel, serving
+from helpers.served import MODEL, Served, served
+from helpers.tiny_models import TinyModelFactory
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

@@ -18,10 +18,14 @@ import httpx
 import psutil
 import pytest
 import schemathesis
+from helpers.observed_engine import serving
+from helpers.raw_http import Connection, ask, completion, request
+from helpers.served import MODEL, PacedModel, Served, served
+from helpers.tiny_models import VOCAB, TinyModel, TinyModelFactory
+from helpers.watching import wait_for
+from helpers.wire_requests import ANY_REQUESTS, SOME_REQUESTS, damaged_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from observed_engine import serving
-from raw_http import Connection, ask, completion, request
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -29,10 +33,6 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from served import MODEL, PacedModel, Served, served
-from tiny_models import VOCAB, TinyModel, TinyModelFactory
-from watching import wait_for
-from wire_requests import ANY_REQUESTS, SOME_REQUESTS, damaged_requests
 
 from cqil_dist.rpc.v1 import generation_pb2 as pb
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval_task import QUESTIONS, evaluate, local_tasks
-from observed_engine import ObservedModel, serving
-from served import MODEL, served
-from tiny_models import TinyModelFactory
+from helpers.lm_eval_task import QUESTIONS, evaluate, local_tasks
+from helpers.observed_engine import ObservedModel, serving
+from helpers.served import MODEL, served
+from helpers.tiny_models import TinyModelFactory
 
 
 @pytest.fixture

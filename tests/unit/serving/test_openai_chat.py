@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from observed_engine import (
+from helpers.observed_engine import (
     MAX_LEN,
     PLAN,
     ObservedModel,
@@ -14,8 +14,7 @@ from observed_engine import (
     greedy,
     serving,
 )
-from openai import OpenAI
-from openai_calls import (
+from helpers.openai_calls import (
     EXTRAS,
     MESSAGES,
     OPTIONAL,
@@ -29,10 +28,11 @@ from openai_calls import (
     prompt_ids,
     stream,
 )
-from served import MODEL, served
-from tiny_models import TinyModel
+from helpers.served import MODEL, served
+from helpers.tiny_models import TinyModel
+from openai import OpenAI
 
-from cqil_dist.runtime.engine import Engine
+from cqil_dist.engine.engine import Engine
 
 # Chat.
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import openai
 import pytest
-from observed_engine import (
+from helpers.observed_engine import (
     MAX_LEN,
     ask,
     finish,
     greedy,
 )
-from openai import AsyncOpenAI, OpenAI
-from openai_calls import (
+from helpers.openai_calls import (
     MESSAGES,
     ORIGINAL,
     OTHERS,
@@ -32,11 +31,12 @@ from openai_calls import (
     stream,
     text_of,
 )
-from served import MODEL, Served
-from tiny_models import VOCAB, TinyModel
+from helpers.served import MODEL, Served
+from helpers.tiny_models import VOCAB, TinyModel
+from openai import AsyncOpenAI, OpenAI
 from torch import Tensor
 
-from cqil_dist.runtime.engine import Engine
+from cqil_dist.engine.engine import Engine
 
 # The models.
 

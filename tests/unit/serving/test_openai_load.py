@@ -10,20 +10,29 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from observed_engine import (
+from helpers.observed_engine import (
     PLAN,
     LostInStep,
     ObservedModel,
     serving,
 )
+from helpers.openai_calls import (
+    MESSAGES,
+    TEXT,
+    arguments,
+    chat,
+    complete,
+    openai_of,
+    stream,
+    text_of,
+)
+from helpers.served import MODEL, PacedModel, Served, served
+from helpers.tiny_models import TinyModel
+from helpers.watching import wait_for
 from openai import AsyncOpenAI, OpenAI
-from openai_calls import MESSAGES, TEXT, arguments, chat, complete, openai_of, stream, text_of
-from served import MODEL, PacedModel, Served, served
-from tiny_models import TinyModel
-from watching import wait_for
 
+from cqil_dist.engine.engine import Engine, StepModel
 from cqil_dist.errors import ExchangeError
-from cqil_dist.runtime.engine import Engine, StepModel
 
 
 def test_a_key_is_asked_for_under_v1(engine: Engine) -> None:

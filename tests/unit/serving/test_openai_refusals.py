@@ -9,17 +9,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from observed_engine import (
+from helpers.observed_engine import (
     MAX_LEN,
 )
+from helpers.openai_calls import MESSAGES, TEXT, complete, ids_of
+from helpers.served import MODEL
+from helpers.tiny_models import VOCAB
 from openai import OpenAI
-from openai_calls import MESSAGES, TEXT, complete, ids_of
-from served import MODEL
-from tiny_models import VOCAB
 
+from cqil_dist.engine.engine import Engine
+from cqil_dist.engine.request import Request
 from cqil_dist.inputs import GenerationInput
-from cqil_dist.runtime.engine import Engine
-from cqil_dist.runtime.request import Request
 
 # What is not as it should be.
 

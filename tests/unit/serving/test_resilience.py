@@ -11,10 +11,10 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from observed_engine import PLAN, ObservedModel, serving
-from served import served
-from tiny_models import TinyModelFactory
-from watching import wait_for
+from helpers.observed_engine import PLAN, ObservedModel, serving
+from helpers.served import served
+from helpers.tiny_models import TinyModelFactory
+from helpers.watching import wait_for
 
 from cqil_dist.client.resuming import Backoff
 from cqil_dist.errors import LaunchError, QueueFull, ServiceUnavailable

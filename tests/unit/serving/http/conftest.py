@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from raw_http import MAX_BODY, ask, completion
-from served import Served, served
-from watching import wait_for
+from helpers.raw_http import MAX_BODY, ask, completion
+from helpers.served import Served, served
+from helpers.watching import wait_for
 
-from cqil_dist.runtime.engine import Engine
+from cqil_dist.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

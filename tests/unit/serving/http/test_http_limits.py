@@ -8,10 +8,10 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
-from raw_http import CHUNKED, JSON, MAX_BODY, Connection, ask, completion, posted, request
-from served import MODEL, Served, served
+from helpers.raw_http import CHUNKED, JSON, MAX_BODY, Connection, ask, completion, posted, request
+from helpers.served import MODEL, Served, served
 
-from cqil_dist.runtime.engine import Engine
+from cqil_dist.engine.engine import Engine
 from cqil_dist.serving import http_server
 
 DRIBBLE_S = 0.05

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from raw_http import CHUNKED, JSON, Connection, ask, completion, posted, request
-from served import MODEL, Served, served
+from helpers.raw_http import CHUNKED, JSON, Connection, ask, completion, posted, request
+from helpers.served import MODEL, Served, served
 
+from cqil_dist.engine.engine import Engine
 from cqil_dist.errors import CqilError, Unauthenticated
-from cqil_dist.runtime.engine import Engine
 
 # Bodies that are not what they should be.
 

@@ -1,0 +1,1 @@
+"""Answers to "is it exact?" (`cqil verify`) and "would it start?" (`cqil doctor`)."""

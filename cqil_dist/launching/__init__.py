@@ -1,0 +1,1 @@
+"""Brings a model up on a cluster and takes it down again: config, placement, actors, client."""

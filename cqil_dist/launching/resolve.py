@@ -1,0 +1,75 @@
+"""A launch config whose model has been found: what follows from the two together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cqil_dist.assignment import Assignment, assign, follow
+from cqil_dist.errors import PlanError
+from cqil_dist.launching.config import LaunchConfig
+from cqil_dist.model.adapter import Adapter
+from cqil_dist.model.config import ModelConfig
+from cqil_dist.progress import Progress
+from cqil_dist.recommended.index import plan_for
+from cqil_dist.recommended.record import note_missing_compensation
+from cqil_dist.store.store import resolve
+
+
+@dataclass(frozen=True)
+class ResolvedLaunch:
+    """What is to run where.
+
+    Attributes:
+        path: the model's directory on this machine.
+        adapter: the adapter's directory, or None.
+        assignments: of the plan and, where there is one, of that to compare it with.
+    """
+
+    config: LaunchConfig
+    model: ModelConfig
+    path: Path
+    adapter: Path | None
+    assignments: tuple[Assignment, ...]
+
+    @property
+    def assignment(self) -> Assignment:
+        """Of the plan that requests run under where they name none."""
+        return self.assignments[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests call the model under each plan."""
+        name = self.config.served_model_name or self.config.model
+        others = ["sequential" if a.plan.is_sequential else "compare" for a in self.assignments[1:]]
+        return (name, *(f"{name}:{other}" for other in others))
+
+    @property
+    def actors(self) -> int:
+        """Ranks and spares."""
+        return self.assignment.world + self.config.spares
+
+    @classmethod
+    def of(cls, config: LaunchConfig, progress: Progress) -> Self:
+        """Fetch the model if need be, and assign the plan's layers to ranks.
+
+        Raises:
+            ModelError, PlanError: the model or the plan cannot be used.
+        """
+        path = resolve(config.model, progress)
+        model = ModelConfig.from_directory(path)
+        plan = plan_for(config.plan, config.model, model.num_layers)
+        adapter = None if config.adapter is None else Path(config.adapter).expanduser().resolve()
+        if adapter is None:
+            note_missing_compensation(config.plan, config.model, progress)
+        else:
+            Adapter.made_for(adapter, model, plan)
+        world = config.ranks or max(group.size for group in plan.groups)
+        assignments = [assign(plan, world, model.vocab_size)]
+        if config.compare is not None:
+            other = plan_for(config.compare, config.model, model.num_layers)
+            if other == plan and adapter is None:
+                raise PlanError(f"the plan to compare {plan} with is the same plan")
+            assignments.append(follow(other, assignments[0]))
+        return cls(config, model, path, adapter, tuple(assignments))

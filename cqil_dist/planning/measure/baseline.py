@@ -1,0 +1,84 @@
+"""The unchanged model on some text, remembered: what every plan is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cqil_dist.plan import Group
+from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.grouped_model import (
+    final_hidden,
+    grouped,
+    hidden_states,
+    next_token_logits,
+)
+from cqil_dist.planning.measure.windows import Windows
+from cqil_dist.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Baseline:
+    """A model's inputs to every layer, and its next-token distributions, on some text.
+
+    Layers before the first that a plan changes are not computed again. Holds 4 bytes a token and
+    vocabulary entry, and a hidden state a token and layer.
+
+    Attributes:
+        states_WL: by window, what each layer takes and what the last makes of it: [1, T, D] each.
+        perplexity: on the text.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, windows: Windows, progress: Progress) -> None:
+        self.model = model
+        self.windows = windows
+        self.num_layers: int = model.config.num_hidden_layers
+        self.states_WL: list[list[Tensor]] = []
+        self._logprobs_WTV: list[Tensor] = []
+        losses: list[float] = []
+        with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
+            for tokens_T in windows.token_ids_WT:
+                self.states_WL.append(hidden_states(model, tokens_T))
+                with grouped(model, []):
+                    self._logprobs_WTV.append(self._logprobs(self.states_WL[-1][-1]))
+                losses.append(_loss(self._logprobs_WTV[-1], tokens_T))
+                task.advance()
+        self.perplexity = math.exp(fmean(losses))
+
+    @torch.inference_mode()
+    def compare(self, groups: Sequence[Group]) -> Divergence:
+        """Run these groups. Layers that none of them name are left out of the model."""
+        changed = (
+            index
+            for index, group in enumerate(groups)
+            if group.layers != (index,) or not group.is_exact
+        )
+        start = next(changed, len(groups))
+        kls: list[float] = []
+        losses: list[float] = []
+        with grouped(self.model, groups[start:]):
+            for window, tokens_T in enumerate(self.windows.token_ids_WT):
+                logprobs_TV = self._logprobs(self.states_WL[window][start])
+                original_TV = self._logprobs_WTV[window]
+                kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
+                kls.append(float(kl) / len(tokens_T))
+                losses.append(_loss(logprobs_TV, tokens_T))
+        return Divergence(fmean(kls), fmean(losses))
+
+    def _logprobs(self, state_1TD: Tensor) -> Tensor:
+        """Log probabilities [T, V] of what the groups in place make of a state."""
+        hidden_TD = final_hidden(self.model, inputs_embeds=state_1TD)[0]
+        return next_token_logits(self.model, hidden_TD).log_softmax(-1)
+
+
+def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> float:
+    return float(F.nll_loss(logprobs_TV[:-1], tokens_T[1:].to(logprobs_TV.device)))

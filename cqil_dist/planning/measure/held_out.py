@@ -1,0 +1,53 @@
+"""How far a changed model is from the original, on text that nothing was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cqil_dist.plan import Group
+from cqil_dist.planning.measure.grouped_model import grouped
+from cqil_dist.planning.measure.kl_loss import kl_loss
+from cqil_dist.planning.measure.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens that go through the layers together.
+_TOKENS_AT_ONCE = 2048
+
+
+class HeldOut:
+    """Text that is kept out, and the original's hidden states on it."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, original: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Args: original: final hidden states [C, T, D] of tokens [C, T]."""
+        self._model = model
+        self._tokens_WT = windows.token_ids_WT.to(model.device)
+        self._original_WTD = self._hidden(original)
+
+    @torch.no_grad()
+    def kl(self, groups: Sequence[Group], changed: Callable[[Tensor], Tensor]) -> float:
+        """KL(original || changed) of the next token, nats, mean over tokens.
+
+        Args:
+            groups: that the model computes meanwhile.
+            changed: as `original`; the head is the model's own.
+        """
+        with grouped(self._model, groups):
+            changed_WTD = self._hidden(changed)
+        return float(kl_loss(self._model, self._original_WTD, changed_WTD))
+
+    def _hidden(self, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([compute(tokens_CT) for tokens_CT in at_once(self._tokens_WT)])
+
+
+def at_once(tokens_WT: Tensor) -> Sequence[Tensor]:
+    """Windows in parts that are computed together: larger batches cost time, not memory."""
+    return torch.split(tokens_WT, max(1, _TOKENS_AT_ONCE // tokens_WT.shape[1]))

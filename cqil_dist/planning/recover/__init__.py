@@ -1,0 +1,1 @@
+"""Wins back quality that a plan costs: compensation by regression, and distillation."""

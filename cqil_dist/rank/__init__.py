@@ -1,0 +1,10 @@
+"""One rank: the walk through a step, its weights and cache, and the Ray actor that holds it.
+
+stage, program     the arithmetic of one stage, and the walk over all of them
+protocol           steps and answers between the coordinator and its ranks, both ends
+actor, spec        the Ray actor, and what the actors of a launch are told
+model_files        the model's files on this node
+clock, metrics     where a step's time goes
+memory             what the process may take, and gives back
+layer_timing       how long a layer takes here, without any exchange
+"""

@@ -1,0 +1,75 @@
+"""What the actors of a launch are told: plain values, worked out once by the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cqil_dist.assignment import Assignment
+from cqil_dist.model.config import ModelConfig
+from cqil_dist.rank.program import CacheShape
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine, the same for its coordinator and all its ranks.
+
+    Attributes:
+        model: the name it was launched by.
+        names: what requests call it under each plan.
+        model_path: directory of the checkpoint on the node that launches.
+        dtype: "float32", "float16" or "bfloat16".
+        assignments: one for each plan, over the same ranks.
+        adapter: directory of the first plan's adapter, on every node; the others have none.
+        slots: requests that run at the same time.
+        max_waiting: most requests that wait for a slot.
+        max_len: most tokens of a prompt and its completion.
+        prefill_tokens: most prompt tokens a step computes.
+        threads: compute threads of a rank on a CPU.
+        on_gpu: ranks compute on GPUs.
+        pin: bind ranks to cores: "never", "always", or "if_possible": where nodes have enough.
+        step_deadline_s: seconds a step, or an exchange, may take before a peer counts as lost.
+        recovery_timeout_s: seconds to wait for a lost rank before giving up.
+    """
+
+    model: str
+    names: tuple[str, ...]
+    model_path: Path
+    config: ModelConfig
+    assignments: tuple[Assignment, ...]
+    adapter: Path | None
+    dtype: str
+    slots: int
+    max_len: int
+    prefill_tokens: int
+    max_waiting: int
+    threads: int
+    on_gpu: bool
+    pin: str
+    step_deadline_s: float
+    recovery_timeout_s: float
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        return self.assignments[0].world
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        return CacheShape(self.slots, self.max_len)
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step: every slot decodes, and a prompt is computed beside."""
+        return self.slots + self.prefill_tokens
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Bound on a message between coordinator and rank: hidden states or logits, float32."""
+        return 4 * self.step_tokens * max(self.config.hidden_size, self.config.vocab_size)
+
+    @property
+    def max_exchange_bytes(self) -> int:
+        """Bound on one partial result: the attention outputs of a whole group, float32."""
+        members = max(group.size for plan in self.assignments for group in plan.plan.groups)
+        return 4 * self.step_tokens * members * self.config.hidden_size

@@ -1,0 +1,191 @@
+"""GGUF files, turned into model directories.
+
+Knows how to have transformers read a GGUF file and write what the runtime reads: float32
+safetensors, config, tokenizer, chat template, generation config. The work is done in a process of
+its own, which keeps torch out of the caller, gives all of its memory back, and lets the library
+say what it likes on a standard error that only we read. Knows nothing of the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cqil_dist.errors import CheckpointError, UnsupportedModel
+from cqil_dist.progress import Progress, Task
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_MAGIC = b"GGUF"
+# transformers counts the tensors with a tqdm bar: "... GGUF tensors...:  15%|#4  | 40/272 [00:01".
+_TENSORS_DONE = re.compile(rb"GGUF tensors[^\r\n]*?\| *(\d+)/(\d+) ")
+
+
+def check_magic(gguf: Path) -> None:
+    """Raise CheckpointError where the file does not say that it is GGUF."""
+    with gguf.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise CheckpointError(
+                f"{gguf} does not start with {_MAGIC.decode()!r}, so it is not a GGUF file; name a "
+                "GGUF file, or a directory with config.json and safetensors"
+            )
+
+
+def converted_bytes(gguf: Path) -> int:
+    """Bytes that the file's weights take in float32.
+
+    Raises CheckpointError where the file cannot be read to its end.
+    """
+    from gguf import GGUFReader  # imports numpy
+
+    try:
+        tensors = GGUFReader(gguf).tensors
+    except (ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{gguf} is damaged or cut short ({error}); copy it again from where it came from"
+        ) from error
+    return sum(int(tensor.n_elements) for tensor in tensors) * 4
+
+
+def convert(gguf: Path, directory: Path, name: str, progress: Progress) -> None:
+    """Write the model in `gguf` to `directory` (which must not exist) as float32 safetensors.
+
+    Args:
+        gguf: the file; left as it is.
+        directory: where config.json, model.safetensors, generation_config.json and the tokenizer
+            with its chat template go.
+        name: what the progress line calls the model.
+        progress: counts tensors.
+
+    Raises:
+        UnsupportedModel: transformers has no loader for the file's architecture.
+        CheckpointError: the file cannot be converted for another reason.
+    """
+    environment = dict(os.environ)
+    # The package need not be installed, and conversion needs no GPU.
+    package_parent = str(Path(__file__).parents[2])
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, inherited)))
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Each would change what is written, or whether its progress can be followed.
+    for variable in ("TQDM_DISABLE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(variable, None)
+    command = [sys.executable, "-m", "cqil_dist.store.gguf", str(gguf), str(directory)]
+    with (
+        progress.task(f"Converting {name} to float32", unit="tensors") as task,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as child,
+    ):
+        try:
+            said = _follow(child, task)
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode != 0:
+        reason = said.strip().splitlines()[-1] if said.strip() else f"exit {child.returncode}"
+        if child.returncode < 0:
+            number = -child.returncode
+            reason = f"the converter was ended by {signal.Signals(number).name}" + (
+                " (out of memory?)" if number == signal.SIGKILL else f": {reason}"
+            )
+        kind = UnsupportedModel if "is not supported" in reason else CheckpointError
+        raise kind(
+            f"{gguf} could not be converted: {reason}; a directory with config.json and "
+            "safetensors of the same model works without conversion"
+        )
+
+
+def _follow(child: subprocess.Popen[bytes], task: Task) -> str:
+    """Count the tensors as the child reports them, and return the end of what it said."""
+    assert child.stderr is not None
+    said = b""
+    while chunk := os.read(child.stderr.fileno(), 65536):
+        said = (said + chunk)[-65536:]
+        if found := _TENSORS_DONE.findall(said):
+            completed, total = found[-1]
+            task.update(int(completed), int(total))
+    return said.decode(errors="replace")
+
+
+def _main(gguf: Path, directory: Path) -> None:
+    """The converting process."""
+    _end_with_parent()
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {}
+    # Releases that have no GgufConfig dequantize always; later ones may keep quantized blocks.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # transformers looks for other files beside the GGUF one: give it a folder with nothing else.
+    with tempfile.TemporaryDirectory(dir=directory.parent) as alone:
+        (Path(alone) / "model.gguf").symlink_to(gguf.resolve())
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            alone, gguf_file="model.gguf", dtype=torch.float32, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+    _add_end_tokens(model.generation_config, tokenizer)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for path in directory.iterdir():  # safetensors writes files that only their owner can read
+        path.chmod(0o644)
+
+
+def _add_end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> None:
+    """Let generation stop at the tokenizer's end token and at the one that ends a chat answer.
+
+    GGUF names one end token, and in chat models that is not always the one their template puts
+    after an answer.
+    """
+    stated = generation_config.eos_token_id
+    ends = [stated] if isinstance(stated, int) else list(stated or [])
+    ends += [tokenizer.eos_token_id, _end_of_answer(tokenizer)]
+    kept = list(dict.fromkeys(end for end in ends if end is not None))
+    generation_config.eos_token_id = kept[0] if len(kept) == 1 else kept or None
+
+
+def _end_of_answer(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts right after an assistant's message."""
+    if not tokenizer.chat_template:
+        return None
+    import jinja2
+
+    answer = "An answer that no template contains."
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except jinja2.TemplateError:  # a template may demand what a plain chat does not have
+        return None
+    _, found, after = text.rpartition(answer)
+    tokens = tokenizer(after, add_special_tokens=False).input_ids if found else []
+    if not tokens:
+        return None
+    added = tokenizer.added_tokens_decoder.get(tokens[0])
+    return tokens[0] if added is not None and added.special else None
+
+
+def _end_with_parent() -> None:
+    """Exit when the parent's end of our standard input closes, however the parent ended."""
+
+    def wait() -> None:
+        os.read(0, 1)  # not sys.stdin, whose lock must be free when the interpreter ends
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), Path(sys.argv[2]))
