@@ -23,7 +23,7 @@ from cqil_dist.assignment import Round
 from cqil_dist.exchange import SECRET_BYTES, Listener, TcpExchange, connect_mesh
 
 WARM_UP_ROUNDS = 2000
-ROUND = Round(0, ((0, 1), (0, 1)))
+ROUND = Round(0, ((0, 1), (0, 1)), (1, 1))
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,24 @@ def _run_rank(
         addresses = pipe.recv()
         peers = connect_mesh(listener, rank, addresses, secret, epoch=0, deadline_s=30.0)
     exchange = TcpExchange(
-        rank, peers, addresses, torch.float32, "cpu", max_bytes=4 * elements, spin_s=spin_s
+        rank,
+        peers,
+        addresses,
+        elements,
+        torch.float32,
+        "cpu",
+        max_bytes=4 * elements,
+        spin_s=spin_s,
     )
     own = torch.randn(1, elements)
-    shapes = {0: (1, elements), 1: (1, elements)}
     durations_us = np.zeros(rounds)
     gc.disable()
     with torch.inference_mode():
         for step in range(-WARM_UP_ROUNDS, rounds):
             # A new step for each round: no head can be reused, the most expensive case.
-            exchange.begin_step(step + WARM_UP_ROUNDS)
+            exchange.begin_step(step + WARM_UP_ROUNDS, 1)
             started = time.perf_counter()
-            exchange.gather(ROUND, own, shapes)
+            exchange.gather(ROUND, own)
             if step >= 0:
                 durations_us[step] = (time.perf_counter() - started) * 1e6
     pipe.send(durations_us)

@@ -9,36 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
+from typing import Literal
 
+from cqil_dist.costs import Costs, ModelShape, Piece, evenly
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Group, Plan
 
+Ungrouped = Literal["own", "shard"]
+"""What becomes of layers that stand alone: each owned by one rank, or split over all of them."""
 
-@dataclass(frozen=True)
-class Piece:
-    """Shard `shard` of `shards` of one layer: its heads and feed-forward columns."""
-
-    layer: int
-    shard: int = 0
-    shards: int = 1
-
-    def part_of(self, total: int) -> range:
-        """This shard's part of `total` heads or columns; parts may be uneven."""
-        return _split(total, self.shards)[self.shard]
+Bundle = tuple[Piece, ...]
+"""Pieces of one rank and stage that are computed as one wide product."""
 
 
 @dataclass(frozen=True)
 class Round:
     """One exchange of partial results, as every rank sees it.
 
-    `sources[r]` are the ranks whose partial results rank r needs, in rank order, itself included
-    where it contributes; empty where rank r has no use for the result. `index` numbers the rounds
-    of a step from 0.
+    Attributes:
+        index: the round's number within a step, counted from 0.
+        sources: for each rank, the ranks whose partial results it needs, in rank order, itself
+            included where it contributes; empty where it has no use for the result.
+        tensors: for each rank, how many tensors of tokens by model width it contributes.
     """
 
     index: int
     sources: tuple[tuple[int, ...], ...]
+    tensors: tuple[int, ...]
 
     def targets(self, rank: int) -> tuple[int, ...]:
         """The other ranks that need what `rank` contributes."""
@@ -54,9 +52,13 @@ class Round:
 class Stage:
     """One group of the plan on its ranks.
 
-    `pieces[r]` is what rank r computes, in layer order. `attention_round` is None where every
-    feed-forward part finds the attention outputs it needs on its own rank, and `output_round` is
-    None where the one rank that computed the output is the only one that needs it.
+    Attributes:
+        group: the group of layers.
+        pieces: for each rank, what it computes, in layer order.
+        attention_round: None where every feed-forward part finds the attention outputs that it
+            takes on its own rank.
+        output_round: None where the one rank that computed the output is the only one that needs
+            it next.
     """
 
     group: Group
@@ -70,30 +72,40 @@ class Stage:
         return tuple(rank for rank, pieces in enumerate(self.pieces) if pieces)
 
     @property
-    def carrier(self) -> int:
-        """The rank whose partial result carries the residual, so that it enters the sum once."""
+    def residual_owner(self) -> int:
+        """The rank whose partial result includes the residual, so that it enters the sum once."""
         return self.workers[0]
 
-    def attention_bundles(self, rank: int) -> tuple[tuple[Piece, ...], ...]:
-        """The pieces of `rank`, those together whose attention outputs are only ever used together.
+    def attention_bundles(self, rank: int) -> tuple[Bundle, ...]:
+        """The pieces of `rank` that have heads, those together whose outputs are seen by the same.
 
         A bundle's attention outputs are summed where they are computed: one wide product, and one
         tensor to send.
         """
-        return _bundle(self.pieces[rank], self._seen_by)
+        with_heads = [piece for piece in self.pieces[rank] if piece.heads]
+        return _bundle(with_heads, self._seen_by)
 
-    def feed_forward_bundles(self, rank: int) -> tuple[tuple[Piece, ...], ...]:
-        """The pieces of `rank`, those together whose feed-forward parts take the same input."""
-        return _bundle(self.pieces[rank], self._visible_layers)
+    def feed_forward_bundles(self, rank: int) -> tuple[Bundle, ...]:
+        """The pieces of `rank` that have columns, those together that take the same input."""
+        with_columns = [piece for piece in self.pieces[rank] if piece.columns]
+        return _bundle(with_columns, self._visible_layers)
 
-    def attention_inputs(self, piece: Piece) -> tuple[tuple[int, int], ...]:
-        """Attention bundles that the feed-forward part of `piece` takes: (rank, bundle index)."""
-        visible = self._visible_layers(piece)
+    def attention_inputs(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """For each feed-forward bundle of `rank`, the attention outputs that it takes.
+
+        They are numbered as they lie on `rank` after the attention round: bundle by bundle of the
+        ranks that it gathers from, in rank order.
+        """
+        meeting = self.attention_round
+        sources = (rank,) if meeting is None else meeting.sources[rank]
+        gathered = [bundle for source in sources for bundle in self.attention_bundles(source)]
         return tuple(
-            (rank, index)
-            for rank in self.workers
-            for index, bundle in enumerate(self.attention_bundles(rank))
-            if bundle[0].layer in visible
+            tuple(
+                index
+                for index, seen in enumerate(gathered)
+                if seen[0].layer in self._visible_layers(bundle[0])
+            )
+            for bundle in self.feed_forward_bundles(rank)
         )
 
     def _visible_layers(self, piece: Piece) -> frozenset[int]:
@@ -121,7 +133,7 @@ class Assignment:
 
     @property
     def rounds(self) -> int:
-        """Exchanges a token takes part in, from embedding to logits."""
+        """Exchanges that a token takes part in, from embedding to logits."""
         return sum(
             (stage.attention_round is not None) + (stage.output_round is not None)
             for stage in self.stages
@@ -131,39 +143,61 @@ class Assignment:
         """Layers of which `rank` holds a piece, in order."""
         return tuple(piece.layer for stage in self.stages for piece in stage.pieces[rank])
 
+    def latency_us(self, costs: Costs) -> float:
+        """Predicted microseconds of a decoded token: a stage waits for its slowest rank."""
+        computed = sum(_stage_us(stage, costs) for stage in self.stages)
+        return computed + self.rounds * costs.link_us + costs.head_us / self.world
 
-def assign(plan: Plan, world: int, vocab_size: int) -> Assignment:
-    """Spread a plan over `world` ranks so that all hold about the same number of layers.
+
+def assign(
+    plan: Plan, world: int, shape: ModelShape, ungrouped: Ungrouped = "own", block: int = 1
+) -> Assignment:
+    """Spread a plan over `world` ranks.
 
     A concurrent group goes to as many ranks as it has members, or to all of them with several
-    members each; the least loaded ranks take the larger shares. Layers that stand alone are owned
-    by one rank, in contiguous runs, because only a change of owner costs an exchange. Every rank
-    takes an equal share of the vocabulary.
+    members each; the least loaded ranks take the larger shares. Every rank takes an equal share of
+    the vocabulary.
+
+    Args:
+        shape: of the model.
+        ungrouped: "own" gives each layer that stands alone to one rank, in contiguous runs, since
+            only a change of owner costs an exchange, and so that all ranks hold about the same
+            number of layers. "shard" splits each of them over all ranks (tensor parallelism): two
+            exchanges a layer, one where its bypass is "parallel".
+        block: feed-forward columns are cut at multiples of this many, a weight format's group.
 
     Raises:
         PlanError: no ranks, or more ranks than rows in the vocabulary head.
     """
     if world < 1:
         raise PlanError(f"ranks is {world}, but at least 1 rank is needed")
-    if world > vocab_size:
-        raise PlanError(f"{world} ranks cannot share a vocabulary of {vocab_size}")
+    if world > shape.vocab_size:
+        raise PlanError(f"{world} ranks cannot share a vocabulary of {shape.vocab_size}")
     load = [0] * world
-    shares = [_concurrent_share(group, load) if group.size > 1 else None for group in plan.groups]
-    owners = _single_owners(plan, load)
-    pieces = [
-        share
-        or tuple(
-            (Piece(g.layers[0]),) if rank == owners[g.layers[0]] else () for rank in range(world)
-        )
-        for g, share in zip(plan.groups, shares, strict=True)
+    shares = [
+        _concurrent_share(group, load, shape) if group.size > 1 else None for group in plan.groups
     ]
-    return Assignment(plan, world, _stages(plan, pieces, world), _split(vocab_size, world))
+    if ungrouped == "own":
+        owners = _single_owners(plan, load)
+        alone = {layer: _owned(shape.whole(layer), owners[layer], world) for layer in owners}
+    else:
+        alone = {
+            group.layers[0]: _sharded(group, world, shape, block)
+            for group in plan.groups
+            if group.size == 1
+        }
+    pieces = [
+        share or alone[group.layers[0]] for group, share in zip(plan.groups, shares, strict=True)
+    ]
+    head_rows = tuple(evenly(shape.vocab_size, world))
+    return Assignment(plan, world, _stages(plan, pieces, world), head_rows)
 
 
 def follow(plan: Plan, base: Assignment) -> Assignment:
     """Spread another plan of the same model over the ranks of `base`, each layer where it is there.
 
-    A rank that computes single layers of each group in both needs no more memory for the second.
+    A layer that is split over ranks there is computed as it lies, also within a group. A rank that
+    computes single layers of each group in both plans needs no more memory for the second.
 
     Raises:
         PlanError: the plans have different numbers of layers.
@@ -189,7 +223,9 @@ def follow(plan: Plan, base: Assignment) -> Assignment:
     return Assignment(plan, base.world, _stages(plan, pieces, base.world), base.head_rows)
 
 
-def _concurrent_share(group: Group, load: list[int]) -> tuple[tuple[Piece, ...], ...]:
+def _concurrent_share(
+    group: Group, load: list[int], shape: ModelShape
+) -> tuple[tuple[Piece, ...], ...]:
     """Contiguous members to each rank; updates `load`, the layers each rank holds so far."""
     world = len(load)
     base, larger = divmod(group.size, world)
@@ -198,7 +234,7 @@ def _concurrent_share(group: Group, load: list[int]) -> tuple[tuple[Piece, ...],
     first = 0
     for rank in range(world):
         count = base + (rank in favoured)
-        share.append(tuple(Piece(layer) for layer in group.layers[first : first + count]))
+        share.append(tuple(map(shape.whole, group.layers[first : first + count])))
         load[rank] += count
         first += count
     return tuple(share)
@@ -222,6 +258,26 @@ def _single_owners(plan: Plan, load: list[int]) -> dict[int, int]:
             capacity[rank] -= len(taken)
             remaining = remaining[len(taken) :]
     return owners
+
+
+def _owned(piece: Piece, owner: int, world: int) -> tuple[tuple[Piece, ...], ...]:
+    return tuple((piece,) if rank == owner else () for rank in range(world))
+
+
+def _sharded(
+    group: Group, world: int, shape: ModelShape, block: int
+) -> tuple[tuple[Piece, ...], ...]:
+    """One layer split over all ranks; ranks for which nothing is left compute nothing."""
+    parts = shape.split(group.layers[0], world, block, together=not group.visible(0))
+    return tuple((part,) if part.heads or part.columns else () for part in parts)
+
+
+def _stage_us(stage: Stage, costs: Costs) -> float:
+    attention = [costs.attention_us(pieces) for pieces in stage.pieces]
+    feed_forward = [costs.feed_forward_us(pieces) for pieces in stage.pieces]
+    if stage.attention_round is not None:
+        return max(attention) + max(feed_forward)
+    return max(a + f for a, f in zip(attention, feed_forward, strict=True))
 
 
 def _capacities(num_layers: int, load: Sequence[int]) -> list[int]:
@@ -257,11 +313,13 @@ def _stages(
         attention_round = output_round = None
         sources = tuple(_attention_sources(group, share, rank) for rank in range(world))
         if _crosses_ranks(sources):
-            attention_round = Round(rounds, sources)
+            alone = Stage(group, share, None, None)
+            bundles = tuple(len(alone.attention_bundles(rank)) for rank in range(world))
+            attention_round = Round(rounds, sources, bundles)
             rounds += 1
         sources = tuple(workers if rank in needing else () for rank in range(world))
         if _crosses_ranks(sources):
-            output_round = Round(rounds, sources)
+            output_round = Round(rounds, sources, tuple(int(bool(own)) for own in share))
             rounds += 1
         stages.append(Stage(group, share, attention_round, output_round))
     return tuple(stages)
@@ -274,23 +332,19 @@ def _attention_sources(
     needed = {
         group.layers[seen]
         for piece in share[rank]
+        if piece.columns
         for seen in group.visible(group.layers.index(piece.layer))
     }
     return tuple(
-        source for source, held in enumerate(share) if any(piece.layer in needed for piece in held)
+        source
+        for source, held in enumerate(share)
+        if any(piece.heads and piece.layer in needed for piece in held)
     )
 
 
-def _bundle(
-    pieces: tuple[Piece, ...], key: Callable[[Piece], frozenset[int]]
-) -> tuple[tuple[Piece, ...], ...]:
+def _bundle(pieces: Sequence[Piece], key: Callable[[Piece], frozenset[int]]) -> tuple[Bundle, ...]:
     return tuple(tuple(run) for _, run in groupby(pieces, key))
 
 
 def _crosses_ranks(sources: tuple[tuple[int, ...], ...]) -> bool:
     return any(set(wanted) - {rank} for rank, wanted in enumerate(sources))
-
-
-def _split(total: int, parts: int) -> tuple[range, ...]:
-    bounds = [total * part // parts for part in range(parts + 1)]
-    return tuple(range(first, last) for first, last in pairwise(bounds))

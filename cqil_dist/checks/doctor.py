@@ -171,17 +171,19 @@ def _memory(
     config, model, assignments = wanted.config, wanted.model, wanted.assignments
     world = assignments[0].world
     tokens = config.slots * config.max_len_for(model)
-    dtype = config.dtype_for(model, on_gpu)
+    precision = config.precision_for(model, on_gpu)
     free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
     sizes = sorted(
-        footprint(assignments, rank, model, dtype, adapted=wanted.adapter is not None).total(tokens)
+        footprint(assignments, rank, model, precision, adapted=wanted.adapter is not None).total(
+            tokens
+        )
         for rank in range(world)
     )
     together = 1 if "SPREAD" in config.strategy else min(room, world)
     needed = sum(_PROCESS_BYTES + size for size in sizes[-together:])
     detail = (
         f"{free / 1e9:.1f} GB free; {together} ranks may come here and take {needed / 1e9:.1f} GB "
-        f"({dtype}, {config.slots} slots of {config.max_len_for(model)} tokens)"
+        f"({precision.weights}, {config.slots} slots of {config.max_len_for(model)} tokens)"
     )
     if free >= needed:
         return Finding(host, "memory", "ok", detail)

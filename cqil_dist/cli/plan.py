@@ -22,6 +22,9 @@ from cqil_dist.progress import ConsoleProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cqil_dist.model.config import ModelConfig
+    from cqil_dist.model.precision import Precision
+
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
 
@@ -114,7 +117,7 @@ def search(
     from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.plots import plot_front
     from cqil_dist.planning.report import write_report
-    from cqil_dist.planning.search.latency import measure_cost
+    from cqil_dist.planning.search.latency import measure_costs
     from cqil_dist.planning.search.pareto import Goal, PlanFinder, front_json
     from cqil_dist.records import require_file, write_record
 
@@ -123,14 +126,16 @@ def search(
     measured = MeasuredModel.of(model, computing, ConsoleProgress())
     goal.check(measured.config.num_layers, calibration.largest_group(ranks))
     comparison, analysis = calibration.measure(measured, ranks)
-    cost = measure_cost(measured.path, ranks, link_us)
-    finder = PlanFinder(comparison, analysis.sensitivities, cost, seconds, measured.progress)
+    costs = measure_costs(measured.path, link_us)
+    finder = PlanFinder(
+        comparison, analysis.sensitivities, costs, ranks, seconds, measured.progress
+    )
     found = finder.find(goal)
     write_record(output, found.plan_json(comparison))
     described = found.describe(comparison)
     typer.echo(f"written: {output} ({described})", err=True)
     front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
-    record = front_json(model, comparison, cost, front)
+    record = front_json(model, comparison, costs, ranks, front)
     write_record(output.with_name(f"{output.stem}-front.json"), record)
     plot_front(record, output.with_name(f"{output.stem}-front.png"))
     typer.echo(f"written: {write_report(output.parent)}", err=True)
@@ -218,8 +223,8 @@ def show(
     config = LaunchConfig(model, plan, ranks, dtype=dtype)
     resolved = ResolvedLaunch.of(config, ConsoleProgress())
     assignment, parsed = resolved.assignment, resolved.assignment.plan
-    dtype = config.dtype_for(resolved.model, on_gpu=False)
-    held = [_held(assignment, rank, resolved.model, dtype) for rank in range(assignment.world)]
+    precision = config.precision_for(resolved.model, on_gpu=False)
+    held = [_held(assignment, rank, resolved.model, precision) for rank in range(assignment.world)]
     if as_json:
         summary = {
             "plan": parsed.to_json(),
@@ -257,7 +262,9 @@ def _part(percentage: str | None) -> float | None:
     return number
 
 
-def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[str, Any]:
+def _held(
+    assignment: Assignment, rank: int, config: ModelConfig, precision: Precision
+) -> dict[str, Any]:
     from cqil_dist.model.footprint import footprint
 
     rows = assignment.head_rows[rank]
@@ -265,7 +272,7 @@ def _held(assignment: Assignment, rank: int, config: Any, dtype: str) -> dict[st
         "rank": rank,
         "layers": list(assignment.layers_of(rank)),
         "vocabulary_rows": [rows.start, rows.stop],
-        **asdict(footprint([assignment], rank, config, dtype)),
+        **asdict(footprint([assignment], rank, config, precision)),
     }
 
 

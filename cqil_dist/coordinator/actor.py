@@ -24,7 +24,7 @@ from cqil_dist.coordinator.rendezvous import ConnectedRanks
 from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.engine.engine import Engine
 from cqil_dist.errors import CqilError, ExchangeError
-from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
+from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.head import Embedding
 from cqil_dist.rank.model_files import model_directory
 from cqil_dist.rank.protocol import RankGroup
@@ -126,7 +126,7 @@ class Coordinator:
     def _load(self) -> tuple[PreTrainedTokenizerBase, Embedding]:
         spec = self._spec
         path = model_directory(spec.model, spec.model_path)
-        embedding = Embedding(spec.config, Checkpoint(path), parse_dtype(spec.dtype))
+        embedding = Embedding(spec.config, Checkpoint(path), spec.precision.wire_dtype)
         return load_tokenizer(path), embedding
 
     def _group_of(self, ranks: ConnectedRanks) -> RankGroup:
@@ -171,7 +171,7 @@ class Coordinator:
                 exchanges_per_token=assignment.rounds,
                 max_len=spec.max_len,
                 vocab_size=spec.config.vocab_size,
-                dtype=spec.dtype,
+                dtype=spec.precision.weights,
                 default_sampling=defaults,
                 has_chat_template=has_chat_template,
                 created=self._created,

@@ -3,7 +3,6 @@
 from cqil_dist.exchange.base import (
     Exchange,
     ExchangeStats,
-    sum_in_rank_order,
 )
 from cqil_dist.exchange.handshake import COORDINATOR, SECRET_BYTES
 from cqil_dist.exchange.link import Link, recv_each
@@ -23,5 +22,4 @@ __all__ = [
     "connect",
     "connect_mesh",
     "recv_each",
-    "sum_in_rank_order",
 ]

@@ -6,73 +6,97 @@ are summed, is the caller's affair. This module knows no transport.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 from torch import Tensor
 
 from cqil_dist.assignment import Round
+from cqil_dist.errors import ExchangeError
+
+Shape = tuple[int, int, int]
+"""[C, N, D] of a partial result: tensors, tokens, model width."""
 
 RING_ENTRIES = 8192
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Carries partial results between the ranks of one epoch.
 
-    All ranks walk the same rounds of the same steps in the same order. One thread at a time
-    gathers; `close` may come from another.
+    A partial result is [C, N, D]: C tensors of N tokens by model width D. C is told by the round,
+    N by the step, D and the dtype by the connection, so that every rank knows the shape of what
+    comes before it comes. All ranks walk the same rounds of the same steps in the same order. One
+    thread at a time gathers; `close` may come from another.
     """
 
     rank: int
     stats: ExchangeStats
 
-    def begin_step(self, step: int) -> None:
-        """Number the step that the next rounds belong to. All ranks use the same number."""
-        ...
+    @abstractmethod
+    def begin_step(self, step: int, tokens: int) -> None:
+        """Number the step that the next rounds belong to, and say how many tokens it has.
 
-    def gather(
-        self, round: Round, own: Tensor | None, shapes: Mapping[int, tuple[int, ...]]
-    ) -> list[tuple[int, Tensor]]:
+        All ranks use the same numbers.
+        """
+
+    @abstractmethod
+    def gather(self, exchange_round: Round | None, own_CND: Tensor | None) -> Tensor | None:
         """Send this rank's partial result to those that need it, and wait for those it needs.
 
         Args:
-            round: who needs whose partial result.
-            own: this rank's contribution: contiguous, in the exchange's dtype. None where it
+            exchange_round: who needs whose partial result; None gives `own_CND` back.
+            own_CND: this rank's tensors: contiguous, in the exchange's dtype. None where it
                 contributes nothing to this round.
-            shapes: shape of each contribution, by source rank.
 
         Returns:
-            (rank, tensor) for each of `round.sources[rank]`, in rank order; `own` by reference.
-            Tensors of other ranks are views of receive buffers, valid until the next gather.
-            Empty where this rank has no use for the result: then it sends and does not wait.
+            The tensors of all of `exchange_round.sources[rank]`, in rank order, valid until the
+            next gather. None where this rank has no use for them: then it sends and does not wait.
 
         Raises:
             PeerLost: a peer closed its connection or missed the deadline.
             ProtocolError: a peer is in another step or round, or sent another shape.
-            ExchangeError: closed, or already failed; or `own` is not what the round needs.
+            ExchangeError: closed, or already failed; or `own_CND` is not what the round needs.
         """
-        ...
 
+    def sum(self, exchange_round: Round | None, own_ND: Tensor | None) -> Tensor | None:
+        """The sum of all partial results of a round, identical to the bit on every rank.
+
+        Floating-point addition depends on its order, so every rank adds in rank order. Arguments
+        and errors are those of `gather`, for one tensor a rank. Unlike what that returns, the
+        result stays valid.
+        """
+        parts_CND = self.gather(exchange_round, own_ND)
+        if parts_CND is None or parts_CND is own_ND:
+            return parts_CND
+        if len(parts_CND) == 1:
+            return parts_CND[0].clone()
+        total_ND = parts_CND[0] + parts_CND[1]
+        for part_ND in parts_CND[2:]:
+            total_ND += part_ND
+        return total_ND
+
+    @abstractmethod
     def close(self) -> None:
         """Release the connections. Idempotent; unblocks a gather in another thread."""
-        ...
 
 
-def sum_in_rank_order(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """The sum of what `Exchange.gather` returned, identical to the bit on every rank.
+def check_own(rank: int, exchange_round: Round, own: Tensor | None, shape: Shape) -> Tensor:
+    """What a rank contributes to a round, which must be [C, N, D] of this shape.
 
-    Floating-point addition depends on its order, so every rank adds in rank order. The result
-    shares no memory with the exchange's receive buffers, even for a single part.
+    Raises:
+        ExchangeError: the rank passes none, or one of another size.
     """
-    (_, first), *others = parts
-    if not others:
-        return first.clone()
-    (_, second), *others = others
-    total = first + second
-    for _, part in others:
-        total += part
-    return total
+    if own is None:
+        raise ExchangeError(
+            f"rank {rank} contributes to round {exchange_round.index} but passed no partial result"
+        )
+    if own.numel() != math.prod(shape):
+        raise ExchangeError(
+            f"rank {rank} passed a partial result of shape {tuple(own.shape)} to round "
+            f"{exchange_round.index}, which takes {shape} of it"
+        )
+    return own
 
 
 class ExchangeStats:

@@ -1,9 +1,10 @@
 """The exchange over TCP: every rank connected to every other, one frame per peer per round.
 
-A receiver knows what frame comes next, so it reads head and payload in one call and compares the
-head with the one it would have sent itself. The usual round is thus one system call per peer to
-send and one to receive. What those leave over is finished in one loop over all peers, so that
-ranks which send each other megabytes at the same time make room for each other.
+A receiver knows what frame comes next, so it reads head and payload in one call, the payload
+straight to its place among those of other ranks, and compares the head with the one it would have
+sent itself. The usual round is thus one system call per peer to send and one to receive. What
+those leave over is finished in one loop over all peers, so that ranks which send each other
+megabytes at the same time make room for each other.
 
 A frame's header is [epoch, step, round index, dtype code, *shape]. This module knows rounds and
 ranks; it knows nothing of layers, and it does no arithmetic.
@@ -12,6 +13,7 @@ ranks; it knows nothing of layers, and it does no arithmetic.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -26,17 +28,19 @@ from torch import Tensor
 from cqil_dist.assignment import Round
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import framing
-from cqil_dist.exchange.base import ExchangeStats
+from cqil_dist.exchange.base import Exchange, ExchangeStats, Shape, check_own
 from cqil_dist.exchange.sockets import prepare, unsent, wait_ready
 
 DEFAULT_SPIN_S = 0.001
 
-# Space for the head in front of a buffer's payload: 8 bytes of lengths, then a list of 4 numbers
-# and MAX_DIMS sizes of at most 9 bytes each. A multiple of 64, which keeps the payload aligned.
+# Room for the head of a frame: 8 bytes of lengths, then a list of 4 numbers and 3 sizes of at most
+# 9 bytes each.
 _HEAD_ROOM = 128
+# Layouts of the gather buffer that are kept; steps have few numbers of tokens that come often.
+_KEPT_LAYOUTS = 64
 
 
-class TcpExchange:
+class TcpExchange(Exchange):
     """One rank's end of a full mesh of authenticated connections. No peers is a world of one."""
 
     def __init__(
@@ -44,6 +48,7 @@ class TcpExchange:
         rank: int,
         peers: Mapping[int, socket.socket],
         addresses: Mapping[int, str],
+        width: int,
         dtype: torch.dtype,
         device: torch.device | str,
         max_bytes: int,
@@ -58,10 +63,11 @@ class TcpExchange:
             rank: this rank.
             peers: a connection to each other rank; closed by `close`.
             addresses: "host:port" of each other rank, for messages.
+            width: of every partial result: the model's.
             dtype: of every partial result.
             device: where partial results live. Those not on the CPU are staged through host
                 memory, page-locked for CUDA.
-            max_bytes: bound on one partial result, hence on the receive buffer of each peer.
+            max_bytes: bound on what one rank contributes to a round.
             epoch: of the mesh; a frame of another epoch is refused.
             deadline_s: seconds that a gather may take.
             spin_s: seconds that a gather polls before it sleeps. A core that sleeps takes tens of
@@ -71,40 +77,41 @@ class TcpExchange:
         self.stats = ExchangeStats()
         self._device = torch.device(device)
         self._on_host = self._device.type == "cpu"
+        self._width = width
         self._dtype = dtype
         self._dtype_code = framing.dtype_code(dtype)
         self._max_bytes = max_bytes
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._spin_s = min(spin_s, deadline_s)
-        self._step = 0
+        self._step = self._tokens = 0
         pinned = self._device.type == "cuda"
-        self._peers = {
-            peer: _Peer(peer, sock, addresses[peer], _Buffer(dtype, max_bytes, pinned))
-            for peer, sock in peers.items()
-        }
-        self._staging = _Buffer(dtype, max_bytes, pinned)
+        self._peers = {peer: _Peer(peer, sock, addresses[peer]) for peer, sock in peers.items()}
+        self._gathered = _Buffer(dtype, pinned)
+        self._staging = _Buffer(dtype, pinned)
         self._routes: dict[Round, _Route] = {}
+        self._layouts: dict[tuple[tuple[tuple[int, int], ...], int], _Layout] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Held by a gather, so that no descriptor is closed and given to another file meanwhile.
         self._in_use = threading.Lock()
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, tokens: int) -> None:
         """See `Exchange.begin_step`."""
         self._step = step
+        self._tokens = tokens
         self.stats.steps += 1
 
-    def gather(
-        self, round: Round, own: Tensor | None, shapes: Mapping[int, tuple[int, ...]]
-    ) -> list[tuple[int, Tensor]]:
+    def gather(self, exchange_round: Round | None, own_CND: Tensor | None) -> Tensor | None:
         """See `Exchange.gather`. After an error, no further round is possible."""
+        if exchange_round is None:
+            return own_CND
         started = time.monotonic()
         with self._in_use:
             self._check_usable()
             try:
-                route = self._routes.get(round) or self._add_route(round)
-                self._transfer(route, own, shapes, started)
+                route = self._routes.get(exchange_round) or self._add_route(exchange_round)
+                parts_CND = self._transfer(route, own_CND, started)
             except BaseException as error:
                 # A frame may be half sent or half read: nothing can follow it.
                 self._failure = error
@@ -112,8 +119,8 @@ class TcpExchange:
                     self._check_usable()
                 raise
         if route.senders:
-            self.stats.record_wait(self._step, round.index, time.monotonic() - started)
-        return [(source, self._part(source, own)) for source in round.sources[self.rank]]
+            self.stats.record_wait(self._step, route.index, time.monotonic() - started)
+        return parts_CND
 
     def close(self) -> None:
         """See `Exchange.close`."""
@@ -134,33 +141,33 @@ class TcpExchange:
                 f"epoch. It failed with: {self._failure}"
             ) from self._failure
 
-    def _add_route(self, round: Round) -> _Route:
-        route = self._routes[round] = _Route(
-            receivers=[self._peers[target] for target in round.targets(self.rank)],
-            senders=[self._peers[r] for r in round.sources[self.rank] if r != self.rank],
-            contributes=any(self.rank in wanted for wanted in round.sources),
-            leads=round.leader == self.rank,
-            index=round.index,
+    def _add_route(self, exchange_round: Round) -> _Route:
+        wanted = exchange_round.sources[self.rank]
+        route = self._routes[exchange_round] = _Route(
+            exchange_round=exchange_round,
+            receivers=[self._peers[target] for target in exchange_round.targets(self.rank)],
+            senders=[self._peers[source] for source in wanted if source != self.rank],
+            wanted=tuple((source, exchange_round.tensors[source]) for source in wanted),
+            contributes=any(self.rank in wanted for wanted in exchange_round.sources),
+            leads=exchange_round.leader == self.rank,
+            index=exchange_round.index,
         )
         return route
 
-    def _transfer(
-        self,
-        route: _Route,
-        own: Tensor | None,
-        shapes: Mapping[int, tuple[int, ...]],
-        started: float,
-    ) -> None:
-        """Do one round: on return all is sent, and each sender's part is in its buffer."""
+    def _transfer(self, route: _Route, own: Tensor | None, started: float) -> Tensor | None:
+        """Do one round: on return all is sent, and what was wanted is in the gather buffer."""
         sent = received = 0
         writing: list[_Peer] = []
         reading: list[_Peer] = []
-        shape: tuple[int, ...] | None = None
+        layout = self._layout_of(route)
+        count = 0
         head = b""
         if route.contributes:
-            own = self._check_own(route, own)
-            shape = own.shape
-            head = self._head(route.index, shape)
+            count = route.exchange_round.tensors[self.rank]
+            own = self._check_own(route.exchange_round, own, (count, self._tokens, self._width))
+            head = self._head(route.index, count)
+            if layout is not None and layout.own_CND is not None:
+                layout.own_CND.copy_(own)
         if route.receivers:
             assert own is not None
             frame: list[bytes | memoryview] = [head, self._host_memory(own)]
@@ -169,19 +176,26 @@ class TcpExchange:
                 sent += frame_bytes
                 if not peer.send(frame, frame_bytes):
                     writing.append(peer)
-        for peer in route.senders:
-            if shape != shapes[peer.rank]:  # seldom: all partial results have one shape
-                shape = shapes[peer.rank]
-                head = self._head(route.index, shape)
-            received += peer.expect(head, shape)
-            if not peer.try_receive():
-                reading.append(peer)
+        if layout is None:
+            parts_CND = own if route.wanted else None
+        else:
+            for peer, (tensors, payload) in zip(route.senders, layout.payloads, strict=True):
+                if tensors != count:  # seldom: all ranks contribute as many
+                    count = tensors
+                    head = self._head(route.index, count)
+                received += peer.expect(head, payload)
+                if not peer.try_receive():
+                    reading.append(peer)
+            parts_CND = layout.parts_CND
         if writing or reading:
             self._finish(writing, reading, route.index, started)
         self.stats.rounds += bool(route.contributes or route.senders)
         self.stats.rounds_led += route.leads
         self.stats.bytes_sent += sent
         self.stats.bytes_received += received
+        if layout is None or self._on_host:
+            return parts_CND
+        return layout.parts_CND.to(self._device)
 
     def _finish(
         self, writing: list[_Peer], reading: list[_Peer], index: int, started: float
@@ -207,25 +221,32 @@ class TcpExchange:
                     f"(nothing from ranks {missing}; ranks {stuck} take nothing)"
                 )
 
-    def _part(self, source: int, own: Tensor | None) -> Tensor:
-        if source == self.rank:
-            assert own is not None
-            return own
-        received = self._peers[source].buffer.tensor
-        return received if self._on_host else received.to(self._device)
+    def _layout_of(self, route: _Route) -> _Layout | None:
+        """Where what this rank wants goes; None where that is nothing, or its own alone."""
+        if not route.senders:
+            return None
+        key = (route.wanted, self._tokens)
+        if (layout := self._layouts.get(key)) is None:
+            for _, tensors in route.wanted:
+                self._head(route.index, tensors)  # refuses what is over the bound
+            total = sum(tensors for _, tensors in route.wanted)
+            if self._gathered.reserve((total, self._tokens, self._width)):
+                self._layouts.clear()  # they lie in memory that is not used any more
+            if len(self._layouts) >= _KEPT_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = _Layout.of(self.rank, route.wanted, self._gathered.tensor)
+        return layout
 
-    def _head(self, index: int, shape: tuple[int, ...]) -> bytes:
-        """What precedes a payload of this shape in this round, on any connection."""
+    def _head(self, index: int, tensors: int) -> bytes:
+        """What precedes a payload of so many tensors in this round, on any connection."""
+        shape = (tensors, self._tokens, self._width)
         header = [self._epoch, self._step, index, self._dtype_code, *shape]
         return framing.encode_head(
             header, framing.tensor_bytes(self._dtype, shape), self._max_bytes
         )
 
-    def _check_own(self, route: _Route, own: Tensor | None) -> Tensor:
-        if own is None:
-            raise ExchangeError(
-                f"rank {self.rank} contributes to round {route.index} but passed no partial result"
-            )
+    def _check_own(self, exchange_round: Round, own: Tensor | None, shape: Shape) -> Tensor:
+        own = check_own(self.rank, exchange_round, own, shape)
         if own.dtype is not self._dtype or not own.is_contiguous():
             raise ExchangeError(
                 f"rank {self.rank} passed a partial result of {own.dtype}, strides {own.stride()} "
@@ -236,61 +257,87 @@ class TcpExchange:
     def _host_memory(self, own: Tensor) -> memoryview:
         if self._on_host:
             return framing.memory_of(own)
-        self._staging.reserve(own.shape)
+        self._staging.reserve(tuple(own.shape))
         self._staging.tensor.copy_(own)
-        return self._staging.memory[_HEAD_ROOM:]
+        return framing.memory_of(self._staging.tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class _Route:
     """One round as one rank sees it."""
 
-    index: int
+    exchange_round: Round
     receivers: Sequence[_Peer]
     senders: Sequence[_Peer]
+    wanted: tuple[tuple[int, int], ...]
     contributes: bool
     leads: bool
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tensors that one rank gathers lie in its buffer, one source after another.
+
+    Attributes:
+        parts_CND: all of them.
+        own_CND: this rank's own; None where it needs none of them.
+        payloads: of each other source, in rank order, how many tensors it sends, and their bytes.
+    """
+
+    parts_CND: Tensor
+    own_CND: Tensor | None
+    payloads: Sequence[tuple[int, memoryview]]
+
+    @classmethod
+    def of(cls, rank: int, wanted: Sequence[tuple[int, int]], parts_CND: Tensor) -> _Layout:
+        own_CND = None
+        payloads: list[tuple[int, memoryview]] = []
+        first = 0
+        for source, tensors in wanted:
+            part_CND = parts_CND[first : first + tensors]
+            first += tensors
+            if source == rank:
+                own_CND = part_CND
+            else:
+                payloads.append((tensors, framing.memory_of(part_CND)))
+        return cls(parts_CND, own_CND, payloads)
 
 
 class _Buffer:
-    """Host memory for one frame, reused and grown on demand.
+    """Host memory for one tensor, reused and grown on demand."""
 
-    `tensor` is the payload in the shape last reserved, and `memory` its bytes with _HEAD_ROOM in
-    front.
-    """
-
-    def __init__(self, dtype: torch.dtype, max_bytes: int, pinned: bool) -> None:
+    def __init__(self, dtype: torch.dtype, pinned: bool) -> None:
         self._dtype = dtype
-        self._max_bytes = max_bytes
         self._pinned = pinned
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self.reserve((0,))
+        self._memory = torch.empty(0, dtype=dtype)
+        self.tensor = self._memory
 
-    def reserve(self, shape: tuple[int, ...]) -> None:
-        """Make room for a payload of this shape, which is within the bound."""
-        end = _HEAD_ROOM + framing.tensor_bytes(self._dtype, shape)
-        if end > self._bytes.numel():
-            size = max(end, min(2 * self._bytes.numel(), _HEAD_ROOM + self._max_bytes))
+    def reserve(self, shape: tuple[int, ...]) -> bool:
+        """Give `tensor` this shape; whether that took other memory than before."""
+        needed = math.prod(shape)
+        grown = needed > self._memory.numel()
+        if grown:
+            size = max(needed, 2 * self._memory.numel())
             with torch.inference_mode(False):  # else the buffer were of no use outside of it
-                self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-        self.tensor = self._bytes[_HEAD_ROOM:end].view(self._dtype).view(shape)
-        self.memory = framing.memory_of(self._bytes[:end])
+                self._memory = torch.empty(size, dtype=self._dtype, pin_memory=self._pinned)
+        self.tensor = self._memory[:needed].view(shape)
+        return grown
 
 
 class _Peer:
     """The connection to one other rank, and how far the present round's frames have come."""
 
-    def __init__(self, rank: int, sock: socket.socket, address: str, buffer: _Buffer) -> None:
+    def __init__(self, rank: int, sock: socket.socket, address: str) -> None:
         prepare(sock)
         self.rank = rank
         self.sock = sock
         self.address = address
-        self.buffer = buffer
         self._unsent: Sequence[bytes | memoryview] = ()
         self._unsent_bytes = 0
-        self._head = b""
-        self._shape: tuple[int, ...] | None = None
-        self._frame = memoryview(b"")
+        self._expected_head = b""
+        self._head = memoryview(bytearray(_HEAD_ROOM))
+        self._payload = memoryview(b"")
         self._received = 0
 
     def send(self, frame: Sequence[bytes | memoryview], frame_bytes: int) -> bool:
@@ -299,16 +346,13 @@ class _Peer:
         self._unsent_bytes = frame_bytes
         return self.try_send()
 
-    def expect(self, head: bytes, shape: tuple[int, ...]) -> int:
-        """Make room for the frame that `try_receive` is to receive. Returns its bytes."""
-        if shape != self._shape:
-            self.buffer.reserve(shape)
-            self._shape = shape
-        assert len(head) <= _HEAD_ROOM, f"{len(head)} bytes of head for shape {shape}"
-        self._head = head
-        self._frame = self.buffer.memory[_HEAD_ROOM - len(head) :]
+    def expect(self, head: bytes, payload: memoryview) -> int:
+        """Say which frame `try_receive` is to receive, and where to. Returns its bytes."""
+        assert len(head) <= _HEAD_ROOM, f"{len(head)} bytes of head"
+        self._expected_head = head
+        self._payload = payload
         self._received = 0
-        return self._frame.nbytes
+        return len(head) + payload.nbytes
 
     def try_send(self) -> bool:
         """Send what the kernel takes now; whether that was the last of the frame."""
@@ -325,9 +369,13 @@ class _Peer:
 
     def try_receive(self) -> bool:
         """Receive what has come of the frame, never more; whether that was the last of it."""
-        frame, before = self._frame, self._received
+        before, head_bytes = self._received, len(self._expected_head)
+        if before < head_bytes:
+            room = [self._head[before:head_bytes], self._payload]
+        else:
+            room = [self._payload[before - head_bytes :]]
         try:
-            received = self.sock.recv_into(frame[before:] if before else frame)
+            received = self.sock.recvmsg_into(room)[0]
         except BlockingIOError:
             return False
         except OSError as error:
@@ -335,25 +383,27 @@ class _Peer:
         if not received:
             raise self.lost("it closed the connection")
         self._received = before + received
-        if before < len(self._head):
+        if before < head_bytes:
             self._check_head()
-        return self._received == frame.nbytes
+        return self._received == head_bytes + self._payload.nbytes
 
     def lost(self, reason: str) -> PeerLost:
         return PeerLost(self.rank, self.address, reason)
 
     def _check_head(self) -> None:
         """Compare what has come of the head with the one we would have sent."""
-        come = min(self._received, len(self._head))
-        if self._frame[:come] != self._head[:come]:
-            sent = _describe(self._frame[: self._received])
+        come = min(self._received, len(self._expected_head))
+        if self._head[:come] != self._expected_head[:come]:
+            behind = self._payload[: self._received - come]
+            sent = _describe(bytes(self._head[:come]) + bytes(behind[:_HEAD_ROOM]))
             raise ProtocolError(
-                f"rank {self.rank} at {self.address} sent {sent} where {_describe(self._head)} "
-                "comes next; all ranks must walk the same rounds of the same plan"
+                f"rank {self.rank} at {self.address} sent {sent} where "
+                f"{_describe(self._expected_head)} comes next; all ranks must walk the same rounds "
+                "of the same plan"
             )
 
 
-def _describe(frame: bytes | memoryview) -> str:
+def _describe(frame: bytes) -> str:
     """What the head of a frame says, for messages."""
     try:
         header_bytes, _ = framing.decode_prefix(frame)
@@ -361,5 +411,5 @@ def _describe(frame: bytes | memoryview) -> str:
         epoch, step, index, code, *shape = framing.decode_header(header)
         dtype = framing.dtype_from_code(code)
     except (ProtocolError, ValueError, TypeError):
-        return f"bytes that are no frame ({bytes(frame[:32]).hex(' ')})"
+        return f"bytes that are no frame ({frame[:32].hex(' ')})"
     return f"epoch {epoch}, step {step}, round {index}, {dtype} of shape {tuple(shape)}"

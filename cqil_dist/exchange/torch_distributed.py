@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Literal
 
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from cqil_dist.assignment import Round
 from cqil_dist.errors import ExchangeError
-from cqil_dist.exchange.base import ExchangeStats
+from cqil_dist.exchange.base import Exchange, ExchangeStats, Shape, check_own
 
 # Its name since torch 2.13; the earlier one is deprecated there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class TorchDistributedExchange:
+class TorchDistributedExchange(Exchange):
     """One rank's end of a torch.distributed process group, the only one of its process.
 
     `stats` count payload bytes, and the waits in its ring are the host's time in `gather`: with
@@ -41,6 +40,7 @@ class TorchDistributedExchange:
         world: int,
         backend: Literal["nccl", "gloo"],
         init_address: str,
+        width: int,
         dtype: torch.dtype,
         device: torch.device | str,
         deadline_s: float = 30.0,
@@ -50,6 +50,7 @@ class TorchDistributedExchange:
         Args:
             rank: this rank, 0 .. world-1.
             init_address: "host:port" of rank 0, a free port there.
+            width: of every partial result: the model's.
             dtype: of every partial result.
             device: where partial results live: this rank's GPU for NCCL, the CPU for gloo.
             deadline_s: seconds to join, and seconds that a gather may take.
@@ -61,10 +62,11 @@ class TorchDistributedExchange:
         self.stats = ExchangeStats()
         self._world = world
         self._backend = backend
+        self._width = width
         self._dtype = dtype
         self._device = torch.device(device)
-        self._step = 0
-        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._step = self._tokens = 0
+        self._buffers: dict[int, Tensor] = {}
         self._open = True
         self._closing = threading.Lock()
         try:
@@ -83,37 +85,40 @@ class TorchDistributedExchange:
                 f"{error}"
             ) from error
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, tokens: int) -> None:
         """See `Exchange.begin_step`."""
         self._step = step
+        self._tokens = tokens
         self.stats.steps += 1
 
-    def gather(
-        self, round: Round, own: Tensor | None, shapes: Mapping[int, tuple[int, ...]]
-    ) -> list[tuple[int, Tensor]]:
+    def gather(self, exchange_round: Round | None, own_CND: Tensor | None) -> Tensor | None:
         """See `Exchange.gather`. A lost peer raises ExchangeError: the backends do not name it.
 
         Over gloo a rank that only sends waits until its receivers take part.
         """
+        if exchange_round is None:
+            return own_CND
         started = time.perf_counter()
         if not self._open:
             raise ExchangeError(f"rank {self.rank} has closed its exchange")
-        contributes = any(self.rank in wanted for wanted in round.sources)
-        if contributes and own is None:
-            raise ExchangeError(
-                f"rank {self.rank} contributes to round {round.index} but passed no partial result"
-            )
+        own_shape = self._shape(exchange_round, self.rank)
+        if exchange_round.targets(self.rank) or self.rank in exchange_round.sources[self.rank]:
+            own = check_own(self.rank, exchange_round, own_CND, own_shape).view(own_shape)
+        else:
+            own = torch.empty(0, *own_shape[1:])  # nobody asks for it
+        parts_CND: Tensor | None
         try:
-            if own is not None and self._is_all_to_all(round, shapes):
-                parts = self._all_gather(own)
+            if self._is_all_to_all(exchange_round):
+                parts_CND = self._all_gather(own)
             else:
-                parts = self._send_and_receive(round, own, shapes)
+                parts_CND = self._send_and_receive(exchange_round, own)
         except RuntimeError as error:
             raise ExchangeError(
-                f"step {self._step}, round {round.index} failed in {self._backend}: {error}"
+                f"step {self._step}, round {exchange_round.index} failed in {self._backend}: "
+                f"{error}"
             ) from error
-        self._count(round, own, parts, contributes, time.perf_counter() - started)
-        return parts
+        self._count(exchange_round, time.perf_counter() - started)
+        return parts_CND
 
     def close(self) -> None:
         """Leave the group. Idempotent. A gather in another thread ends no sooner than it would."""
@@ -122,66 +127,64 @@ class TorchDistributedExchange:
                 self._open = False
                 dist.destroy_process_group()
 
-    def _is_all_to_all(self, round: Round, shapes: Mapping[int, tuple[int, ...]]) -> bool:
+    def _shape(self, exchange_round: Round, source: int) -> Shape:
+        return exchange_round.tensors[source], self._tokens, self._width
+
+    def _is_all_to_all(self, exchange_round: Round) -> bool:
         """Whether every rank needs every rank's part, and all parts have one shape."""
         everyone = tuple(range(self._world))
-        return (
-            all(wanted == everyone for wanted in round.sources) and len(set(shapes.values())) == 1
-        )
+        same_shape = len(set(exchange_round.tensors)) == 1
+        return same_shape and all(wanted == everyone for wanted in exchange_round.sources)
 
-    def _all_gather(self, own: Tensor) -> list[tuple[int, Tensor]]:
-        gathered = self._buffer(-1, (self._world, *own.shape))
-        _all_gather_single(gathered.view(-1), own.view(-1))
-        return [(r, own if r == self.rank else gathered[r]) for r in range(self._world)]
+    def _all_gather(self, own_CND: Tensor) -> Tensor:
+        tensors, tokens, width = own_CND.shape
+        gathered_CND = self._buffer((self._world * tensors, tokens, width))
+        _all_gather_single(gathered_CND.view(-1), own_CND.view(-1))
+        return gathered_CND
 
-    def _send_and_receive(
-        self, round: Round, own: Tensor | None, shapes: Mapping[int, tuple[int, ...]]
-    ) -> list[tuple[int, Tensor]]:
-        parts: list[tuple[int, Tensor]] = []
-        operations: list[dist.P2POp] = []
-        for target in round.targets(self.rank):
-            assert own is not None
-            operations.append(dist.P2POp(dist.isend, own, target))
-        for source in round.sources[self.rank]:
+    def _send_and_receive(self, exchange_round: Round, own_CND: Tensor) -> Tensor | None:
+        wanted = exchange_round.sources[self.rank]
+        total = sum(exchange_round.tensors[source] for source in wanted)
+        gathered_CND = self._buffer((total, self._tokens, self._width))
+        operations = [
+            dist.P2POp(dist.isend, own_CND, target) for target in exchange_round.targets(self.rank)
+        ]
+        first = 0
+        for source in wanted:
+            part_CND = gathered_CND[first : first + exchange_round.tensors[source]]
+            first += exchange_round.tensors[source]
             if source == self.rank:
-                assert own is not None
-                parts.append((source, own))
+                part_CND.copy_(own_CND)
             else:
-                buffer = self._buffer(source, shapes[source])
-                operations.append(dist.P2POp(dist.irecv, buffer, source))
-                parts.append((source, buffer))
+                operations.append(dist.P2POp(dist.irecv, part_CND, source))
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()  # NCCL: the stream waits, not the host
-        return parts
+        return gathered_CND if wanted else None
 
-    def _buffer(self, source: int, shape: tuple[int, ...]) -> Tensor:
-        """The receive buffer of this shape for `source` (-1: for all ranks in one).
+    def _buffer(self, shape: Shape) -> Tensor:
+        """Memory for gathered tensors, valid until the next gather.
 
         One for each power of two, never released: a captured CUDA graph keeps writing to the
         addresses it was captured with.
         """
         needed = math.prod(shape)
         size = 1 << max(0, needed - 1).bit_length()
-        if (source, size) not in self._buffers:
+        if size not in self._buffers:
             with torch.inference_mode(False):  # else it were of no use outside of it
-                buffer = torch.empty(size, dtype=self._dtype, device=self._device)
-            self._buffers[source, size] = buffer
-        return self._buffers[source, size][:needed].view(shape)
+                self._buffers[size] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._buffers[size][:needed].view(shape)
 
-    def _count(
-        self,
-        round: Round,
-        own: Tensor | None,
-        parts: list[tuple[int, Tensor]],
-        contributes: bool,
-        wait_s: float,
-    ) -> None:
-        received = [part for source, part in parts if source != self.rank]
+    def _count(self, exchange_round: Round, wait_s: float) -> None:
+        received = [source for source in exchange_round.sources[self.rank] if source != self.rank]
+        targets = exchange_round.targets(self.rank)
+        contributes = bool(targets) or self.rank in exchange_round.sources[self.rank]
         self.stats.rounds += bool(contributes or received)
-        self.stats.rounds_led += round.leader == self.rank
-        if own is not None:
-            self.stats.bytes_sent += own.nbytes * len(round.targets(self.rank))
-        self.stats.bytes_received += sum(part.nbytes for part in received)
+        self.stats.rounds_led += exchange_round.leader == self.rank
+        self.stats.bytes_sent += self._bytes(exchange_round, self.rank) * len(targets)
+        self.stats.bytes_received += sum(self._bytes(exchange_round, r) for r in received)
         if received:
-            self.stats.record_wait(self._step, round.index, wait_s)
+            self.stats.record_wait(self._step, exchange_round.index, wait_s)
+
+    def _bytes(self, exchange_round: Round, source: int) -> int:
+        return math.prod(self._shape(exchange_round, source)) * self._dtype.itemsize

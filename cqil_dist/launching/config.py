@@ -14,6 +14,7 @@ from cqil_dist.plan import PlanSource
 
 if TYPE_CHECKING:
     from cqil_dist.model.config import ModelConfig
+    from cqil_dist.model.precision import Precision
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 DEVICES = ("auto", "cpu", "cuda")
@@ -111,13 +112,16 @@ class LaunchConfig:
             )
         return max_len
 
-    def dtype_for(self, model: ModelConfig, on_gpu: bool) -> str:
+    def precision_for(self, model: ModelConfig, on_gpu: bool) -> Precision:
+        """The numbers in which this model is computed and stored on such a device."""
+        from cqil_dist.model.precision import Precision
+
         if self.dtype != "auto":
-            return self.dtype
+            return Precision.of(self.dtype)
         if not on_gpu:
-            return "float32"  # what CPUs compute fastest
+            return Precision.of("float32")  # what CPUs compute fastest
         half = model.checkpoint_dtype in ("float16", "bfloat16")
-        return model.checkpoint_dtype if half else "bfloat16"
+        return Precision.of(model.checkpoint_dtype if half else "bfloat16")
 
     def prefill_tokens_for(self, on_gpu: bool) -> int:
         return self.prefill_tokens or (512 if on_gpu else 64)

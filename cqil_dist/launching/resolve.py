@@ -66,7 +66,7 @@ class ResolvedLaunch:
         else:
             Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
-        assignments = [assign(plan, world, model.vocab_size)]
+        assignments = [assign(plan, world, model.shape)]
         if config.compare is not None:
             other = plan_for(config.compare, config.model, model.num_layers)
             if other == plan and adapter is None:

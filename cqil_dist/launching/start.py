@@ -110,7 +110,7 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         config=model,
         assignments=resolved.assignments,
         adapter=resolved.adapter,
-        dtype=config.dtype_for(model, on_gpu),
+        precision=config.precision_for(model, on_gpu),
         slots=config.slots,
         max_len=max_len,
         prefill_tokens=config.prefill_tokens_for(on_gpu),

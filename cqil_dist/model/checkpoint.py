@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -48,14 +47,14 @@ class Checkpoint:
         return name in self._files
 
     @contextmanager
-    def open(self) -> Iterator[TensorReader]:
+    def open(self) -> Iterator[SafetensorsReader]:
         """A reader whose memory maps are released at the end of the block.
 
         Pages of a mapped file count as the process's memory, so a caller that reads layer by
         layer opens the checkpoint once per layer and peaks at one layer.
         """
         with ExitStack() as stack:
-            yield TensorReader(self, stack)
+            yield SafetensorsReader(self, stack)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor. Raises CheckpointError if none does."""
@@ -68,8 +67,8 @@ class Checkpoint:
             ) from None
 
 
-class TensorReader:
-    """Reads tensors while its checkpoint's files are open; made by `Checkpoint.open`."""
+class SafetensorsReader:
+    """A `TensorReader` of safetensors files while they are open; made by `Checkpoint.open`."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
         self._checkpoint = checkpoint
@@ -150,12 +149,3 @@ def _locate_tensors(path: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
     return located
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """float32, float16 or bfloat16. Raises CheckpointError for any other name."""
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    try:
-        return dtypes[name]
-    except KeyError:
-        raise CheckpointError(f"dtype {name!r} is not one of {', '.join(dtypes)}") from None

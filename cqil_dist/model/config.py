@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cqil_dist.costs import ModelShape
 from cqil_dist.errors import ModelError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -129,8 +130,16 @@ class ModelConfig:
         )
 
     @cached_property
-    def queries_per_kv(self) -> int:
-        return self.num_heads // self.num_kv_heads
+    def shape(self) -> ModelShape:
+        """The sizes that decide what pieces of layers take."""
+        return ModelShape(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+        )
 
     @cached_property
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
@@ -145,25 +154,6 @@ class ModelConfig:
             "mlp.up_proj": (self.intermediate_size, self.hidden_size),
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }
-
-    @cached_property
-    def attention_parameters(self) -> int:
-        """Numbers a rank keeps for one attention part; the norm before it is folded in."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        count = self.hidden_size * (2 * q + 2 * kv)
-        count += (self.num_heads + self.num_kv_heads) * self.head_dim * self.qk_norm
-        return count + (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
-
-    @cached_property
-    def feed_forward_parameters(self) -> int:
-        """Numbers a rank keeps for one feed-forward part; the norm before it is folded in."""
-        count = self.hidden_size * 3 * self.intermediate_size
-        return count + (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
-
-    @cached_property
-    def kv_values_per_token(self) -> int:
-        """Numbers one layer keeps in its KV cache for one token."""
-        return 2 * self.num_kv_heads * self.head_dim
 
 
 def _refuse_foreign(hf_config: PreTrainedConfig) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cqil_dist.assignment import Assignment
+from cqil_dist.assignment import Assignment, Bundle
+from cqil_dist.costs import Piece
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,17 @@ def footprint(
     assignments: Sequence[Assignment],
     rank: int,
     config: ModelConfig,
-    dtype: str,
+    precision: Precision,
     *,
     adapted: bool = False,
 ) -> Footprint:
-    """What `rank` holds in `dtype`: "float32", "float16" or "bfloat16".
+    """What `rank` holds: the sum over all pieces that it computes.
 
     Plans that have it compute the same pieces together share them.
 
     Args:
         adapted: the first plan has an adapter, hence weights of its own.
     """
-    bytes_per_value = 4 if dtype == "float32" else 2
     stages = [
         (adapted and index == 0, stage)
         for index, assignment in enumerate(assignments)
@@ -49,10 +50,43 @@ def footprint(
         for bundle in stage.feed_forward_bundles(rank)
     }
     caches = {stage.pieces[rank] for _, stage in stages}
-    attention_layers = sum(len(bundle) for _, bundles in attentions for bundle in bundles)
-    feed_forward_layers = sum(len(bundle) for _, bundle in feed_forwards)
-    weights = len(assignments[0].head_rows[rank]) * config.hidden_size
-    weights += attention_layers * config.attention_parameters
-    weights += feed_forward_layers * config.feed_forward_parameters
-    kv_values = sum(len(pieces) for pieces in caches) * config.kv_values_per_token
-    return Footprint(bytes_per_value * weights, bytes_per_value * kv_values)
+    rows = len(assignments[0].head_rows[rank])
+    weight_bytes = precision.weight_format.nbytes(rows, config.hidden_size)
+    weight_bytes += sum(_attention_bytes(each, config, precision) for _, each in attentions)
+    weight_bytes += sum(_feed_forward_bytes(each, config, precision) for _, each in feed_forwards)
+    kv_values = sum(config.shape.kv_values(piece.heads) for held in caches for piece in held)
+    return Footprint(weight_bytes, kv_values * precision.kv_dtype.itemsize)
+
+
+def _attention_bytes(bundles: Sequence[Bundle], config: ModelConfig, precision: Precision) -> int:
+    """Bytes of one attention part; the gain of the norm before it is folded in."""
+    weights, shape = precision.weight_format, config.shape
+    pieces = [piece for bundle in bundles for piece in bundle]
+    qkv = sum(shape.qkv_width(piece.heads) for piece in pieces)
+    total = weights.nbytes(qkv, config.hidden_size)
+    for bundle in bundles:
+        total += weights.nbytes(config.hidden_size, config.head_dim * _heads(bundle))
+    values = qkv * config.qkv_bias
+    values += config.hidden_size * sum(
+        config.o_bias and any(piece.adds_attention_bias for piece in bundle) for bundle in bundles
+    )
+    values += config.qk_norm * sum(
+        config.head_dim * (len(piece.heads) + len(shape.kv_heads(piece.heads))) for piece in pieces
+    )
+    return total + values * precision.compute_dtype.itemsize
+
+
+def _feed_forward_bytes(bundle: Bundle, config: ModelConfig, precision: Precision) -> int:
+    """Bytes of one feed-forward part; the gain of the norm before it is folded in."""
+    weights, columns = precision.weight_format, sum(len(piece.columns) for piece in bundle)
+    total = weights.nbytes(2 * columns, config.hidden_size)
+    total += weights.nbytes(config.hidden_size, columns)
+    if not config.mlp_bias:
+        return total
+    adds = any(piece.adds_feed_forward_bias for piece in bundle)
+    values = 2 * columns + config.hidden_size * adds
+    return total + values * precision.compute_dtype.itemsize
+
+
+def _heads(pieces: Iterable[Piece]) -> int:
+    return sum(len(piece.heads) for piece in pieces)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cqil_dist.model.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.parts import rms_norm
+from cqil_dist.model.formats import FloatFormat
 from cqil_dist.model.projection import Projection
+from cqil_dist.model.torch_parts import rms_norm
 
 # The head is a model's largest matrix: it is read in blocks, so that loading needs little more
 # memory than the shard itself.
@@ -44,23 +45,28 @@ class HeadShard:
         config: ModelConfig,
         checkpoint: Checkpoint,
         rows: range,
-        dtype: torch.dtype,
+        weights: FloatFormat,
         device: torch.device,
     ) -> HeadShard:
+        """Read these rows of the head.
+
+        Raises:
+            CheckpointError: the head or the final norm is missing, misshapen or unreadable.
+        """
         name = EMBEDDING if config.tied_head else HEAD
         shape = (config.vocab_size, config.hidden_size)
-        projection = Projection.empty(len(rows), config.hidden_size, False, dtype, device)
+        projection = Projection.empty(len(rows), config.hidden_size, False, weights, device)
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             block = rows[first : first + _ROWS_AT_ONCE]
             with checkpoint.open() as reader:
                 gain = reader.read(FINAL_NORM, (config.hidden_size,)).float()
                 folded = reader.read(name, shape, rows=block).float() * gain
-            projection.weight_OI[first : first + len(block)] = folded
+            projection.weight.write(folded, first_output=first)
         return cls(projection, config.rms_norm_eps)
 
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Float32 logits [N, rows] of this shard's part of the vocabulary."""
-        return self.projection(rms_norm(hidden_ND, self.eps)).float()
+    def __call__(self, hidden_RD: Tensor) -> Tensor:
+        """See `HeadPart`."""
+        return self.projection(rms_norm(hidden_RD, self.eps)).float()
 
     @property
     def nbytes(self) -> int:

@@ -1,140 +1,156 @@
-"""Builds a rank's parts of one stage from the checkpoint, reading only that rank's tensors."""
+"""Builds torch's parts from a checkpoint, reading the tensors of the pieces at hand alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from cqil_dist.assignment import Piece, Stage
-from cqil_dist.model.checkpoint import Checkpoint, TensorReader, layer_tensor
+from cqil_dist.assignment import Bundle
+from cqil_dist.costs import ModelShape, Piece
+from cqil_dist.errors import CheckpointError
+from cqil_dist.model.checkpoint import Checkpoint, layer_tensor
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.parts import AttentionPart, FeedForwardPart, OutputProjection
+from cqil_dist.model.formats import FloatFormat
+from cqil_dist.model.head import HeadShard
+from cqil_dist.model.kv_cache import KVCache
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.projection import Projection
+from cqil_dist.model.tensor_reader import TensorReader
+from cqil_dist.model.torch_parts import (
+    AttentionSpan,
+    GatedFeedForward,
+    OutputProjection,
+    TorchAttention,
+    TorchFeedForward,
+)
 
-# A projection's name, its whole width beside the model's, and the part of it a piece takes.
+# A projection's name, its whole width beside the model's, and the part of it that a piece takes.
 _Part = tuple[str, int, Callable[[Piece], range]]
 
 
-@dataclass(frozen=True)
-class StageParts:
-    """What one rank computes of one stage.
+class TorchBackend:
+    """Makes parts that torch computes (a `PartBackend`): reads, slices, folds and lays out weights.
 
-    Attributes:
-        feed_forwards: one part a feed-forward bundle, with the attention bundles its input takes
-            (rank, bundle index) beside the stage's input.
-    """
+    Stages that compute the same bundles, of one plan or of several, share their weights.
 
-    attention: AttentionPart
-    feed_forwards: tuple[tuple[FeedForwardPart, tuple[tuple[int, int], ...]], ...]
-    kv_heads: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.attention.nbytes + sum(part.nbytes for part, _ in self.feed_forwards)
-
-
-class PartLoader:
-    """Reads, slices, folds and lays out the weights of pieces.
-
-    Stages that compute the same pieces together, of one plan or of several, share their weights.
+    Raises:
+        CheckpointError: the weight format is none that torch multiplies by.
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        device: torch.device,
     ) -> None:
+        weights = precision.weight_format
+        if not isinstance(weights, FloatFormat):
+            raise CheckpointError(
+                f"torch does not compute with weights in {weights.name}; use float32, float16 or "
+                "bfloat16"
+            )
         self._config = config
+        self._shape: ModelShape = config.shape
         self._checkpoint = checkpoint
-        self._dtype = dtype
+        self._weights = weights
+        self._dtype = precision.compute_dtype
         self._device = device
-        self._attentions: dict[tuple[tuple[Piece, ...], ...], AttentionPart] = {}
-        self._feed_forwards: dict[tuple[Piece, ...], FeedForwardPart] = {}
+        self._attentions: dict[tuple[Bundle, ...], TorchAttention] = {}
+        self._feed_forwards: dict[Bundle, GatedFeedForward] = {}
+        self._heads: dict[range, HeadShard] = {}
 
     @property
     def nbytes(self) -> int:
-        """Of all that has been loaded."""
-        attentions = sum(part.nbytes for part in self._attentions.values())
-        return attentions + sum(part.nbytes for part in self._feed_forwards.values())
+        """Bytes of all weights that were loaded."""
+        made = (self._attentions, self._feed_forwards, self._heads)
+        return sum(part.nbytes for parts in made for part in parts.values())
 
-    def load(self, stage: Stage, rank: int) -> StageParts:
-        """The parts of `rank`, which holds at least one piece of `stage`.
+    def attention(self, bundles: Sequence[Bundle], cache: KVCache) -> TorchAttention:
+        """See `PartBackend.attention`."""
+        key = tuple(bundles)
+        if key not in self._attentions:
+            with self._checkpoint.open() as reader:
+                self._attentions[key] = self._attention(reader, bundles, cache)
+        return self._attentions[key]
 
-        Raises:
-            CheckpointError: a tensor is missing, misshapen or unreadable.
-        """
-        pieces = stage.pieces[rank]
-        bundles = stage.attention_bundles(rank)  # together they are the pieces, in order
-        with self._checkpoint.open() as reader:
-            if bundles not in self._attentions:
-                self._attentions[bundles] = self._attention(reader, pieces, bundles)
-            for bundle in stage.feed_forward_bundles(rank):
-                if bundle not in self._feed_forwards:
+    def feed_forward(self, bundles: Sequence[Bundle]) -> TorchFeedForward:
+        """See `PartBackend.feed_forward`."""
+        for bundle in bundles:
+            if bundle not in self._feed_forwards:
+                with self._checkpoint.open() as reader:
                     self._feed_forwards[bundle] = self._feed_forward(reader, bundle)
-        feed_forwards = tuple(
-            (self._feed_forwards[bundle], stage.attention_inputs(bundle[0]))
-            for bundle in stage.feed_forward_bundles(rank)
-        )
-        kv_heads = sum(len(self._kv_heads(piece)) for piece in pieces)
-        return StageParts(self._attentions[bundles], feed_forwards, kv_heads)
+        return TorchFeedForward(tuple(self._feed_forwards[bundle] for bundle in bundles))
+
+    def head(self, rows: range) -> HeadShard:
+        """See `PartBackend.head`."""
+        if rows not in self._heads:
+            self._heads[rows] = HeadShard.load(
+                self._config, self._checkpoint, rows, self._weights, self._device
+            )
+        return self._heads[rows]
 
     def _attention(
-        self,
-        reader: TensorReader,
-        pieces: tuple[Piece, ...],
-        bundles: tuple[tuple[Piece, ...], ...],
-    ) -> AttentionPart:
+        self, reader: TensorReader, bundles: Sequence[Bundle], cache: KVCache
+    ) -> TorchAttention:
         config = self._config
+        pieces = [piece for bundle in bundles for piece in bundle]
+        kv_width = config.num_kv_heads * config.head_dim
         parts = [
             ("self_attn.q_proj", config.num_heads * config.head_dim, self._query_columns),
-            ("self_attn.k_proj", config.num_kv_heads * config.head_dim, self._kv_columns),
-            ("self_attn.v_proj", config.num_kv_heads * config.head_dim, self._kv_columns),
+            ("self_attn.k_proj", kv_width, self._kv_columns),
+            ("self_attn.v_proj", kv_width, self._kv_columns),
         ]
-        return AttentionPart(
+        return TorchAttention(
             qkv=self._stacked(reader, pieces, parts, "input_layernorm", config.qkv_bias),
             head_gains_HE=self._head_gains(reader, pieces),
             outputs=self._outputs(reader, bundles),
-            windows=self._windows(pieces),
-            queries_per_kv=config.queries_per_kv,
+            spans=attention_spans(pieces, self._shape, config.windows),
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
+            cache=cache,
         )
 
     def _outputs(
-        self, reader: TensorReader, bundles: tuple[tuple[Piece, ...], ...]
+        self, reader: TensorReader, bundles: Sequence[Bundle]
     ) -> tuple[OutputProjection, ...]:
         config = self._config
         part = ("self_attn.o_proj", config.num_heads * config.head_dim, self._query_columns)
         outputs: list[OutputProjection] = []
         first = 0
         for bundle in bundles:
-            projection = self._summed(reader, bundle, part, config.o_bias)
-            last = first + projection.weight_IO.shape[0]
+            biased = [piece for piece in bundle if config.o_bias and piece.adds_attention_bias]
+            last = first + sum(len(self._query_columns(piece)) for piece in bundle)
+            projection = self._summed(reader, bundle, part, biased)
             outputs.append(OutputProjection(slice(first, last), projection))
             first = last
         return tuple(outputs)
 
-    def _feed_forward(self, reader: TensorReader, bundle: tuple[Piece, ...]) -> FeedForwardPart:
-        width = self._config.intermediate_size
-        bias = self._config.mlp_bias
+    def _feed_forward(self, reader: TensorReader, bundle: Bundle) -> GatedFeedForward:
+        config = self._config
 
         def columns_of(piece: Piece) -> range:
-            return piece.part_of(width)
+            return piece.columns
 
         gate, up, down = (
-            (f"mlp.{name}_proj", width, columns_of) for name in ("gate", "up", "down")
+            (f"mlp.{name}_proj", config.intermediate_size, columns_of)
+            for name in ("gate", "up", "down")
         )
-        return FeedForwardPart(
-            gate_up=self._stacked(reader, bundle, [gate, up], "post_attention_layernorm", bias),
-            down=self._summed(reader, bundle, down, bias),
+        biased = [piece for piece in bundle if config.mlp_bias and piece.adds_feed_forward_bias]
+        return GatedFeedForward(
+            gate_up=self._stacked(
+                reader, bundle, [gate, up], "post_attention_layernorm", config.mlp_bias
+            ),
+            down=self._summed(reader, bundle, down, biased),
+            eps=config.rms_norm_eps,
         )
 
     def _stacked(
         self,
         reader: TensorReader,
-        pieces: tuple[Piece, ...],
+        pieces: Sequence[Piece],
         parts: Sequence[_Part],
         norm: str,
         bias: bool,
@@ -145,7 +161,7 @@ class PartLoader:
         """
         hidden = self._config.hidden_size
         outputs = sum(len(columns_of(piece)) for _, _, columns_of in parts for piece in pieces)
-        wide = Projection.empty(outputs, hidden, bias, self._dtype, self._device)
+        wide = Projection.empty(outputs, hidden, bias, self._weights, self._device)
         first = 0
         for name, width, columns_of in parts:
             for piece in pieces:
@@ -153,33 +169,37 @@ class PartLoader:
                 gain = reader.read(layer_tensor(piece.layer, f"{norm}.weight"), (hidden,))
                 tensor = layer_tensor(piece.layer, f"{name}.weight")
                 weight = reader.read(tensor, (width, hidden), rows=rows)
-                last = first + len(rows)
-                wide.weight_OI[first:last] = weight.float() * gain.float()
+                wide.weight.write(weight.float() * gain.float(), first_output=first)
                 if wide.bias_O is not None:
                     tensor = layer_tensor(piece.layer, f"{name}.bias")
+                    last = first + len(rows)
                     wide.bias_O[first:last] = reader.read(tensor, (width,), rows=rows)
-                first = last
+                first += len(rows)
         return wide
 
     def _summed(
-        self, reader: TensorReader, bundle: tuple[Piece, ...], part: _Part, bias: bool
+        self, reader: TensorReader, bundle: Bundle, part: _Part, biased: Sequence[Piece]
     ) -> Projection:
-        """One wide projection whose output is the sum of the bundle's."""
+        """One wide projection whose output is the sum of the bundle's.
+
+        Args:
+            biased: the pieces whose layers' output biases are added here.
+        """
         hidden = self._config.hidden_size
         name, width, columns_of = part
         inputs = sum(len(columns_of(piece)) for piece in bundle)
-        wide = Projection.empty(hidden, inputs, bias, self._dtype, self._device)
+        wide = Projection.empty(hidden, inputs, bool(biased), self._weights, self._device)
         first = 0
         for piece in bundle:
             columns = columns_of(piece)
             tensor = layer_tensor(piece.layer, f"{name}.weight")
-            last = first + len(columns)
-            wide.weight_OI[:, first:last] = reader.read(tensor, (hidden, width), columns=columns)
-            # A sharded layer's bias belongs to its first shard: it must enter the sum once.
-            if wide.bias_O is not None and piece.shard == 0:
-                tensor = layer_tensor(piece.layer, f"{name}.bias")
-                wide.bias_O.add_(reader.read(tensor, (hidden,)).to(self._device))
-            first = last
+            block = reader.read(tensor, (hidden, width), columns=columns)
+            wide.weight.write(block, first_input=first)
+            first += len(columns)
+        for piece in biased:
+            assert wide.bias_O is not None, "there is room for the bias"
+            tensor = layer_tensor(piece.layer, f"{name}.bias")
+            wide.bias_O.add_(reader.read(tensor, (hidden,)).to(self._device))
         return wide
 
     def _head_gains(self, reader: TensorReader, pieces: Sequence[Piece]) -> Tensor | None:
@@ -187,30 +207,56 @@ class PartLoader:
             return None
         head_dim = self._config.head_dim
         gains: list[Tensor] = []
-        for name, per_kv in (("q_norm", self._config.queries_per_kv), ("k_norm", 1)):
+        for name in ("q_norm", "k_norm"):
             for piece in pieces:
+                heads = piece.heads if name == "q_norm" else self._shape.kv_heads(piece.heads)
                 tensor = layer_tensor(piece.layer, f"self_attn.{name}.weight")
-                gain = reader.read(tensor, (head_dim,))
-                gains.append(gain.expand(len(self._kv_heads(piece)) * per_kv, -1))
+                gains.append(reader.read(tensor, (head_dim,)).expand(len(heads), -1))
         return torch.cat(gains).to(self._device, self._dtype)
 
-    def _windows(self, pieces: Sequence[Piece]) -> tuple[tuple[range, int | None], ...]:
-        windows: list[tuple[range, int | None]] = []
-        first = 0
-        for window, run in groupby(pieces, lambda piece: self._config.windows[piece.layer]):
-            last = first + sum(len(self._kv_heads(piece)) for piece in run)
-            windows.append((range(first, last), window))
-            first = last
-        return tuple(windows)
-
-    def _kv_heads(self, piece: Piece) -> range:
-        return piece.part_of(self._config.num_kv_heads)
+    def _query_columns(self, piece: Piece) -> range:
+        return _scaled(piece.heads, self._config.head_dim)
 
     def _kv_columns(self, piece: Piece) -> range:
-        return _scaled(self._kv_heads(piece), self._config.head_dim)
+        return _scaled(self._shape.kv_heads(piece.heads), self._config.head_dim)
 
-    def _query_columns(self, piece: Piece) -> range:
-        return _scaled(self._kv_heads(piece), self._config.queries_per_kv * self._config.head_dim)
+
+def attention_spans(
+    pieces: Sequence[Piece], shape: ModelShape, windows: Sequence[int | None]
+) -> tuple[AttentionSpan, ...]:
+    """Which query heads of some pieces attend together, as they lie side by side.
+
+    Adjacent key/value heads that are read by equally many queries under one window are one span,
+    of one layer or of several.
+
+    Args:
+        windows: of every layer of the model.
+    """
+    spans: list[AttentionSpan] = []
+    query = kv_head = 0
+    for piece in pieces:
+        for head in shape.kv_heads(piece.heads):
+            first = max(piece.heads.start, head * shape.queries_per_kv)
+            last = min(piece.heads.stop, (head + 1) * shape.queries_per_kv)
+            span = AttentionSpan(
+                range(query, query + last - first),
+                range(kv_head, kv_head + 1),
+                windows[piece.layer],
+            )
+            if spans and _alike(spans[-1], span):
+                spans[-1] = AttentionSpan(
+                    range(spans[-1].queries.start, span.queries.stop),
+                    range(spans[-1].kv_heads.start, span.kv_heads.stop),
+                    span.window,
+                )
+            else:
+                spans.append(span)
+            query, kv_head = span.queries.stop, span.kv_heads.stop
+    return tuple(spans)
+
+
+def _alike(before: AttentionSpan, after: AttentionSpan) -> bool:
+    return (before.queries_per_kv, before.window) == (after.queries_per_kv, after.window)
 
 
 def _scaled(units: range, width: int) -> range:

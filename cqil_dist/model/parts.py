@@ -1,128 +1,83 @@
-"""The two parts of a decoder layer, each wide enough for several layers at once.
+"""The two parts of a decoder layer, as everything above them sees them.
 
-The members of a concurrent group share their input, hence also its RMS: with the norms' gains
-folded into the projections, the layers a rank holds of one group are one layer with more heads.
-This module computes parts from tensors it is given; what they are parts of, and where partial
-results meet, is the rank program's business.
+A part computes the layers, or the shares of layers, that one rank holds of one stage: one wide
+computation, since the members of a concurrent group take the same input. It includes the norm
+before it, so that how gains are applied is its own business. `cqil_dist.model.torch_parts` has the
+parts that torch computes; a backend for other devices or weight formats makes others behind the
+same interface.
+
+Axes in names: N tokens of a step, D model width, B attention bundles (outputs that are seen by the
+same feed-forward parts, hence summed where they are computed), M feed-forward inputs, R tokens
+whose logits are wanted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cqil_dist.assignment import Bundle
 from cqil_dist.model.kv_cache import KVCache
-from cqil_dist.model.projection import Projection
-from cqil_dist.model.rope import rotate
-from cqil_dist.model.step import AttentionRun, StepContext
+from cqil_dist.model.step import StepInput
 
 
-def rms_norm(x_ND: Tensor, eps: float) -> Tensor:
-    """x / rms(x); the norm's gain is folded into the projection that follows."""
-    return F.rms_norm(x_ND, x_ND.shape[-1:], eps=eps)
+class AttentionPart(Protocol):
+    """Norm, query, key and value products, positions, KV cache, attention and output product."""
+
+    def __call__(self, x_ND: Tensor, step: StepInput) -> Tensor:
+        """Attention outputs of every bundle, [B, N, D], contiguous; keys and values are cached."""
+        ...
 
 
-@dataclass(frozen=True)
-class OutputProjection:
-    """Projects the attention outputs in `columns` (of all heads' outputs) back to model width."""
+class FeedForwardPart(Protocol):
+    """Norm, gate and up products, activation and down product, for M different inputs."""
 
-    columns: slice
-    projection: Projection
+    def __call__(self, u_MND: Tensor) -> Tensor:
+        """The sum of the outputs for all inputs, [N, D]."""
+        ...
 
 
-@dataclass(frozen=True)
-class AttentionPart:
-    """Attention of one or more layers with the same input.
+class HeadPart(Protocol):
+    """Final norm and vocabulary head, for some rows of the vocabulary."""
 
-    Attributes:
-        qkv: [D] -> all query heads, then all key heads, then all value heads, layer by layer.
-        head_gains_HE: gains of the query and key norms (Qwen3), [query + key heads, head_dim].
-        outputs: one projection a bundle; their inputs are the query heads' outputs.
-        windows: (key/value heads, sliding window or None), in head order.
-    """
+    def __call__(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 logits [R, rows] of the tokens after which logits are wanted."""
+        ...
 
-    qkv: Projection
-    head_gains_HE: Tensor | None
-    outputs: tuple[OutputProjection, ...]
-    windows: tuple[tuple[range, int | None], ...]
-    queries_per_kv: int
-    head_dim: int
-    eps: float
 
-    def __call__(self, normalized_ND: Tensor, context: StepContext, cache: KVCache) -> list[Tensor]:
-        """Attention outputs of every bundle, each [N, D]; stores the new keys and values."""
-        tokens = normalized_ND.shape[0]
-        qkv_NHE = self.qkv(normalized_ND).view(tokens, -1, self.head_dim)
-        rotated, values = qkv_NHE[:, : -cache.kv_heads], qkv_NHE[:, -cache.kv_heads :]
-        if self.head_gains_HE is not None:
-            rotated = rms_norm(rotated, self.eps) * self.head_gains_HE
-        rotated = rotate(rotated, context.cos_N1E, context.sin_N1E)
-        query_heads = rotated.shape[1] - cache.kv_heads
-        queries, keys = rotated[:, :query_heads], rotated[:, query_heads:]
-        kv_NKE = torch.cat((keys, values), dim=1)
-        for run in context.runs:
-            cache.append(run, kv_NKE[run.rows])
-        attended = [
-            torch.cat([self._attend(queries[run.rows], run, cache, w) for w in self.windows], dim=1)
-            if len(self.windows) > 1
-            else self._attend(queries[run.rows], run, cache, self.windows[0])
-            for run in context.runs
-        ]
-        attended_NA = attended[0] if len(attended) == 1 else torch.cat(attended)
-        return [output.projection(attended_NA[:, output.columns]) for output in self.outputs]
+class PartBackend(Protocol):
+    """Makes the parts of one checkpoint's pieces. Parts of the same bundles share weights."""
 
-    def _attend(
-        self,
-        queries_NHE: Tensor,
-        run: AttentionRun,
-        cache: KVCache,
-        window_run: tuple[range, int | None],
-    ) -> Tensor:
-        """Outputs [B * count, heads * head_dim] of the query heads that share one window."""
-        heads, window = window_run
-        first = run.first_visible(window)
-        keys, values = cache.view(run, first, heads)
-        mask = run.mask(window)
-        group = self.queries_per_kv
-        queries = queries_NHE[:, heads.start * group : heads.stop * group]
-        if run.count == 1:
-            # The queries that share a key head stand as one head's consecutive queries: exact
-            # without a causal mask, and without repeating keys.
-            folded = queries.reshape(run.batch, len(heads), group, self.head_dim)
-            out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-            return out.reshape(run.batch, -1)
-        # Only a prefill chunk has more than one token a sequence, and it attends by itself.
-        out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, enable_gqa=True
-        )
-        return out.squeeze(0).transpose(0, 1).reshape(run.count, -1)
+    def attention(self, bundles: Sequence[Bundle], cache: KVCache) -> AttentionPart:
+        """The part that computes these bundles of pieces.
+
+        Args:
+            cache: room for the keys and values of the bundles' pieces.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshapen or unreadable.
+        """
+        ...
+
+    def feed_forward(self, bundles: Sequence[Bundle]) -> FeedForwardPart:
+        """The part that computes these bundles of pieces, an input for each.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshapen or unreadable.
+        """
+        ...
+
+    def head(self, rows: range) -> HeadPart:
+        """The part that computes these rows of the vocabulary head.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshapen or unreadable.
+        """
+        ...
 
     @property
     def nbytes(self) -> int:
-        gains = 0 if self.head_gains_HE is None else self.head_gains_HE.nbytes
-        outputs = sum(output.projection.nbytes for output in self.outputs)
-        return self.qkv.nbytes + gains + outputs
-
-
-@dataclass(frozen=True)
-class FeedForwardPart:
-    """Gated SiLU feed-forward of one or more layers with the same input.
-
-    Attributes:
-        gate_up: [D] -> all gate columns, then all up columns, layer by layer.
-        down: the activations of all layers -> the sum of their outputs, [D].
-    """
-
-    gate_up: Projection
-    down: Projection
-
-    def __call__(self, normalized_ND: Tensor) -> Tensor:
-        gate, up = self.gate_up(normalized_ND).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-    @property
-    def nbytes(self) -> int:
-        return self.gate_up.nbytes + self.down.nbytes
+        """Bytes of all weights that were loaded."""
+        ...

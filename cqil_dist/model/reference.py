@@ -96,8 +96,8 @@ class ReferenceModel:
         rotary = RotaryTable(config, tokens, x_TD.dtype, x_TD.device)
         cos, sin = rotary.at(torch.arange(tokens))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k = k.repeat_interleave(config.queries_per_kv, dim=1)
-        v = v.repeat_interleave(config.queries_per_kv, dim=1)
+        k = k.repeat_interleave(config.shape.queries_per_kv, dim=1)
+        v = v.repeat_interleave(config.shape.queries_per_kv, dim=1)
         scores = torch.einsum("qhe,khe->hqk", q, k) * config.head_dim**-0.5
         position = torch.arange(tokens)
         visible = position[None, :] <= position[:, None]

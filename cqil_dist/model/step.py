@@ -3,13 +3,16 @@
 A step is a flat batch of N tokens made of segments, each a run of consecutive positions of one
 sequence's KV slot. Decoding adds one token a segment, prefill a chunk of them; both may share a
 step. What every layer needs of that (positions, rotary factors, masks) is worked out once here.
+
+Axes in names: N tokens of the step, B sequences of a run, R tokens whose logits are wanted, V
+vocabulary, E head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -67,120 +70,125 @@ class StepResult:
     ranks: tuple[RankTimeline, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
+class StepInput:
+    """What the parts of every layer are told of a step, on their device.
+
+    Everything is an array with an entry for each token, made once a step, so that a part may be
+    one kernel of fixed shape. `runs` says the same of the step in the form that torch's attention
+    takes.
+
+    Attributes:
+        slots_N: the token's KV slot.
+        positions_N: its position in its sequence; it attends to that and all before.
+        cos_N1E, sin_N1E: rotary factors of its position.
+        logit_rows_R: rows of the tokens after which logits are wanted.
+        runs: rows that attend together, in order.
+    """
+
+    slots_N: Tensor
+    positions_N: Tensor
+    cos_N1E: Tensor
+    sin_N1E: Tensor
+    logit_rows_R: Tensor
+    runs: tuple[AttentionRun, ...]
+
+    @classmethod
+    def of(
+        cls, segments: Sequence[Segment], rotary: RotaryTable, device: torch.device
+    ) -> StepInput:
+        """Lay out a step of at least one segment."""
+        slots: list[int] = []
+        positions: list[int] = []
+        logit_rows: list[int] = []
+        for segment in segments:
+            slots += [segment.slot] * segment.count
+            positions += range(segment.start, segment.end)
+            logit_rows += range(len(positions) - segment.logits, len(positions))
+        rows = torch.tensor([slots, positions], device=device)
+        cos_N1E, sin_N1E = rotary.at(rows[1])
+        logit_rows_R = torch.tensor(logit_rows, dtype=torch.long, device=device)
+        runs = _attention_runs(segments, rows)
+        return cls(rows[0], rows[1], cos_N1E, sin_N1E, logit_rows_R, runs)
+
+
+@dataclass(frozen=True)
+class VisibleKeys:
+    """The cached positions that a run attends to under one window.
+
+    Attributes:
+        index: of slots, heads (all) and positions in a cache; a view where the run's slots are
+            adjacent.
+        mask: what each row may attend to of them, bool [B, 1, count, positions]; None for a single
+            decoded token, which sees them all.
+    """
+
+    index: tuple[slice | Tensor, slice, slice]
+    mask: Tensor | None
+
+
 class AttentionRun:
     """Rows of a step that attend together: B sequences with `count` new tokens each.
 
     Attributes:
-        first_row: the run's first row in the step's flat batch; it has B * count rows.
-        slots: the sequences' cache slots.
-        starts: position of each sequence's first new token.
-        count: new tokens of each sequence.
-        device: where the run's index and mask tensors live.
+        rows: the run's rows in the step's flat batch; B * count of them.
+        slots_B, starts_B: cache slot of each sequence, and position of its first new token.
+        count: new tokens of each sequence; more than one only where B is 1.
+        target: of a single sequence, the index of its slot, heads (all) and new positions in a
+            cache; None where there are several.
     """
 
-    first_row: int
-    slots: tuple[int, ...]
-    starts: tuple[int, ...]
-    count: int
-    device: torch.device
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    def __init__(self, segments: Sequence[Segment], rows: slice, slots_B: Tensor, starts_B: Tensor):
+        first, last = segments[0], segments[-1]
+        starts = [segment.start for segment in segments]
+        self.rows = rows
+        self.slots_B = slots_B
+        self.starts_B = starts_B
+        self.batch = len(segments)
+        self.count = first.count
+        self.target: tuple[int, slice, slice] | None = None
+        if self.batch == 1:
+            self.target = (first.slot, slice(None), slice(first.start, first.end))
+        adjacent = all(segment.slot == first.slot + n for n, segment in enumerate(segments))
+        self._slots = slice(first.slot, last.slot + 1) if adjacent else slots_B
+        self._earliest = min(starts)
+        self._length = max(starts) + first.count
+        self._visible: dict[int | None, VisibleKeys] = {}
 
-    @cached_property
-    def slots_B(self) -> Tensor:
-        return torch.tensor(self.slots, device=self.device)
+    def visible(self, window: int | None) -> VisibleKeys:
+        """The keys that the run sees; `window` is how many latest ones, or None for all."""
+        if window not in self._visible:
+            first = 0 if window is None else max(0, self._earliest + 1 - window)
+            index = (self._slots, slice(None), slice(first, self._length))
+            self._visible[window] = VisibleKeys(index, self._mask(window, first))
+        return self._visible[window]
 
-    @cached_property
-    def starts_B(self) -> Tensor:
-        return torch.tensor(self.starts, device=self.device)
-
-    @cached_property
-    def slot_index(self) -> slice | Tensor:
-        """Index of the cache's slots: a slice, hence a view, where they are adjacent."""
-        first, last = self.slots[0], self.slots[-1]
-        if self.slots == tuple(range(first, last + 1)):
-            return slice(first, last + 1)
-        return self.slots_B
-
-    @cached_property
-    def length(self) -> int:
-        """Cached positions in view: those of the longest sequence."""
-        return max(self.starts) + self.count
-
-    @property
-    def batch(self) -> int:
-        return len(self.starts)
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.batch * self.count)
-
-    def first_visible(self, window: int | None) -> int:
-        """First cached position that any row of the run attends to."""
-        return 0 if window is None else max(0, min(self.starts) + 1 - window)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """What each row may attend to: bool [B, 1, count, length - first_visible].
-
-        None for a single decoded token, which sees all that is in view.
-        """
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
-        return self._masks[window]
-
-    def _build_mask(self, window: int | None) -> Tensor | None:
+    def _mask(self, window: int | None, first: int) -> Tensor | None:
         if self.batch == 1 and self.count == 1:
             return None
-        query = self.starts_B[:, None] + torch.arange(self.count, device=self.device)
-        key = torch.arange(self.first_visible(window), self.length, device=self.device)
+        device = self.starts_B.device
+        query = self.starts_B[:, None] + torch.arange(self.count, device=device)
+        key = torch.arange(first, self._length, device=device)
         visible = key <= query[:, :, None]
         if window is not None:
             visible &= key > query[:, :, None] - window
         return visible.unsqueeze(1)
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What every layer needs to know of a step of N tokens.
+def _attention_runs(segments: Sequence[Segment], rows: Tensor) -> tuple[AttentionRun, ...]:
+    """Adjacent decode segments attend as one batch, every prefill chunk by itself.
 
-    `logit_rows` are those of its rows after which logits are wanted.
+    Args:
+        rows: slot and position of each token, [2, N].
     """
-
-    positions_N: Tensor
-    cos_N1E: Tensor
-    sin_N1E: Tensor
-    runs: tuple[AttentionRun, ...]
-    logit_rows: Tensor
-
-    @classmethod
-    def of(
-        cls, segments: Sequence[Segment], rotary: RotaryTable, device: torch.device
-    ) -> StepContext:
-        positions = [p for segment in segments for p in range(segment.start, segment.end)]
-        positions_N = torch.tensor(positions, device=device)
-        cos, sin = rotary.at(positions_N)
-        rows: list[int] = []
-        row = 0
-        for segment in segments:
-            row += segment.count
-            rows.extend(range(row - segment.logits, row))
-        logit_rows = torch.tensor(rows, dtype=torch.long, device=device)
-        return cls(positions_N, cos, sin, _attention_runs(segments, device), logit_rows)
-
-
-def _attention_runs(segments: Sequence[Segment], device: torch.device) -> tuple[AttentionRun, ...]:
-    """Adjacent decode segments attend as one batch, every prefill chunk by itself."""
-    batches: list[list[Segment]] = []
-    for segment in segments:
-        if segment.count == 1 and batches and batches[-1][0].count == 1:
-            batches[-1].append(segment)
-        else:
-            batches.append([segment])
     runs: list[AttentionRun] = []
     row = 0
-    for batch in batches:
-        slots = tuple(segment.slot for segment in batch)
-        starts = tuple(segment.start for segment in batch)
-        runs.append(AttentionRun(row, slots, starts, batch[0].count, device))
-        row += len(batch) * batch[0].count
+    numbered = enumerate(segments)
+    # Each prefill chunk has a key of its own, its number; all that decode share one.
+    for _, group in groupby(numbered, lambda each: -1 if each[1].count == 1 else each[0]):
+        together = [segment for _, segment in group]
+        end = row + len(together) * together[0].count
+        first_tokens = rows[:, row : end : together[0].count]
+        runs.append(AttentionRun(together, slice(row, end), first_tokens[0], first_tokens[1]))
+        row = end
     return tuple(runs)

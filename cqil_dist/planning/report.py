@@ -9,13 +9,13 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cqil_dist.assignment import assign
+from cqil_dist.costs import Costs, ModelShape
 from cqil_dist.plan import Plan
 from cqil_dist.planning.evaluation.intervals import Interval, difference_text
-from cqil_dist.planning.search.cost_model import CostModel
 from cqil_dist.records import kind_of
 
 REPORT = "report.html"
@@ -114,17 +114,23 @@ def _row(
     evaluation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     plan = Plan.parse(described, described["num_layers"])
-    costs = {found["model"]: CostModel(**found["cost"]) for _, found in records["front"]}
+    costs = {found["model"]: found["cost"] for _, found in records["front"]}
     cost, timing = costs.get(model), timed.get((model, str(plan)))
-    if cost is not None and timing is not None:
-        cost = replace(cost, ranks=timing["ranks"])
+    exchanges = latency_us = None
+    if cost is not None:
+        # Layers are taken whole, which take as long whatever the rest of their shape.
+        shape = ModelShape(1, 1, 1, 1, 1, cost["vocab_size"])
+        assignment = assign(plan, (timing or cost)["ranks"], shape)
+        exchanges = assignment.rounds
+        times = (cost["layer_us"], cost["head_us"], cost["link_us"])
+        latency_us = assignment.latency_us(Costs(shape, *times))
     results = [] if evaluation is None else evaluation["results"]
     return {
         "plan": str(plan),
         "adapter": None if evaluation is None else evaluation["adapter"],
         "depth": plan.depth,
-        "exchanges": None if cost is None else cost.exchanges(plan),
-        "predicted_ms": None if cost is None else cost.latency_us(plan) / 1000,
+        "exchanges": exchanges,
+        "predicted_ms": None if latency_us is None else latency_us / 1000,
         "measured_ms": None if timing is None else timing["itl_p50_ms"],
         "losses": {
             (each["measure"], each["of"], each["items"], each["digest"]): each["difference"]

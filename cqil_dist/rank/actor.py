@@ -28,7 +28,6 @@ from cqil_dist.exchange.listener import Listener, connect_mesh
 from cqil_dist.exchange.sockets import format_address
 from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.exchange.torch_distributed import TorchDistributedExchange
-from cqil_dist.model.checkpoint import parse_dtype
 from cqil_dist.model.footprint import footprint
 from cqil_dist.rank.memory import (
     available_bytes,
@@ -146,7 +145,7 @@ class LayerActor:
                     spec.assignments,
                     rank,
                     spec.config,
-                    spec.dtype,
+                    spec.precision,
                     adapted=spec.adapter is not None,
                 )
                 needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
@@ -176,7 +175,7 @@ class LayerActor:
                 spec.config,
                 checkpoints_of(spec, path),
                 spec.cache_shape,
-                parse_dtype(spec.dtype),
+                spec.precision,
                 self._device,
                 on_stage_loaded=self._count_stage,
             )
@@ -351,7 +350,8 @@ def _exchange(
             mesh.rank,
             sockets,
             mesh.addresses,
-            parse_dtype(spec.dtype),
+            spec.config.hidden_size,
+            spec.precision.wire_dtype,
             device,
             max_bytes=spec.max_exchange_bytes,
             epoch=mesh.epoch,
@@ -365,7 +365,8 @@ def _exchange(
         spec.world,
         "nccl",
         mesh.nccl_address,
-        parse_dtype(spec.dtype),
+        spec.config.hidden_size,
+        spec.precision.wire_dtype,
         device,
         spec.step_deadline_s,
     )

@@ -13,7 +13,9 @@ from cqil_dist.assignment import assign
 from cqil_dist.exchange.tcp import TcpExchange
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.formats import FloatFormat
 from cqil_dist.model.head import Embedding, HeadShard
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Plan
 from cqil_dist.rank.program import CacheShape, RankProgram
@@ -33,13 +35,13 @@ def prepare_layers(path: Path, world: int, max_len: int) -> Callable[[int, int],
     layer_bytes = 4 * sum(out * inner for out, inner in config.projection_shapes.values())
     config = replace(config, num_layers=min(config.num_layers, 1 + _LAYERS_BYTES // layer_bytes))
     checkpoint = Checkpoint(path)
-    device = torch.device("cpu")
-    sequential = assign(Plan.sequential(config.num_layers), 1, config.vocab_size)
+    device, precision = torch.device("cpu"), Precision.of("float32")
+    sequential = assign(Plan.sequential(config.num_layers), 1, config.shape)
     cache = CacheShape(slots=1, max_len=max_len)
-    program = RankProgram(0, [sequential], config, [checkpoint], cache, torch.float32, device)
-    exchange = TcpExchange(0, {}, {}, torch.float32, device, max_bytes=0)
-    rows = assign(sequential.plan, world, config.vocab_size).head_rows[0]
-    head = HeadShard.load(config, checkpoint, rows, torch.float32, device)
+    program = RankProgram(0, [sequential], config, [checkpoint], cache, precision, device)
+    exchange = TcpExchange(0, {}, {}, config.hidden_size, torch.float32, device, max_bytes=0)
+    rows = assign(sequential.plan, world, config.shape).head_rows[0]
+    head = HeadShard.load(config, checkpoint, rows, FloatFormat(torch.float32), device)
     hidden_ND = Embedding(config, checkpoint, torch.float32)([1])
 
     @torch.inference_mode()

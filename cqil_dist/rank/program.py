@@ -6,23 +6,25 @@ requests or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cqil_dist.assignment import Assignment, Piece, Round, Stage
-from cqil_dist.exchange.base import Exchange, sum_in_rank_order
+from cqil_dist.assignment import Assignment, Stage
+from cqil_dist.costs import Piece
+from cqil_dist.exchange.base import Exchange
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.model.head import HeadShard
 from cqil_dist.model.kv_cache import KVCache
-from cqil_dist.model.loading import PartLoader, StageParts
-from cqil_dist.model.parts import rms_norm
+from cqil_dist.model.loading import TorchBackend
+from cqil_dist.model.parts import PartBackend
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.rope import RotaryTable
-from cqil_dist.model.step import Segment, StepContext
+from cqil_dist.model.step import Segment, StepInput
 from cqil_dist.rank.clock import StepClock
+from cqil_dist.rank.stage import RankStage
 from cqil_dist.timeline import SpanKind
 
 
@@ -32,25 +34,6 @@ class CacheShape:
 
     slots: int
     max_len: int
-
-
-@dataclass(frozen=True)
-class LocalStage:
-    """A stage as one rank sees it.
-
-    Attributes:
-        group: its index in the plan.
-        parts, cache: None where the rank computes nothing.
-        carries: whether its summand of the output includes the residual.
-        bundles: attention bundles of every worker, by rank.
-    """
-
-    group: int
-    stage: Stage
-    parts: StageParts | None
-    cache: KVCache | None
-    carries: bool
-    bundles: Mapping[int, int]
 
 
 class RankProgram:
@@ -63,7 +46,8 @@ class RankProgram:
         checkpoints: one for each plan; they differ in nothing but adapters.
 
     Attributes:
-        clock: where its time goes.
+        clock: where the rank's time goes.
+        head_rows: the rank's rows of the vocabulary.
 
     Raises:
         CheckpointError: a tensor this rank needs is missing, misshapen or unreadable.
@@ -76,57 +60,70 @@ class RankProgram:
         config: ModelConfig,
         checkpoints: Sequence[Checkpoint],
         cache_shape: CacheShape,
-        dtype: torch.dtype,
+        precision: Precision,
         device: torch.device,
         on_stage_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank = rank
         self.clock = StepClock(device)
         self._config = config
-        self._dtype = dtype
+        self._precision = precision
         self._device = device
-        self._rotary = RotaryTable(config, cache_shape.max_len, dtype, device)
+        self._rotary = RotaryTable(config, cache_shape.max_len, precision.compute_dtype, device)
         self._cache_shape = cache_shape
         self._caches: dict[tuple[Piece, ...], KVCache] = {}
-        self._loaders = {
-            checkpoint: PartLoader(config, checkpoint, dtype, device) for checkpoint in checkpoints
+        self._filled = [0] * cache_shape.slots
+        self._backends: dict[Checkpoint, PartBackend] = {
+            checkpoint: TorchBackend(config, checkpoint, precision, device)
+            for checkpoint in checkpoints
         }
-        self._plans: list[list[LocalStage]] = []
+        self._plans: list[list[RankStage]] = []
         for assignment, checkpoint in zip(assignments, checkpoints, strict=True):
             self._plans.append([])
-            for group, stage in enumerate(assignment.stages):
-                self._plans[-1].append(self._local(group, stage, self._loaders[checkpoint]))
+            for index, stage in enumerate(assignment.stages):
+                self._plans[-1].append(self._load(index, stage, self._backends[checkpoint]))
                 on_stage_loaded()
         self.head_rows = assignments[0].head_rows[rank]
-        self._head = HeadShard.load(config, checkpoints[0], self.head_rows, dtype, device)
+        self._head = self._backends[checkpoints[0]].head(self.head_rows)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(loader.nbytes for loader in self._loaders.values()) + self._head.nbytes
+        """Bytes of the weights of all plans."""
+        return sum(backend.nbytes for backend in self._backends.values())
 
     @property
     def kv_bytes(self) -> int:
+        """Bytes of the caches of all plans."""
         return sum(cache.nbytes for cache in self._caches.values())
 
-    def _local(self, group: int, stage: Stage, loader: PartLoader) -> LocalStage:
-        parts = cache = None
-        if pieces := stage.pieces[self.rank]:
-            parts = loader.load(stage, self.rank)
-            if (cache := self._caches.get(pieces)) is None:
-                cache = self._caches[pieces] = self._cache(parts.kv_heads)
-        bundles = {worker: len(stage.attention_bundles(worker)) for worker in stage.workers}
-        return LocalStage(group, stage, parts, cache, stage.carrier == self.rank, bundles)
+    def _load(self, index: int, stage: Stage, backend: PartBackend) -> RankStage:
+        attention = feed_forward = None
+        if bundles := stage.attention_bundles(self.rank):
+            attention = backend.attention(bundles, self._cache(stage.pieces[self.rank]))
+        if bundles := stage.feed_forward_bundles(self.rank):
+            feed_forward = backend.feed_forward(bundles)
+        return RankStage(index, stage, self.rank, attention, feed_forward, self.clock)
 
-    def _cache(self, kv_heads: int) -> KVCache:
-        slots, max_len = self._cache_shape.slots, self._cache_shape.max_len
-        return KVCache(slots, kv_heads, max_len, self._config.head_dim, self._dtype, self._device)
+    def _cache(self, pieces: tuple[Piece, ...]) -> KVCache:
+        if pieces not in self._caches:
+            shape = self._config.shape
+            self._caches[pieces] = KVCache(
+                self._cache_shape.slots,
+                sum(len(shape.kv_heads(piece.heads)) for piece in pieces),
+                self._cache_shape.max_len,
+                self._config.head_dim,
+                self._precision.kv_dtype,
+                self._device,
+            )
+        return self._caches[pieces]
 
+    @torch.inference_mode()
     def step(
         self,
         segments: Sequence[Segment],
         hidden_ND: Tensor | None,
         exchange: Exchange,
-        plan: int = 0,
+        plan_index: int = 0,
         exact_times: bool = False,
     ) -> Tensor:
         """Compute one step of N tokens together with the other ranks of the exchange.
@@ -135,7 +132,7 @@ class RankProgram:
             segments: the step's tokens, the same on every rank.
             hidden_ND: the embedded tokens; None on a rank that computes nothing of the first
                 stage.
-            plan: index of the plan to walk.
+            plan_index: which of the plans to walk.
             exact_times: on a GPU, have the clock wait for every part.
 
         Returns:
@@ -145,9 +142,9 @@ class RankProgram:
         Raises:
             ExchangeError: a peer was lost, or does not follow the plan.
         """
-        self.clock.begin(plan, exact_times)
-        logits_RV = self.head(self.layers(segments, hidden_ND, exchange, plan))
-        self.clock.mark(SpanKind.HEAD, len(self._plans[plan]))
+        self.clock.begin(plan_index, exact_times)
+        logits_RV = self._head(self.layers(segments, hidden_ND, exchange, plan_index))
+        self.clock.mark(SpanKind.HEAD, len(self._plans[plan_index]))
         self.clock.end()
         return logits_RV
 
@@ -157,88 +154,28 @@ class RankProgram:
         segments: Sequence[Segment],
         hidden_ND: Tensor | None,
         exchange: Exchange,
-        plan: int = 0,
+        plan_index: int = 0,
     ) -> Tensor:
         """The step without the head: hidden states [R, D] of the tokens that want logits."""
-        context = StepContext.of(segments, self._rotary, self._device)
-        x_ND = None if hidden_ND is None else hidden_ND.to(self._device, self._dtype)
-        for local in self._plans[plan]:
-            x_ND = self._walk(local, x_ND, context, exchange)
+        self._clear_reused_slots(segments)
+        step = StepInput.of(segments, self._rotary, self._device)
+        x_ND = None
+        if hidden_ND is not None:
+            x_ND = hidden_ND.to(self._device, self._precision.compute_dtype)
+        for stage in self._plans[plan_index]:
+            x_ND = stage(x_ND, step, exchange)
         assert x_ND is not None, "the last stage's output reaches every rank"
-        return x_ND[context.logit_rows]
+        return x_ND[step.logit_rows_R]
 
     @torch.inference_mode()
     def head(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits [R, rows] of this rank's rows of the vocabulary."""
         return self._head(hidden_RD)
 
-    def _walk(
-        self, local: LocalStage, x_ND: Tensor | None, context: StepContext, exchange: Exchange
-    ) -> Tensor | None:
-        """The stage's output where this rank needs it next, else None."""
-        partial_ND = None
-        if local.parts is not None and local.cache is not None:
-            assert x_ND is not None, "every worker of a stage gets its input"
-            partial_ND = self._partial(local, local.parts, local.cache, x_ND, context, exchange)
-        if local.stage.output_round is None:
-            return partial_ND
-        shape = (len(context.positions_N), self._config.hidden_size)
-        shapes = dict.fromkeys(local.bundles, shape)
-        parts = self._meet(local.stage.output_round, partial_ND, shapes, exchange)
-        total_ND = sum_in_rank_order(parts) if parts else None
-        self.clock.mark(SpanKind.OUTPUT_EXCHANGE, local.group)
-        return total_ND
-
-    def _partial(
-        self,
-        local: LocalStage,
-        parts: StageParts,
-        cache: KVCache,
-        x_ND: Tensor,
-        context: StepContext,
-        exchange: Exchange,
-    ) -> Tensor:
-        """This rank's summand of y = x + sum over members of ( a + F(u) )."""
-        eps = self._config.rms_norm_eps
-        attended = parts.attention(rms_norm(x_ND, eps), context, cache)
-        self.clock.mark(SpanKind.ATTENTION, local.group)
-        visible = self._exchange_attention(local, attended, exchange)
-        partial_ND = sum_tensors([x_ND, *attended] if local.carries else attended)
-        for feed_forward, inputs in parts.feed_forwards:
-            u_ND = sum_tensors([x_ND, *(visible[rank][bundle] for rank, bundle in inputs)])
-            partial_ND = partial_ND + feed_forward(rms_norm(u_ND, eps))
-        self.clock.mark(SpanKind.FEED_FORWARD, local.group)
-        return partial_ND
-
-    def _exchange_attention(
-        self, local: LocalStage, attended: list[Tensor], exchange: Exchange
-    ) -> dict[int, Sequence[Tensor]]:
-        """Attention outputs by rank and bundle, as far as feed-forward parts here take them."""
-        if local.stage.attention_round is None:
-            return {self.rank: attended}
-        tokens, width = attended[0].shape
-        shapes = {rank: (count, tokens, width) for rank, count in local.bundles.items()}
-        own = torch.stack(attended)
-        gathered = self._meet(local.stage.attention_round, own, shapes, exchange)
-        self.clock.mark(SpanKind.ATTENTION_EXCHANGE, local.group)
-        return {rank: list(tensor.unbind()) for rank, tensor in gathered}
-
-    def _meet(
-        self,
-        round: Round,
-        own: Tensor | None,
-        shapes: Mapping[int, tuple[int, ...]],
-        exchange: Exchange,
-    ) -> list[tuple[int, Tensor]]:
-        """Take part in a round, if this rank has a part in it."""
-        if own is None and not round.sources[self.rank]:
-            return []
-        return exchange.gather(round, own, shapes)
-
-
-def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum, in order; the first tensor itself where it is the only one."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+    def _clear_reused_slots(self, segments: Sequence[Segment]) -> None:
+        """Clear the slot of every sequence that begins, as far as the one before it went."""
+        for segment in segments:
+            if segment.start == 0:
+                for cache in self._caches.values():
+                    cache.clear(segment.slot, self._filled[segment.slot])
+            self._filled[segment.slot] = segment.end

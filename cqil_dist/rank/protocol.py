@@ -123,8 +123,8 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
     """
     while True:
         header, hidden_ND = link.recv(timeout=None)
-        exchange.begin_step(header["step"])
         segments = [Segment(*fields) for fields in header["segments"]]
+        exchange.begin_step(header["step"], sum(segment.count for segment in segments))
         try:
             logits = program.step(segments, hidden_ND, exchange, header["plan"], header["timeline"])
             answer: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cqil_dist.assignment import Assignment
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.precision import Precision
 from cqil_dist.rank.program import CacheShape
 
 
@@ -18,7 +19,7 @@ class EngineSpec:
         model: the name it was launched by.
         names: what requests call it under each plan.
         model_path: directory of the checkpoint on the node that launches.
-        dtype: "float32", "float16" or "bfloat16".
+        precision: the numbers that it is computed, stored, cached and sent in.
         assignments: one for each plan, over the same ranks.
         adapter: directory of the first plan's adapter, on every node; the others have none.
         slots: requests that run at the same time.
@@ -38,7 +39,7 @@ class EngineSpec:
     config: ModelConfig
     assignments: tuple[Assignment, ...]
     adapter: Path | None
-    dtype: str
+    precision: Precision
     slots: int
     max_len: int
     prefill_tokens: int

@@ -17,6 +17,7 @@ from cqil_dist.assignment import assign
 from cqil_dist.exchange import TorchDistributedExchange
 from cqil_dist.launching.placement import connected
 from cqil_dist.model.head import Embedding
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment
 from cqil_dist.rank.program import CacheShape, RankProgram
@@ -40,14 +41,17 @@ def test_one_rank_with_an_nccl_world_of_one(model: TinyModel, dtype: str) -> Non
     torch_dtype = getattr(torch, dtype)
     program = RankProgram(
         0,
-        [assign(plan, 1, model.config.vocab_size)],
+        [assign(plan, 1, model.config.shape)],
         model.config,
         [model.checkpoint],
         CacheShape(2, 64),
-        torch_dtype,
+        Precision.of(dtype),
         device,
     )
-    exchange = TorchDistributedExchange(0, 1, "nccl", "127.0.0.1:29511", torch_dtype, device, 30.0)
+    width = model.config.hidden_size
+    exchange = TorchDistributedExchange(
+        0, 1, "nccl", "127.0.0.1:29511", width, torch_dtype, device, 30.0
+    )
     try:
         embedding = Embedding(model.config, model.checkpoint, torch_dtype)
         rows = [program.step([Segment(1, 0, 15, 1)], embedding(PROMPT[:15]), exchange)]

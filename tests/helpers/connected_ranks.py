@@ -18,6 +18,7 @@ from torch import Tensor
 from cqil_dist.assignment import Assignment
 from cqil_dist.exchange import TcpExchange
 from cqil_dist.model.head import Embedding
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.step import Segment
 from cqil_dist.rank.program import CacheShape, RankProgram
 
@@ -49,7 +50,7 @@ class Ranks:
                 model.config,
                 [model.checkpoint] * len(assignments),
                 shape,
-                dtype,
+                Precision.of(str(dtype).removeprefix("torch.")),
                 CPU,
             )
             for rank in range(assignments[0].world)
@@ -63,7 +64,7 @@ class Ranks:
         self._steps += 1
 
         def walk(rank: int) -> Tensor:
-            self.exchanges[rank].begin_step(self._steps)
+            self.exchanges[rank].begin_step(self._steps, len(token_ids))
             starts = rank in self._assignments[plan].entry_ranks
             hidden = embedded.clone() if starts else None
             return self.programs[rank].layers(segments, hidden, self.exchanges[rank], plan)
@@ -103,6 +104,8 @@ def connected(
 ) -> Iterator[Ranks]:
     """The ranks of one assignment, or of several over the same ranks, in a mesh on loopback."""
     world = assignments[0].world
-    mesh = tcp_mesh(world, dtype=dtype, deadline_s=DEADLINE_S, spin_s=0.0)
+    mesh = tcp_mesh(
+        world, width=model.config.hidden_size, dtype=dtype, deadline_s=DEADLINE_S, spin_s=0.0
+    )
     with mesh as exchanges, ThreadPoolExecutor(world) as pool:
         yield Ranks(model, assignments, exchanges, pool, dtype)

@@ -22,8 +22,8 @@ SECRET = secrets.token_bytes(SECRET_BYTES)
 
 
 def everyone(world: int, index: int = 0) -> Round:
-    """A round in which every rank needs every rank's part."""
-    return Round(index, tuple(tuple(range(world)) for _ in range(world)))
+    """A round in which every rank needs every rank's part, one tensor each."""
+    return Round(index, tuple(tuple(range(world)) for _ in range(world)), (1,) * world)
 
 
 def in_threads(*bodies: Callable[[], T]) -> list[T]:
@@ -47,6 +47,7 @@ def descriptors_at_first() -> int:
 def tcp_mesh(world: int, **options: Any) -> Iterator[list[TcpExchange]]:
     """One connected TcpExchange for each rank."""
     settings: dict[str, Any] = {
+        "width": 576,
         "dtype": torch.float32,
         "device": "cpu",
         "max_bytes": 1 << 24,

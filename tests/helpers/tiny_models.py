@@ -21,6 +21,7 @@ from cqil_dist.exchange import TcpExchange
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.head import Embedding
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment, Step, StepResult
 from cqil_dist.plan import Bypass, Group, Plan
@@ -221,14 +222,15 @@ class LocalModel:
         checkpoints: Sequence[Checkpoint] | None = None,
     ) -> None:
         config, checkpoint = model.config, model.checkpoint
-        assignments = [assign(plan, 1, config.vocab_size)]
+        assignments = [assign(plan, 1, config.shape)]
         if compare is not None:
             assignments.append(follow(compare, assignments[0]))
         shape = CacheShape(slots, max_len)
         checkpoints = checkpoints or [checkpoint] * len(assignments)
-        self.program = RankProgram(0, assignments, config, checkpoints, shape, dtype, CPU)
+        precision = Precision.of(str(dtype).removeprefix("torch."))
+        self.program = RankProgram(0, assignments, config, checkpoints, shape, precision, CPU)
         self._embedding = Embedding(config, checkpoint, dtype)
-        self._exchange = TcpExchange(0, {}, {}, dtype, CPU, max_bytes=1 << 20)
+        self._exchange = TcpExchange(0, {}, {}, config.hidden_size, dtype, CPU, 1 << 20)
 
     def begin(self, step: Step) -> None:
         self._begun = step

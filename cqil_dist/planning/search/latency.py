@@ -1,4 +1,4 @@
-"""A cost model whose times are measured on this machine."""
+"""Costs of layers and head as they are measured on this machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from statistics import median
 
 import torch
 
+from cqil_dist.costs import Costs
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.planning.search.cost_model import CostModel
 from cqil_dist.rank.layer_timing import prepare_layers
 
 _CONTEXT = 128
@@ -16,7 +16,7 @@ _WARM_UP = 3
 _REPEATS = 15
 
 
-def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
+def measure_costs(path: Path, link_us: float) -> Costs:
     """Time a model's layers and head as a rank computes them: float32, one thread of this CPU.
 
     Whatever precision plans are measured in: for one token, products in bfloat16 take twice as long
@@ -35,4 +35,4 @@ def measure_cost(path: Path, ranks: int, link_us: float) -> CostModel:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
     layer_us, head_us = (1000 * median(times_ms[part::2]) for part in (0, 1))
-    return CostModel(layer_us, head_us, link_us, ranks, config.vocab_size)
+    return Costs(config.shape, layer_us, head_us, link_us)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from cqil_dist.assignment import Assignment, assign
+from cqil_dist.costs import Costs
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.planning.measure.divergence import Divergence
 from cqil_dist.planning.measure.similarity import regular_plan, without_layers
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search.comparison import Comparison
-from cqil_dist.planning.search.cost_model import CostModel
 from cqil_dist.planning.search.search import PlanSearch, additive_front
 from cqil_dist.planning.search.sensitivity import Sensitivities
 from cqil_dist.progress import Progress
@@ -125,20 +126,23 @@ class PlanFinder:
 
     Args:
         comparison: how plans are measured, and were their groups.
+        costs, ranks: what their latency is predicted from.
     """
 
     def __init__(
         self,
         comparison: Comparison,
         sensitivities: Sensitivities,
-        cost: CostModel,
+        costs: Costs,
+        ranks: int,
         seconds: float,
         progress: Progress,
     ) -> None:
         self._baseline = comparison.baseline
         self._plain = comparison.uncompensated
         self._sensitivities = sensitivities
-        self._cost = cost
+        self._costs = costs
+        self._ranks = ranks
         self._progress = progress
         self._search = PlanSearch(
             self._baseline.num_layers, sensitivities, comparison.compare, seconds, progress
@@ -215,7 +219,7 @@ class PlanFinder:
 
     def _keeps_to(self, plan: Plan, goal: Goal) -> bool:
         if goal.max_latency_us is not None:
-            return self._cost.latency_us(plan) <= goal.max_latency_us
+            return self._latency_us(plan) <= goal.max_latency_us
         divergence = self._search.measured[plan]
         if goal.max_kl is not None:
             return divergence.kl <= goal.max_kl
@@ -227,16 +231,16 @@ class PlanFinder:
         quick = {
             group: kl
             for group, kl in self._sensitivities.items()
-            if _meets_once(group) and group.size <= self._cost.ranks
+            if _meets_once(group) and group.size <= self._ranks
         }
         fronts = [self._search.reachable, additive_front(self._baseline.num_layers, quick)]
         plans = [plan for front in fronts for plan in front.values()]
-        within = [plan for plan in plans if self._cost.latency_us(plan) <= max_latency_us]
+        within = [plan for plan in plans if self._latency_us(plan) <= max_latency_us]
         if not within:
-            fastest = min(map(self._cost.latency_us, plans))
+            fastest = min(map(self._latency_us, plans))
             raise PlanError(
                 f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
-                f"{fastest:.0f} us on {self._cost.ranks} ranks"
+                f"{fastest:.0f} us on {self._ranks} ranks"
             )
         return max(within, key=lambda plan: plan.depth)
 
@@ -244,14 +248,21 @@ class PlanFinder:
         return self._of_plan("search", plan, self._search.measured[plan])
 
     def _of_plan(self, kind: str, plan: Plan, divergence: Divergence) -> MeasuredPlan:
-        latency_us, exchanges = self._cost.latency_us(plan), self._cost.exchanges(plan)
-        return MeasuredPlan(kind, plan, divergence, latency_us, exchanges)
+        exchanges = self._assigned(plan).rounds
+        return MeasuredPlan(kind, plan, divergence, self._latency_us(plan), exchanges)
+
+    def _latency_us(self, plan: Plan) -> float:
+        return self._assigned(plan).latency_us(self._costs)
+
+    def _assigned(self, plan: Plan) -> Assignment:
+        return assign(plan, self._ranks, self._costs.shape)
 
 
 def front_json(
     model: str,
     comparison: Comparison,
-    cost: CostModel,
+    costs: Costs,
+    ranks: int,
     measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
     """What depth costs a model, as `plot_front` and the report read it."""
@@ -259,7 +270,13 @@ def front_json(
         "front",
         model=model,
         **comparison.to_json(),
-        cost=asdict(cost),
+        cost={
+            "layer_us": costs.layer_us,
+            "head_us": costs.head_us,
+            "link_us": costs.link_us,
+            "ranks": ranks,
+            "vocab_size": costs.shape.vocab_size,
+        },
         measured=[each.to_json() for each in measured],
     )
 

@@ -11,7 +11,6 @@ from helpers.connected_ranks import MAX_LEN, SLOTS, connected
 from helpers.observed_engine import ObservedModel, ask, finish, greedy, serving
 from helpers.tiny_models import (
     BYPASSES,
-    VOCAB,
     TinyModel,
     TinyModelFactory,
     assert_near,
@@ -24,11 +23,13 @@ from hypothesis import strategies as st
 
 from cqil_dist.assignment import Assignment, assign, follow
 from cqil_dist.model.footprint import footprint
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Plan
 
 SEQUENTIAL = Plan.sequential(6)
+FLOAT32 = Precision.of("float32")
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_plan_and_the_sequential_one(
     bypass: str, size: int, world: int, model: TinyModel
 ) -> None:
     """A rank holds single layers of each group, or several together, which are folded apart."""
-    base = assign(model.plan(f"P{size} S1 E6 D{bypass}"), world, VOCAB)
+    base = assign(model.plan(f"P{size} S1 E6 D{bypass}"), world, model.config.shape)
     assert_each_is_its_reference(model, [base, follow(SEQUENTIAL, base)])
 
 
@@ -97,13 +98,13 @@ def test_a_plan_and_the_sequential_one(
 def test_any_two_plans(data: st.DataObject, model: TinyModel) -> None:
     """A plan that follows another's layers has groups where those fall, and ranks without any."""
     first, second = (Plan.covering(data.draw(plans(max_layers=6)).groups, 6) for _ in range(2))
-    base = assign(first, data.draw(st.integers(1, 3)), VOCAB)
+    base = assign(first, data.draw(st.integers(1, 3)), model.config.shape)
     assert_each_is_its_reference(model, [base, follow(second, base)])
 
 
 def test_single_layers_of_each_group_are_held_once(model: TinyModel) -> None:
     """Weights and cache: comparing with the sequential plan costs a rank nothing."""
-    base = assign(model.plan("P2 S0 E6 D1"), 2, VOCAB)
+    base = assign(model.plan("P2 S0 E6 D1"), 2, model.config.shape)
     both = (base, follow(SEQUENTIAL, base))
     with connected(model, base) as ranks:
         alone = [(program.weight_bytes, program.kv_bytes) for program in ranks.programs]
@@ -111,8 +112,8 @@ def test_single_layers_of_each_group_are_held_once(model: TinyModel) -> None:
         together = [(program.weight_bytes, program.kv_bytes) for program in ranks.programs]
     assert together == alone
     for rank in range(2):
-        told = footprint(both, rank, model.config, "float32")
-        assert told == footprint([base], rank, model.config, "float32")
+        told = footprint(both, rank, model.config, FLOAT32)
+        assert told == footprint([base], rank, model.config, FLOAT32)
 
 
 @pytest.mark.parametrize("plan", ["P2 S0 E6 D1", "P3 S1 E6 D0", "P3 S0 E6 Dfull", "sequential"])
@@ -122,11 +123,11 @@ def test_two_plans_take_the_memory_that_is_told_beforehand(
 ) -> None:
     """A spare reads a rank's weights where that much is free."""
     model = tiny_model()
-    base = assign(model.plan(plan), world, VOCAB)
+    base = assign(model.plan(plan), world, model.config.shape)
     both = (base, follow(model.plan("P2 S1 E5 D0"), base))
     with connected(model, *both) as ranks:
         for rank, program in enumerate(ranks.programs):
-            told = footprint(both, rank, model.config, "float32").total(SLOTS * MAX_LEN)
+            told = footprint(both, rank, model.config, FLOAT32).total(SLOTS * MAX_LEN)
             assert program.weight_bytes + program.kv_bytes == told
 
 

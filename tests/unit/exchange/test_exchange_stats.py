@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-import torch
 
 from cqil_dist.benchmarks.round_times import split_transfer_and_skew
-from cqil_dist.exchange import ExchangeStats, sum_in_rank_order
+from cqil_dist.exchange import ExchangeStats
 
 
 def test_the_ring_keeps_the_latest_waits_in_order() -> None:
@@ -54,17 +52,3 @@ def test_transfer_is_the_shortest_wait_of_a_round_and_skew_the_rest_of_the_longe
 def test_nothing_in_common_is_no_rounds() -> None:
     times = split_transfer_and_skew([ExchangeStats().snapshot()] * 2)
     assert times.transfer_s.shape == times.skew_s.shape == (0,)
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_the_sum_is_taken_from_the_left_and_leaves_its_terms_alone(parts: int) -> None:
-    generator = torch.Generator().manual_seed(parts)
-    tensors = [torch.randn(1000, generator=generator) for _ in range(parts)]
-    kept = [tensor.clone() for tensor in tensors]
-    expected = kept[0]
-    for tensor in kept[1:]:
-        expected = expected + tensor
-    total = sum_in_rank_order(list(enumerate(tensors)))
-    assert torch.equal(total, expected)
-    total.zero_()
-    assert all(torch.equal(t, k) for t, k in zip(tensors, kept, strict=True))

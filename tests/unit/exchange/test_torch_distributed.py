@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from cqil_dist.assignment import Round
 from cqil_dist.errors import ExchangeError
-from cqil_dist.exchange import TorchDistributedExchange, sum_in_rank_order
+from cqil_dist.exchange import TorchDistributedExchange
 
 WIDTH = 64
 
@@ -40,46 +41,53 @@ def run(world: int, body: Callable[[int, int, str], Any]) -> list[Any]:
 
 
 def join(rank: int, world: int, address: str, **options: Any) -> TorchDistributedExchange:
-    settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", **options}
+    settings: dict[str, Any] = {
+        "width": WIDTH,
+        "dtype": torch.float32,
+        "device": "cpu",
+        **options,
+    }
     return TorchDistributedExchange(rank, world, "gloo", address, **settings)
 
 
-def part(source: int, step: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + source))
+def part(source: int, step: int, tensors: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + source)
+    return torch.randn(tensors, 2, WIDTH, generator=generator)
 
 
 def walk(rank: int, world: int, address: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Steps of a symmetric round, a bypass round, a hand-over, and one of unequal shapes."""
     everyone = tuple(range(world))
-    rounds: list[tuple[Round, list[tuple[int, ...]]]] = [
-        (Round(0, (everyone,) * world), [(2, WIDTH)] * world),
-        (
-            Round(1, tuple(everyone[max(0, r - 1) : r + 1] for r in everyone)),
-            [(1 + source, 2, WIDTH) for source in everyone],
-        ),
-        (Round(2, ((), (0,), *[()] * (world - 2))), [(2, WIDTH)] * world),
-        (Round(3, (everyone,) * world), [(1 + source, 2, WIDTH) for source in everyone]),
+    unequal = tuple(1 + source for source in everyone)
+    rounds = [
+        Round(0, (everyone,) * world, (1,) * world),
+        Round(1, tuple(everyone[max(0, r - 1) : r + 1] for r in everyone), unequal),
+        Round(2, ((), (0,), *[()] * (world - 2)), (1, *[0] * (world - 1))),
+        Round(3, (everyone,) * world, unequal),
     ]
     exchange = join(rank, world, address)
     sums = []
     with torch.inference_mode():
         for step in range(4):
-            exchange.begin_step(step)
-            for round, shape in rounds:
-                contributes = any(rank in wanted for wanted in round.sources)
-                own = part(rank, step, *shape[rank]) if contributes else None
-                gathered = exchange.gather(round, own, dict(enumerate(shape)))
-                assert tuple(source for source, _ in gathered) == round.sources[rank]
-                for source, tensor in gathered:
-                    assert torch.equal(tensor, part(source, step, *shape[source])), (round, source)
-                    assert source != rank or tensor is own
-                if round.index == 0:
-                    sums.append(sum_in_rank_order(gathered))
+            exchange.begin_step(step, 2)
+            for each in rounds:
+                contributes = any(rank in wanted for wanted in each.sources)
+                own = part(rank, step, each.tensors[rank]) if contributes else None
+                gathered = exchange.gather(each, own)
+                wanted = [part(r, step, each.tensors[r]) for r in each.sources[rank]]
+                if wanted:
+                    assert gathered is not None
+                    assert torch.equal(gathered, torch.cat(wanted)), each
+                else:
+                    assert gathered is None
+            total = exchange.sum(replace(rounds[0], index=4), part(rank, step, 1)[0])
+            assert total is not None
+            sums.append(total)
     stats = exchange.stats.snapshot()
     exchange.close()
     exchange.close()
     with pytest.raises(ExchangeError, match=f"rank {rank} has closed"):
-        exchange.gather(rounds[0][0], sums[0], dict(enumerate(rounds[0][1])))
+        exchange.gather(rounds[0], sums[0])
     return sums, stats
 
 
@@ -89,27 +97,27 @@ def test_rounds_of_every_kind(world: int) -> None:
     for sums, _ in others:
         assert all(torch.equal(a, b) for a, b in zip(first, sums, strict=True))
     stats = [snapshot for _, snapshot in results]
-    assert [s["rounds_led"] for s in stats] == [16] + [0] * (world - 1)
-    assert [s["rounds"] for s in stats] == [16, 16, 12][:world]
-    assert [s["round"] for s in stats] == [[0, 3] * 4, [0, 1, 2, 3] * 4, [0, 1, 3] * 4][:world]
+    assert [s["rounds_led"] for s in stats] == [20] + [0] * (world - 1)
+    assert [s["rounds"] for s in stats] == [20, 20, 16][:world]
+    waits = [[0, 3, 4] * 4, [0, 1, 2, 3, 4] * 4, [0, 1, 3, 4] * 4]
+    assert [s["round"] for s in stats] == waits[:world]
     row = 2 * WIDTH * 4
-    assert stats[0]["bytes_sent"] == 4 * row * ((world - 1) + 1 + 1 + (world - 1))
+    assert stats[0]["bytes_sent"] == 4 * row * ((world - 1) + 1 + 1 + 2 * (world - 1))
     unequal = {2: 1, 3: 1 + 3}[world]  # rows that ranks 0 and 2 send rank 1 in the last round
-    assert stats[1]["bytes_received"] == 4 * row * ((world - 1) + 1 + 1 + unequal)
+    assert stats[1]["bytes_received"] == 4 * row * (2 * (world - 1) + 1 + 1 + unequal)
 
 
 def lose_rank_1(rank: int, world: int, address: str) -> float:
     exchange = join(rank, world, address, deadline_s=20.0)
-    round = Round(0, ((0, 1), (0, 1)))
-    shapes = {0: (WIDTH,), 1: (WIDTH,)}
-    exchange.begin_step(5)
-    exchange.gather(round, torch.zeros(WIDTH), shapes)
+    both = Round(0, ((0, 1), (0, 1)), (1, 1))
+    exchange.begin_step(5, 1)
+    exchange.gather(both, torch.zeros(1, WIDTH))
     if rank == 1:
         exchange.close()
         return 0.0
     started = time.monotonic()
     with pytest.raises(ExchangeError, match="step 5, round 0 failed in gloo"):
-        exchange.gather(round, torch.zeros(WIDTH), shapes)
+        exchange.gather(both, torch.zeros(1, WIDTH))
     exchange.close()
     return time.monotonic() - started
 

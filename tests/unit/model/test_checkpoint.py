@@ -24,8 +24,9 @@ from torch import Tensor
 
 from cqil_dist.assignment import assign
 from cqil_dist.errors import CheckpointError
-from cqil_dist.model.checkpoint import Checkpoint, parse_dtype
+from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.head import Embedding
+from cqil_dist.model.precision import Precision, parse_dtype
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.rank.program import CacheShape, RankProgram
 
@@ -66,10 +67,10 @@ def replace(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
 
 def load_rank(path: Path, rank: int = 0, world: int = 1, plan: str = "sequential") -> RankProgram:
     model = TinyModel(path)
-    assignment = assign(model.plan(plan), world, model.config.vocab_size)
+    assignment = assign(model.plan(plan), world, model.config.shape)
     shape = CacheShape(1, 8)
     return RankProgram(
-        rank, [assignment], model.config, [model.checkpoint], shape, torch.float32, CPU
+        rank, [assignment], model.config, [model.checkpoint], shape, Precision.of("float32"), CPU
     )
 
 
@@ -230,7 +231,7 @@ def test_a_rank_needs_the_tensors_of_its_own_layers_only(
     shutil.copytree(tiny_model(tiny_config(family)).path, path)
     plan, world = "P3 S1 E5 D1", 3
     model = TinyModel(path)
-    assignment = assign(model.plan(plan), world, model.config.vocab_size)
+    assignment = assign(model.plan(plan), world, model.config.shape)
     layers = assignment.layers_of(rank)
     assert 0 < len(layers) < model.config.num_layers
     own = (*(f"model.layers.{layer}." for layer in layers), "model.norm.", "lm_head.")

@@ -25,8 +25,11 @@ from helpers.tiny_models import (
 )
 from transformers import AutoConfig, GenerationConfig
 
+from cqil_dist.assignment import assign
 from cqil_dist.errors import ModelError, UnsupportedModel
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.footprint import footprint
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.reference import ReferenceModel
 from cqil_dist.plan import Plan
 
@@ -258,7 +261,10 @@ def test_layer_size_is_what_the_checkpoint_holds(family: str, tiny_model: TinyMo
     config = model.config
     if config.qk_norm:  # kept for every head, so that several layers' heads go through at once
         stored += (config.num_heads + config.num_kv_heads - 2) * config.head_dim
-    assert config.attention_parameters + config.feed_forward_parameters == stored
+    expected = config.num_layers * stored + config.vocab_size * config.hidden_size
+    one_rank = assign(model.plan("sequential"), 1, config.shape)
+    told = footprint([one_rank], 0, config, Precision.of("bfloat16"))
+    assert told.weight_bytes == 2 * expected
 
 
 def test_a_config_read_from_files_is_the_config_itself(tiny_model: TinyModelFactory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from helpers.connected_ranks import connected
 from helpers.tiny_models import (
     BYPASSES,
     CPU,
-    VOCAB,
     LocalModel,
     TinyModel,
     TinyModelFactory,
@@ -23,7 +23,8 @@ from helpers.tiny_models import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cqil_dist.assignment import Assignment, Piece, Round, Stage, assign
+from cqil_dist.assignment import Assignment, Round, Stage, assign, follow
+from cqil_dist.costs import ModelShape, Piece, evenly
 from cqil_dist.exchange import TcpExchange
 from cqil_dist.model.step import Segment
 from cqil_dist.plan import Group, Plan
@@ -54,7 +55,9 @@ def test_ranks_compute_the_reference(
     """As many ranks as a group has members, fewer and more; a short group at the end; layers that
     stand alone at both ends."""
     model = tiny_model(biased())
-    assert_is_reference(model, assign(model.plan(f"P{size} S1 E8 D{bypass}"), world, VOCAB))
+    assert_is_reference(
+        model, assign(model.plan(f"P{size} S1 E8 D{bypass}"), world, model.config.shape)
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_every_family_is_the_reference_on_two_ranks(
 ) -> None:
     """Concurrent layers of different windows, on one rank and on different ones."""
     model = tiny_model(config)
-    assert_is_reference(model, assign(model.plan("P4 S1 E5 D1"), 2, VOCAB))
+    assert_is_reference(model, assign(model.plan("P4 S1 E5 D1"), 2, model.config.shape))
 
 
 @settings(
@@ -86,7 +89,7 @@ def test_any_plan_is_the_reference_on_any_number_of_ranks(
     model = tiny_model(biased())
     drawn = data.draw(plans(max_layers=9))
     plan = Plan.covering(drawn.groups, 9)
-    assert_is_reference(model, assign(plan, data.draw(st.integers(1, 4)), VOCAB))
+    assert_is_reference(model, assign(plan, data.draw(st.integers(1, 4)), model.config.shape))
 
 
 @pytest.mark.parametrize("bypass", BYPASSES)
@@ -99,7 +102,7 @@ def test_all_ranks_hold_the_same_bits(
     The last group is shared, since what a single rank computed is the same everywhere anyhow.
     """
     model = tiny_model(biased())
-    assignment = assign(model.plan(f"P3 S3 E9 D{bypass}"), 3, VOCAB)
+    assignment = assign(model.plan(f"P3 S3 E9 D{bypass}"), 3, model.config.shape)
     assert assignment.stages[-1].workers == (0, 1, 2)
     tokens = random_tokens(12)
     with connected(model, assignment, dtype=dtype) as ranks:
@@ -115,7 +118,7 @@ def test_all_ranks_hold_the_same_bits(
 def test_rounds_are_those_the_assignment_counts(world: int, tiny_model: TinyModelFactory) -> None:
     """`rounds_led`, summed over ranks, counts each exchange of a token once."""
     model = tiny_model(biased())
-    assignment = assign(model.plan("P2 S1 E8 D1"), world, VOCAB)
+    assignment = assign(model.plan("P2 S1 E8 D1"), world, model.config.shape)
     with connected(model, assignment) as ranks:
         ranks.logits(random_tokens(4), (2, 1, 1))
         led = [exchange.stats.rounds_led for exchange in ranks.exchanges]
@@ -136,7 +139,7 @@ def test_sequences_that_share_steps_do_not_touch_each_other(
     plan = model.plan("P3 S1 E4 D1")
     first, second, third = (random_tokens(20, seed) for seed in (1, 2, 3))
     a, b, c = slots
-    with connected(model, assign(plan, world, VOCAB)) as ranks:
+    with connected(model, assign(plan, world, model.config.shape)) as ranks:
         ranks.forward([Segment(a, 0, 13, 1)], first[:13])
         ranks.forward([Segment(b, 0, 4, 1)], second[:4])
         shared = [
@@ -168,7 +171,7 @@ def test_logits_may_be_wanted_after_several_tokens_of_a_segment(
     plan = model.plan("P3 S1 E4 D1")
     first, second = random_tokens(9, 1), random_tokens(8, 2)
     one, two = (model.reference_logits(plan, tokens) for tokens in (first, second))
-    with connected(model, assign(plan, world, VOCAB)) as ranks:
+    with connected(model, assign(plan, world, model.config.shape)) as ranks:
         whole = ranks.forward([Segment(0, 0, 4, 4)], first[:4])
         mixed = ranks.forward(
             [Segment(2, 0, 3, 2), Segment(0, 4, 5, 3), Segment(1, 0, 4, 0)],
@@ -203,7 +206,7 @@ def test_a_sequence_that_overflowed_leaves_its_slot_usable(
     new, other = random_tokens(4, 2), random_tokens(31, 3)
     local = LocalModel(model, plan)
     hidden = torch.full((30, model.config.hidden_size), broken)
-    exchange = TcpExchange(0, {}, {}, torch.float32, CPU, max_bytes=1)
+    exchange = TcpExchange(0, {}, {}, model.config.hidden_size, torch.float32, CPU, max_bytes=1)
     local.program.step([Segment(1, 0, 30, 1)], hidden, exchange)
     local.forward([Segment(0, 0, 30, 1)], other[:30])
     local.forward([Segment(1, 0, 3, 1)], new[:3])
@@ -224,39 +227,58 @@ def test_a_slot_can_be_filled_to_its_last_token(tiny_model: TinyModelFactory) ->
 # Layers in shards: the assignments below are written by hand, rounds and all.
 
 
-def everyone_to_everyone(index: int, world: int) -> Round:
-    return Round(index, tuple(tuple(range(world)) for _ in range(world)))
+def everyone_to_everyone(index: int, tensors: Sequence[int]) -> Round:
+    """A round in which every rank needs what every rank contributes."""
+    everyone = tuple(rank for rank, count in enumerate(tensors) if count)
+    return Round(index, (everyone,) * len(tensors), tuple(tensors))
 
 
-def tensor_parallel(plan: Plan, world: int) -> Assignment:
-    """Every layer of every group in `world` shards, one on each rank: two rounds a group."""
-    stages = tuple(
-        Stage(
-            group,
-            tuple(
-                tuple(Piece(layer, rank, world) for layer in group.layers) for rank in range(world)
-            ),
-            everyone_to_everyone(2 * index, world),
-            everyone_to_everyone(2 * index + 1, world),
-        )
-        for index, group in enumerate(plan.groups)
+def shard(layer: int, index: int, shards: int, shape: ModelShape) -> Piece:
+    """One of `shards` parts of a layer: whole key/value heads, and about as many columns."""
+    heads = evenly(shape.num_kv_heads, shards)[index]
+    queries = shape.queries_per_kv
+    return Piece(
+        layer,
+        range(heads.start * queries, heads.stop * queries),
+        evenly(shape.intermediate_size, shards)[index],
     )
-    rows = assign(plan, world, VOCAB).head_rows
-    return Assignment(plan, world, stages, rows)
 
 
-def sharded_groups(plan: Plan, shards: int) -> Assignment:
+def bundles_of(group: Group, pieces: Sequence[Piece]) -> int:
+    """Attention outputs that a rank with these pieces has: one for every set of those who see."""
+    return len(Stage(group, (tuple(pieces),), None, None).attention_bundles(0))
+
+
+def tensor_parallel(plan: Plan, world: int, shape: ModelShape) -> Assignment:
+    """Every layer of every group in `world` shards, one on each rank: two rounds a group."""
+    stages = []
+    for index, group in enumerate(plan.groups):
+        pieces = tuple(
+            tuple(shard(layer, rank, world, shape) for layer in group.layers)
+            for rank in range(world)
+        )
+        bundles = [bundles_of(group, own) for own in pieces]
+        attention = everyone_to_everyone(2 * index, bundles)
+        output = everyone_to_everyone(2 * index + 1, [1] * world)
+        stages.append(Stage(group, pieces, attention, output))
+    rows = assign(plan, world, shape).head_rows
+    return Assignment(plan, world, tuple(stages), rows)
+
+
+def sharded_groups(plan: Plan, shards: int, shape: ModelShape) -> Assignment:
     """Each member of a group of two on `shards` ranks of its own; layers alone on all ranks."""
     world = 2 * shards
     stages: list[Stage] = []
     rounds = 0
     for group in plan.groups:
         if group.size == 1:
-            pieces = tuple((Piece(group.layers[0], rank, world),) for rank in range(world))
+            pieces = tuple((shard(group.layers[0], rank, world, shape),) for rank in range(world))
         else:
             assert group.size == 2
             pieces = tuple(
-                (Piece(layer, shard, shards),) for layer in group.layers for shard in range(shards)
+                (shard(layer, index, shards, shape),)
+                for layer in group.layers
+                for index in range(shards)
             )
         holders = {
             layer: [rank for rank in range(world) if pieces[rank][0].layer == layer]
@@ -272,11 +294,11 @@ def sharded_groups(plan: Plan, shards: int) -> Assignment:
         )
         attention = None
         if any(sources):
-            attention = Round(rounds, sources)
+            attention = Round(rounds, sources, (1,) * world)
             rounds += 1
-        stages.append(Stage(group, pieces, attention, everyone_to_everyone(rounds, world)))
+        stages.append(Stage(group, pieces, attention, everyone_to_everyone(rounds, [1] * world)))
         rounds += 1
-    return Assignment(plan, world, tuple(stages), assign(plan, world, VOCAB).head_rows)
+    return Assignment(plan, world, tuple(stages), assign(plan, world, shape).head_rows)
 
 
 SHARDED = {
@@ -293,7 +315,9 @@ def test_sequential_layers_in_shards_are_the_reference(
 ) -> None:
     """Tensor parallelism; on two shards with one and two of the three key/value heads."""
     model = tiny_model(SHARDED[family]())
-    assert_is_reference(model, tensor_parallel(model.plan("sequential"), shards))
+    assert_is_reference(
+        model, tensor_parallel(model.plan("sequential"), shards, model.config.shape)
+    )
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -303,7 +327,9 @@ def test_wide_groups_in_shards_are_the_reference(
 ) -> None:
     """Every rank holds a shard of each member of the group."""
     model = tiny_model(SHARDED["llama"]())
-    assert_is_reference(model, tensor_parallel(model.plan(f"P3 S1 E4 D{bypass}"), shards))
+    assert_is_reference(
+        model, tensor_parallel(model.plan(f"P3 S1 E4 D{bypass}"), shards, model.config.shape)
+    )
 
 
 @pytest.mark.parametrize("bypass", BYPASSES)
@@ -312,13 +338,55 @@ def test_members_of_a_group_may_each_be_in_shards(
 ) -> None:
     """A group of two on four ranks; its layers alone before and after are in four shards."""
     model = tiny_model(biased(layers=4, num_key_value_heads=6))
-    assert_is_reference(model, sharded_groups(model.plan(f"P2 S1 E3 D{bypass}"), 2))
+    assert_is_reference(
+        model, sharded_groups(model.plan(f"P2 S1 E3 D{bypass}"), 2, model.config.shape)
+    )
 
 
 def test_a_shard_may_be_left_without_heads(tiny_model: TinyModelFactory) -> None:
     """Four ranks and three key/value heads: one rank computes feed-forward columns only."""
     model = tiny_model(SHARDED["llama"]())
-    assert_is_reference(model, tensor_parallel(model.plan("sequential"), 4))
+    assert_is_reference(model, tensor_parallel(model.plan("sequential"), 4, model.config.shape))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_ungrouped_layers_are_split_over_all_ranks(
+    family: str, kv_heads: int, world: int, tiny_model: TinyModelFactory
+) -> None:
+    """Heads that ranks do not divide, fewer key/value heads than ranks, and heads read by two."""
+    changes: dict[str, Any] = {"num_key_value_heads": kv_heads, "num_hidden_layers": 4}
+    if family == "llama":
+        changes |= {"attention_bias": True, "mlp_bias": True}
+    if family == "mistral":
+        changes |= {"sliding_window": 3}
+    model = tiny_model(tiny_config(family, **changes))
+    plan = model.plan("P2 S1 E3 D1")
+    assert_is_reference(model, assign(plan, world, model.config.shape, "shard"))
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_plan_with_split_layers_is_the_reference_whatever_their_bypass(
+    world: int, bypass: str, tiny_model: TinyModelFactory
+) -> None:
+    """Also where a layer stands alone with a bypass of its own: one round where it is parallel."""
+    model = tiny_model(biased(layers=5))
+    groups = [{"layers": [0], "bypass": bypass}, {"layers": [1, 2], "bypass": bypass}]
+    plan = Plan.parse({"groups": groups}, 5)
+    assert_is_reference(model, assign(plan, world, model.config.shape, "shard"))
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+def test_a_plan_that_follows_split_layers_computes_them_as_they_lie(
+    bypass: str, tiny_model: TinyModelFactory
+) -> None:
+    """Layers that are split for one plan are members of groups in another."""
+    model = tiny_model(biased(layers=5))
+    base = assign(model.plan("P2 S3 E5 D1"), 3, model.config.shape, "shard")
+    assert_is_reference(model, follow(model.plan(f"P3 S0 E5 D{bypass}"), base))
+    assert_is_reference(model, follow(model.plan("sequential"), base))
 
 
 def test_groups_of_any_bypass_may_follow_each_other(tiny_model: TinyModelFactory) -> None:
@@ -328,4 +396,4 @@ def test_groups_of_any_bypass_may_follow_each_other(tiny_model: TinyModelFactory
     assert [group.bypass.to_json() for group in plan.groups] == [0, 1, "full", "parallel", 0]
     assert plan.groups[-1] == Group((8,))
     for world in (2, 3):
-        assert_is_reference(model, assign(plan, world, VOCAB))
+        assert_is_reference(model, assign(plan, world, model.config.shape))

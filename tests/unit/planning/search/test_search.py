@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers.tiny_models import TinyModel, TinyModelFactory, random_tokens
 
+from cqil_dist.assignment import assign
+from cqil_dist.costs import Costs, ModelShape
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
 from cqil_dist.planning.measure.baseline import Baseline
@@ -19,7 +21,6 @@ from cqil_dist.planning.measure.similarity import input_similarity
 from cqil_dist.planning.measure.windows import Windows
 from cqil_dist.planning.search import latency
 from cqil_dist.planning.search.comparison import Comparison
-from cqil_dist.planning.search.cost_model import CostModel
 from cqil_dist.planning.search.pareto import Goal, MeasuredPlan, PlanFinder
 from cqil_dist.planning.search.search import PlanSearch, additive_front
 from cqil_dist.planning.search.sensitivity import candidates, measure_sensitivities
@@ -155,12 +156,13 @@ def sensitivities(comparison: Comparison) -> dict[Group, float]:
     return measure_sensitivities(comparison, list(candidates(6, 3)), SilentProgress())
 
 
-COST = CostModel(layer_us=100, head_us=50, link_us=10, ranks=2, vocab_size=300)
+SHAPE = ModelShape(8, 2, 2, 4, 16, 300)
+COSTS = Costs(SHAPE, layer_us=100, head_us=50, link_us=10)
 
 
 @pytest.fixture
 def finder(comparison: Comparison, sensitivities: dict[Group, float]) -> PlanFinder:
-    return PlanFinder(comparison, sensitivities, COST, MANY_S, SilentProgress())
+    return PlanFinder(comparison, sensitivities, COSTS, 2, MANY_S, SilentProgress())
 
 
 def test_a_planted_pair_is_found(finder: PlanFinder) -> None:
@@ -196,15 +198,19 @@ def test_a_plan_that_exchanges_less_is_found_where_the_best_is_too_slow(
     comparison: Comparison, sensitivities: dict[Group, float]
 ) -> None:
     """The bypass that loses least may cost an exchange too many."""
-    cost = CostModel(layer_us=100, head_us=50, link_us=30, ranks=2, vocab_size=300)
-    finder = PlanFinder(comparison, sensitivities, cost, MANY_S, SilentProgress())
+    costs = Costs(SHAPE, layer_us=100, head_us=50, link_us=30)
+
+    def latency_us(plan: Plan) -> float:
+        return assign(plan, 2, SHAPE).latency_us(costs)
+
+    finder = PlanFinder(comparison, sensitivities, costs, 2, MANY_S, SilentProgress())
     pairs = [Plan.covering([group], 6) for group in sensitivities if group.size == 2]
-    bound = min(map(cost.latency_us, pairs))
-    assert bound < cost.latency_us(next(p for p in pairs if str(p.groups[0].bypass) == "1"))
+    bound = min(map(latency_us, pairs))
+    assert bound < latency_us(next(p for p in pairs if str(p.groups[0].bypass) == "1"))
     found = finder.find(Goal(max_latency_us=bound))
     assert found.depth == 5
     assert found.latency_us <= bound
-    allowed = [plan for plan in pairs if cost.latency_us(plan) <= bound]
+    allowed = [plan for plan in pairs if latency_us(plan) <= bound]
     assert found.divergence.kl == pytest.approx(min(comparison.compare(p).kl for p in allowed))
 
 
@@ -226,7 +232,7 @@ def test_layers_are_timed_as_a_rank_computes_them(
     monkeypatch.setattr(latency, "prepare_layers", prepare)
     torch.set_float32_matmul_precision("medium")
     try:
-        cost = latency.measure_cost(tiny.path, 2, 50)
+        cost = latency.measure_costs(tiny.path, 50)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -238,7 +244,7 @@ def test_goals_that_cannot_be_kept_are_said(
     comparison: Comparison, sensitivities: dict[Group, float]
 ) -> None:
     dear = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
-    finder = PlanFinder(comparison, dear, COST, MANY_S, SilentProgress())
+    finder = PlanFinder(comparison, dear, COSTS, 2, MANY_S, SilentProgress())
     with pytest.raises(PlanError, match="no two layers can run together within this bound"):
         finder.find(Goal(max_kl=1e-3))
     for depth in (2, 7):

@@ -1,0 +1,103 @@
+"""One stage of a plan as one rank computes it: the page that every token passes, stage by stage.
+
+Axes in names: N tokens of a step, D model width, B attention bundles (outputs that are seen by the
+same feed-forward parts), M feed-forward inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from cqil_dist.assignment import Stage
+from cqil_dist.exchange.base import Exchange
+from cqil_dist.model.parts import AttentionPart, FeedForwardPart
+from cqil_dist.model.step import StepInput
+from cqil_dist.rank.clock import StepClock
+from cqil_dist.timeline import SpanKind
+
+
+class RankStage:
+    """The parts of one stage that one rank holds, and where they meet those of other ranks.
+
+    Calling it computes the rank's share of the group equations (CQIL, arXiv 2404.06709):
+
+        a_j = A_j(x)                                for the group's members j
+        u_j = x + sum of a_k over the members k that j sees
+        y   = x + sum over j of ( a_j + F_j(u_j) )
+
+    Args:
+        index: of the group in the plan.
+        stage: who computes what.
+        rank: this rank.
+        attention, feed_forward: the parts of this rank's pieces; None where it holds no heads, or
+            no feed-forward columns, of the stage.
+        clock: told when each part ended.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        stage: Stage,
+        rank: int,
+        attention: AttentionPart | None,
+        feed_forward: FeedForwardPart | None,
+        clock: StepClock,
+    ) -> None:
+        self._index = index
+        self._attention = attention
+        self._feed_forward = feed_forward
+        self._attention_round = stage.attention_round
+        self._output_round = stage.output_round
+        self._owns_residual = stage.residual_owner == rank
+        self._inputs = stage.attention_inputs(rank)
+        self._clock = clock
+
+    def __call__(self, x_ND: Tensor | None, step: StepInput, exchange: Exchange) -> Tensor | None:
+        """The stage's output where this rank needs it next, else None.
+
+        Args:
+            x_ND: the stage's input; None where the rank computes nothing of the stage.
+
+        Raises:
+            ExchangeError: a peer was lost, or does not follow the plan.
+        """
+        part_ND = None
+        if x_ND is not None:
+            a_BND = self._attention(x_ND, step) if self._attention else None
+            self._clock.mark(SpanKind.ATTENTION, self._index)
+            seen_BND = exchange.gather(self._attention_round, a_BND)
+            if self._attention_round is not None:
+                self._clock.mark(SpanKind.ATTENTION_EXCHANGE, self._index)
+            terms = [x_ND] if self._owns_residual else []
+            if a_BND is not None:
+                terms += a_BND.unbind()
+            if self._feed_forward:
+                terms.append(self._feed_forward(add_seen(x_ND, seen_BND, self._inputs)))
+            part_ND = reduce(torch.add, terms)
+            self._clock.mark(SpanKind.FEED_FORWARD, self._index)
+        y_ND = exchange.sum(self._output_round, part_ND)
+        if self._output_round is not None:
+            self._clock.mark(SpanKind.OUTPUT_EXCHANGE, self._index)
+        return y_ND
+
+
+def add_seen(x_ND: Tensor, seen_BND: Tensor | None, inputs: Sequence[Sequence[int]]) -> Tensor:
+    """The bypass: what each of M feed-forward inputs takes, [M, N, D].
+
+    Args:
+        x_ND: the stage's input.
+        seen_BND: attention outputs that reached this rank; None where there are none.
+        inputs: for each feed-forward input, which of them it sees, in the order of their sum.
+    """
+    u: list[Tensor] = []
+    for seen in inputs:
+        u_ND = x_ND
+        for bundle in seen:
+            assert seen_BND is not None, "what is seen was gathered"
+            u_ND = u_ND + seen_BND[bundle]
+        u.append(u_ND)
+    return u[0].unsqueeze(0) if len(u) == 1 else torch.stack(u)
