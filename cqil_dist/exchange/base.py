@@ -6,10 +6,10 @@ are summed, is the caller's affair. This module knows no transport.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cqil_dist.assignment import Round
@@ -81,22 +81,21 @@ class Exchange(ABC):
         """Release the connections. Idempotent; unblocks a gather in another thread."""
 
 
-def check_own(rank: int, exchange_round: Round, own: Tensor | None, shape: Shape) -> Tensor:
-    """What a rank contributes to a round, which must be [C, N, D] of this shape.
+def unfit(
+    rank: int, exchange_round: Round, own: Tensor | None, shape: Shape, dtype: torch.dtype
+) -> ExchangeError:
+    """Why what a rank passes is not what it contributes to a round.
 
-    Raises:
-        ExchangeError: the rank passes none, or one of another size.
+    Args:
+        shape: [C, N, D] of what it contributes, in `dtype`, contiguous.
     """
+    where = f"to round {exchange_round.index}"
     if own is None:
-        raise ExchangeError(
-            f"rank {rank} contributes to round {exchange_round.index} but passed no partial result"
-        )
-    if own.numel() != math.prod(shape):
-        raise ExchangeError(
-            f"rank {rank} passed a partial result of shape {tuple(own.shape)} to round "
-            f"{exchange_round.index}, which takes {shape} of it"
-        )
-    return own
+        return ExchangeError(f"rank {rank} contributes {where} but passed no partial result")
+    return ExchangeError(
+        f"rank {rank} passed a partial result of {own.dtype}, shape {tuple(own.shape)} and strides "
+        f"{own.stride()} {where}, which takes a contiguous one of {dtype} and shape {shape}"
+    )
 
 
 class ExchangeStats:

@@ -26,6 +26,8 @@ PAYLOAD_KEY = "payload"
 
 Message = tuple[dict[str, Any], Tensor | None]
 
+_CLOSED_HERE = "this end closed the connection"
+
 
 class Link:
     """One connection that carries whole messages in both directions.
@@ -79,11 +81,15 @@ class Link:
         entry = {} if payload is None else {PAYLOAD_KEY: framing.describe_tensor(payload)}
         body = memoryview(b"") if payload is None else framing.memory_of(payload)
         head = framing.encode_head({**header, **entry}, body.nbytes, self._max_bytes)
+        views: Sequence[bytes | memoryview] = [head, body]
+        left = len(head) + body.nbytes
+        deadline = time.monotonic() + self._send_deadline_s
         with self._sending:
-            try:
-                self._send_all([head, body])
-            except OSError as error:
-                raise self._lost(f"sending failed: {error}") from error
+            while left:
+                sent = self._send_some(views, deadline)
+                left -= sent
+                if left:
+                    views = unsent(views, sent)
 
     def recv(self, timeout: float | None) -> Message:
         """Wait for the next message.
@@ -100,7 +106,8 @@ class Link:
 
     def check(self) -> None:
         """Raises PeerLost if the connection is closed, at either end. Does not wait or read."""
-        self._check_open()
+        if self._closed:
+            raise self._lost(_CLOSED_HERE)
         if wait_ready({self._sock: select.POLLRDHUP}, deadline=0):
             raise self._lost("it closed the connection")
 
@@ -116,31 +123,29 @@ class Link:
         with contextlib.suppress(OSError):  # not connected any more
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def _send_all(self, views: Sequence[bytes | memoryview]) -> None:
-        deadline = time.monotonic() + self._send_deadline_s
-        while views:
-            self._check_open()
-            try:
-                sent = self._sock.sendmsg(views)
-            except BlockingIOError:
-                if not wait_ready({self._sock: select.POLLOUT}, deadline):
-                    self.shut_down()  # the peer may hold half a message: nothing can follow it
-                    raise self._lost(
-                        f"it made no room for a message within {self._send_deadline_s:g} s"
-                    ) from None
-            else:
-                views = unsent(views, sent)
+    def _send_some(self, views: Sequence[bytes | memoryview], deadline: float) -> int:
+        """Send what the kernel takes, after waiting for it to take any; returns the bytes."""
+        if self._closed:
+            raise self._lost(_CLOSED_HERE)
+        try:
+            return self._sock.sendmsg(views)
+        except BlockingIOError:
+            if wait_ready({self._sock: select.POLLOUT}, deadline):
+                return 0
+            self.shut_down()  # the peer may hold half a message: nothing can follow it
+            late = f"it made no room for a message within {self._send_deadline_s:g} s"
+            raise self._lost(late) from None
+        except OSError as error:
+            raise self._lost(f"sending failed: {error}") from error
 
     def _try_receive(self) -> Message | None:
         """The next message if all of it has come; never waits. The caller holds `_receiving`."""
-        self._check_open()
         try:
-            while not (message := self._inbox.take()):
-                received = self._sock.recv_into(self._inbox.space())
-                if not received:
-                    self._check_open()
-                    raise self._lost("it closed the connection")
-                self._inbox.advance(received)
+            while not self._closed:
+                if message := self._inbox.take():
+                    return message
+                if not self._inbox.fill(self._sock):
+                    break
         except BlockingIOError:
             return None
         except OSError as error:
@@ -148,11 +153,7 @@ class Link:
         except ProtocolError as error:
             name = "the coordinator" if self.peer < 0 else f"rank {self.peer}"
             raise ProtocolError(f"{name} at {self.address}: {error}") from error
-        return message
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise self._lost("this end closed the connection")
+        raise self._lost(_CLOSED_HERE if self._closed else "it closed the connection")
 
     def _lost(self, reason: str) -> PeerLost:
         return PeerLost(self.peer, self.address, reason)
@@ -205,22 +206,22 @@ class _Inbox:
         self._body = memoryview(bytearray())
         self._filled = 0
 
-    def space(self) -> memoryview:
-        """Where the next bytes go."""
-        if self._message is not None:
-            return self._body[self._filled :]
-        return self._buffer[self._held :]
+    def fill(self, sock: socket.socket) -> int:
+        """Read what has come, at most to the end of the message; 0 at the connection's end.
 
-    def advance(self, received: int) -> None:
-        """Count bytes that were written to `space()`."""
-        if self._message is not None:
-            self._filled += received
-        else:
+        Raises OSError as the socket does, BlockingIOError where nothing has come.
+        """
+        if self._message is None:
+            received = sock.recv_into(self._buffer[self._held :])
             self._held += received
+        else:
+            received = sock.recv_into(self._body[self._filled :])
+            self._filled += received
+        return received
 
     def take(self) -> Message | None:
         """The message, if it is complete. Raises ProtocolError."""
-        if self._message is None:
+        if self._message is None and self._held >= framing.PREFIX.size:
             self._begin()
         if self._message is None or self._filled < self._body.nbytes:
             return None
@@ -229,8 +230,6 @@ class _Inbox:
 
     def _begin(self) -> None:
         """Read the head if all of it is here, and move what follows it to its place."""
-        if self._held < framing.PREFIX.size:
-            return
         header_bytes, payload_bytes = framing.decode_prefix(self._buffer, self._max_bytes)
         start = framing.PREFIX.size + header_bytes
         if self._held < start:
@@ -238,20 +237,17 @@ class _Inbox:
         header = framing.decode_header(self._buffer[framing.PREFIX.size : start])
         if not isinstance(header, dict):
             raise ProtocolError(f"a message's header is a dict, not {header!r}")
-        self._message, self._body = _message(header, payload_bytes)
+        payload = None
+        self._body = memoryview(bytearray())
+        if PAYLOAD_KEY in header:
+            dtype, shape = framing.decode_tensor_entry(header.pop(PAYLOAD_KEY), payload_bytes)
+            payload = torch.empty(shape, dtype=dtype)
+            self._body = framing.memory_of(payload)
+        elif payload_bytes:
+            raise ProtocolError(f"{payload_bytes} bytes of payload without {PAYLOAD_KEY!r} entry")
+        self._message = header, payload
         self._filled = min(payload_bytes, self._held - start)
         self._body[: self._filled] = self._buffer[start : start + self._filled]
         rest = self._buffer[start + self._filled : self._held]
         self._held = rest.nbytes
         self._buffer[: rest.nbytes] = rest
-
-
-def _message(header: dict[str, Any], payload_bytes: int) -> tuple[Message, memoryview]:
-    """The message a header announces, with room for its payload."""
-    if PAYLOAD_KEY not in header:
-        if payload_bytes:
-            raise ProtocolError(f"{payload_bytes} bytes of payload without {PAYLOAD_KEY!r} entry")
-        return (header, None), memoryview(bytearray())
-    dtype, shape = framing.decode_tensor_entry(header.pop(PAYLOAD_KEY), payload_bytes)
-    payload = torch.empty(shape, dtype=dtype)
-    return (header, payload), framing.memory_of(payload)

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from cqil_dist.assignment import Round
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost, ProtocolError
 from cqil_dist.exchange import framing
-from cqil_dist.exchange.base import Exchange, ExchangeStats, Shape, check_own
+from cqil_dist.exchange.base import Exchange, ExchangeStats, unfit
 from cqil_dist.exchange.sockets import prepare, unsent, wait_ready
 
 DEFAULT_SPIN_S = 0.001
@@ -36,8 +36,6 @@ DEFAULT_SPIN_S = 0.001
 # Room for the head of a frame: 8 bytes of lengths, then a list of 4 numbers and 3 sizes of at most
 # 9 bytes each.
 _HEAD_ROOM = 128
-# Layouts of the gather buffer that are kept; steps have few numbers of tokens that come often.
-_KEPT_LAYOUTS = 64
 
 
 class TcpExchange(Exchange):
@@ -84,13 +82,12 @@ class TcpExchange(Exchange):
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._spin_s = min(spin_s, deadline_s)
-        self._step = self._tokens = 0
+        self._step = self._tokens = self._tensor_bytes = 0
         pinned = self._device.type == "cuda"
         self._peers = {peer: _Peer(peer, sock, addresses[peer]) for peer, sock in peers.items()}
         self._gathered = _Buffer(dtype, pinned)
         self._staging = _Buffer(dtype, pinned)
         self._routes: dict[Round, _Route] = {}
-        self._layouts: dict[tuple[tuple[tuple[int, int], ...], int], _Layout] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Held by a gather, so that no descriptor is closed and given to another file meanwhile.
@@ -100,6 +97,7 @@ class TcpExchange(Exchange):
         """See `Exchange.begin_step`."""
         self._step = step
         self._tokens = tokens
+        self._tensor_bytes = tokens * self._width * self._dtype.itemsize
         self.stats.steps += 1
 
     def gather(self, exchange_round: Round | None, own_CND: Tensor | None) -> Tensor | None:
@@ -108,18 +106,20 @@ class TcpExchange(Exchange):
             return own_CND
         started = time.monotonic()
         with self._in_use:
-            self._check_usable()
+            if self._closed or self._failure is not None:
+                raise self._unusable()
             try:
                 route = self._routes.get(exchange_round) or self._add_route(exchange_round)
-                parts_CND = self._transfer(route, own_CND, started)
+                layout = route.layouts.get(self._tokens) or self._add_layout(route)
+                parts_CND = self._transfer(route, layout, own_CND, started)
             except BaseException as error:
                 # A frame may be half sent or half read: nothing can follow it.
                 self._failure = error
                 if self._closed and isinstance(error, CqilError):
-                    self._check_usable()
+                    raise self._unusable() from error
                 raise
         if route.senders:
-            self.stats.record_wait(self._step, route.index, time.monotonic() - started)
+            self.stats.record_wait(self._step, exchange_round.index, time.monotonic() - started)
         return parts_CND
 
     def close(self) -> None:
@@ -132,70 +132,97 @@ class TcpExchange(Exchange):
             for peer in self._peers.values():
                 peer.sock.close()
 
-    def _check_usable(self) -> None:
+    def _unusable(self) -> ExchangeError:
         if self._closed:
-            raise ExchangeError(f"rank {self.rank} has closed its exchange of epoch {self._epoch}")
-        if self._failure is not None:
-            raise ExchangeError(
-                f"the exchange of epoch {self._epoch} has failed and cannot go on; connect a new "
-                f"epoch. It failed with: {self._failure}"
-            ) from self._failure
+            return ExchangeError(f"rank {self.rank} has closed its exchange of epoch {self._epoch}")
+        unusable = ExchangeError(
+            f"the exchange of epoch {self._epoch} has failed and cannot go on; connect a new "
+            f"epoch. It failed with: {self._failure}"
+        )
+        unusable.__cause__ = self._failure
+        return unusable
 
     def _add_route(self, exchange_round: Round) -> _Route:
         wanted = exchange_round.sources[self.rank]
+        contributes = any(self.rank in sources for sources in exchange_round.sources)
+        involved = {*wanted, self.rank} if contributes else set(wanted)
         route = self._routes[exchange_round] = _Route(
             exchange_round=exchange_round,
             receivers=[self._peers[target] for target in exchange_round.targets(self.rank)],
             senders=[self._peers[source] for source in wanted if source != self.rank],
-            wanted=tuple((source, exchange_round.tensors[source]) for source in wanted),
-            contributes=any(self.rank in wanted for wanted in exchange_round.sources),
+            tensors={exchange_round.tensors[source] for source in involved},
+            contributes=contributes,
             leads=exchange_round.leader == self.rank,
-            index=exchange_round.index,
         )
         return route
 
-    def _transfer(self, route: _Route, own: Tensor | None, started: float) -> Tensor | None:
+    def _add_layout(self, route: _Route) -> _Layout:
+        wanted = route.exchange_round.sources[self.rank]
+        counts = route.exchange_round.tensors
+        total = sum(counts[source] for source in wanted) if route.senders else 0
+        parts_CND = self._gathered.tensor((total, self._tokens, self._width))
+        layout = route.layouts[self._tokens] = _Layout(
+            parts_CND, counts[self.rank] * self._tokens * self._width
+        )
+        first = 0
+        for source in wanted if route.senders else ():
+            part_CND = parts_CND[first : first + counts[source]]
+            first += counts[source]
+            if source == self.rank:
+                layout.own_CND = part_CND
+            else:
+                layout.payloads.append((counts[source], framing.memory_of(part_CND)))
+        return layout
+
+    def _transfer(
+        self, route: _Route, layout: _Layout, own: Tensor | None, started: float
+    ) -> Tensor | None:
         """Do one round: on return all is sent, and what was wanted is in the gather buffer."""
+        prefix = [self._epoch, self._step, route.exchange_round.index, self._dtype_code]
+        heads = {  # by how many tensors follow
+            count: framing.encode_head(
+                [*prefix, count, self._tokens, self._width],
+                count * self._tensor_bytes,
+                self._max_bytes,
+            )
+            for count in route.tensors
+        }
         sent = received = 0
         writing: list[_Peer] = []
         reading: list[_Peer] = []
-        layout = self._layout_of(route)
-        count = 0
-        head = b""
         if route.contributes:
-            count = route.exchange_round.tensors[self.rank]
-            own = self._check_own(route.exchange_round, own, (count, self._tokens, self._width))
-            head = self._head(route.index, count)
-            if layout is not None and layout.own_CND is not None:
+            if (
+                own is None
+                or own.numel() != layout.own_values
+                or own.dtype is not self._dtype
+                or not own.is_contiguous()
+            ):
+                shape = (route.exchange_round.tensors[self.rank], self._tokens, self._width)
+                raise unfit(self.rank, route.exchange_round, own, shape, self._dtype)
+            if layout.own_CND is not None:
                 layout.own_CND.copy_(own)
-        if route.receivers:
-            assert own is not None
-            frame: list[bytes | memoryview] = [head, self._host_memory(own)]
-            frame_bytes = sum(map(len, frame))
-            for peer in route.receivers:
-                sent += frame_bytes
-                if not peer.send(frame, frame_bytes):
-                    writing.append(peer)
-        if layout is None:
-            parts_CND = own if route.wanted else None
-        else:
-            for peer, (tensors, payload) in zip(route.senders, layout.payloads, strict=True):
-                if tensors != count:  # seldom: all ranks contribute as many
-                    count = tensors
-                    head = self._head(route.index, count)
-                received += peer.expect(head, payload)
-                if not peer.try_receive():
-                    reading.append(peer)
-            parts_CND = layout.parts_CND
+            if route.receivers:
+                host_own = own if self._on_host else self._staged(own)
+                head = heads[route.exchange_round.tensors[self.rank]]
+                frame: list[bytes | memoryview] = [head, framing.memory_of(host_own)]
+                for peer in route.receivers:
+                    peer.unsent, peer.unsent_bytes = frame, sum(map(len, frame))
+                    sent += peer.unsent_bytes
+                    if not peer.try_send():
+                        writing.append(peer)
+        for peer, (count, payload) in zip(route.senders, layout.payloads, strict=True):
+            received += peer.expect(heads[count], payload)
+            if not peer.try_receive():
+                reading.append(peer)
         if writing or reading:
-            self._finish(writing, reading, route.index, started)
+            self._finish(writing, reading, route.exchange_round.index, started)
         self.stats.rounds += bool(route.contributes or route.senders)
         self.stats.rounds_led += route.leads
         self.stats.bytes_sent += sent
         self.stats.bytes_received += received
-        if layout is None or self._on_host:
-            return parts_CND
-        return layout.parts_CND.to(self._device)
+        if route.senders:
+            return layout.parts_CND if self._on_host else layout.parts_CND.to(self._device)
+        return own if route.exchange_round.sources[self.rank] else None
 
     def _finish(
         self, writing: list[_Peer], reading: list[_Peer], index: int, started: float
@@ -221,130 +248,82 @@ class TcpExchange(Exchange):
                     f"(nothing from ranks {missing}; ranks {stuck} take nothing)"
                 )
 
-    def _layout_of(self, route: _Route) -> _Layout | None:
-        """Where what this rank wants goes; None where that is nothing, or its own alone."""
-        if not route.senders:
-            return None
-        key = (route.wanted, self._tokens)
-        if (layout := self._layouts.get(key)) is None:
-            for _, tensors in route.wanted:
-                self._head(route.index, tensors)  # refuses what is over the bound
-            total = sum(tensors for _, tensors in route.wanted)
-            if self._gathered.reserve((total, self._tokens, self._width)):
-                self._layouts.clear()  # they lie in memory that is not used any more
-            if len(self._layouts) >= _KEPT_LAYOUTS:
-                self._layouts.clear()
-            layout = self._layouts[key] = _Layout.of(self.rank, route.wanted, self._gathered.tensor)
-        return layout
-
-    def _head(self, index: int, tensors: int) -> bytes:
-        """What precedes a payload of so many tensors in this round, on any connection."""
-        shape = (tensors, self._tokens, self._width)
-        header = [self._epoch, self._step, index, self._dtype_code, *shape]
-        return framing.encode_head(
-            header, framing.tensor_bytes(self._dtype, shape), self._max_bytes
-        )
-
-    def _check_own(self, exchange_round: Round, own: Tensor | None, shape: Shape) -> Tensor:
-        own = check_own(self.rank, exchange_round, own, shape)
-        if own.dtype is not self._dtype or not own.is_contiguous():
-            raise ExchangeError(
-                f"rank {self.rank} passed a partial result of {own.dtype}, strides {own.stride()} "
-                f"for shape {tuple(own.shape)}; pass a contiguous one of {self._dtype}"
-            )
-        return own
-
-    def _host_memory(self, own: Tensor) -> memoryview:
-        if self._on_host:
-            return framing.memory_of(own)
-        self._staging.reserve(tuple(own.shape))
-        self._staging.tensor.copy_(own)
-        return framing.memory_of(self._staging.tensor)
+    def _staged(self, own: Tensor) -> Tensor:
+        """A copy in host memory of what lies on a device."""
+        return self._staging.tensor(tuple(own.shape)).copy_(own)
 
 
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """One round as one rank sees it."""
-
-    exchange_round: Round
-    receivers: Sequence[_Peer]
-    senders: Sequence[_Peer]
-    wanted: tuple[tuple[int, int], ...]
-    contributes: bool
-    leads: bool
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Layout:
     """Where the tensors that one rank gathers lie in its buffer, one source after another.
 
     Attributes:
-        parts_CND: all of them.
-        own_CND: this rank's own; None where it needs none of them.
+        parts_CND: all of them; none where the rank has use for its own alone.
+        own_values: how many values this rank contributes.
+        own_CND: where its own go; None where it needs none of them.
         payloads: of each other source, in rank order, how many tensors it sends, and their bytes.
     """
 
     parts_CND: Tensor
-    own_CND: Tensor | None
-    payloads: Sequence[tuple[int, memoryview]]
+    own_values: int
+    own_CND: Tensor | None = None
+    payloads: list[tuple[int, memoryview]] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, rank: int, wanted: Sequence[tuple[int, int]], parts_CND: Tensor) -> _Layout:
-        own_CND = None
-        payloads: list[tuple[int, memoryview]] = []
-        first = 0
-        for source, tensors in wanted:
-            part_CND = parts_CND[first : first + tensors]
-            first += tensors
-            if source == rank:
-                own_CND = part_CND
-            else:
-                payloads.append((tensors, framing.memory_of(part_CND)))
-        return cls(parts_CND, own_CND, payloads)
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """One round as one rank sees it.
+
+    Attributes:
+        receivers, senders: the peers that it sends to and receives from, in rank order.
+        tensors: how many tensors the frames have that come and go.
+        layouts: of what it gathers, by the step's number of tokens.
+    """
+
+    exchange_round: Round
+    receivers: Sequence[_Peer]
+    senders: Sequence[_Peer]
+    tensors: set[int]
+    contributes: bool
+    leads: bool
+    layouts: dict[int, _Layout] = field(default_factory=dict)
 
 
 class _Buffer:
-    """Host memory for one tensor, reused and grown on demand."""
+    """Host memory for one tensor at a time, reused and grown on demand."""
 
     def __init__(self, dtype: torch.dtype, pinned: bool) -> None:
-        self._dtype = dtype
         self._pinned = pinned
         self._memory = torch.empty(0, dtype=dtype)
-        self.tensor = self._memory
 
-    def reserve(self, shape: tuple[int, ...]) -> bool:
-        """Give `tensor` this shape; whether that took other memory than before."""
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape in the memory that the last one had, where it fits there."""
         needed = math.prod(shape)
-        grown = needed > self._memory.numel()
-        if grown:
+        if needed > self._memory.numel():
             size = max(needed, 2 * self._memory.numel())
             with torch.inference_mode(False):  # else the buffer were of no use outside of it
-                self._memory = torch.empty(size, dtype=self._dtype, pin_memory=self._pinned)
-        self.tensor = self._memory[:needed].view(shape)
-        return grown
+                self._memory = torch.empty(size, dtype=self._memory.dtype, pin_memory=self._pinned)
+        return self._memory[:needed].view(shape)
 
 
 class _Peer:
-    """The connection to one other rank, and how far the present round's frames have come."""
+    """The connection to one other rank, and how far the present round's frames have come.
+
+    Attributes:
+        unsent, unsent_bytes: what `try_send` is to send.
+    """
 
     def __init__(self, rank: int, sock: socket.socket, address: str) -> None:
         prepare(sock)
         self.rank = rank
         self.sock = sock
         self.address = address
-        self._unsent: Sequence[bytes | memoryview] = ()
-        self._unsent_bytes = 0
+        self.unsent: Sequence[bytes | memoryview] = ()
+        self.unsent_bytes = 0
         self._expected_head = b""
         self._head = memoryview(bytearray(_HEAD_ROOM))
         self._payload = memoryview(b"")
         self._received = 0
-
-    def send(self, frame: Sequence[bytes | memoryview], frame_bytes: int) -> bool:
-        """Begin to send a frame; whether all of it went. If not, `try_send` goes on."""
-        self._unsent = frame
-        self._unsent_bytes = frame_bytes
-        return self.try_send()
 
     def expect(self, head: bytes, payload: memoryview) -> int:
         """Say which frame `try_receive` is to receive, and where to. Returns its bytes."""
@@ -357,15 +336,15 @@ class _Peer:
     def try_send(self) -> bool:
         """Send what the kernel takes now; whether that was the last of the frame."""
         try:
-            sent = self.sock.sendmsg(self._unsent)
+            sent = self.sock.sendmsg(self.unsent)
         except BlockingIOError:
             return False
         except OSError as error:
             raise self.lost(f"sending failed: {error}") from error
-        self._unsent_bytes -= sent
-        if self._unsent_bytes:
-            self._unsent = unsent(self._unsent, sent)
-        return not self._unsent_bytes
+        self.unsent_bytes -= sent
+        if self.unsent_bytes:
+            self.unsent = unsent(self.unsent, sent)
+        return not self.unsent_bytes
 
     def try_receive(self) -> bool:
         """Receive what has come of the frame, never more; whether that was the last of it."""
@@ -383,24 +362,23 @@ class _Peer:
         if not received:
             raise self.lost("it closed the connection")
         self._received = before + received
-        if before < head_bytes:
-            self._check_head()
+        come = min(self._received, head_bytes)
+        if before < head_bytes and self._head[:come] != self._expected_head[:come]:
+            raise self._wrong_head(come)
         return self._received == head_bytes + self._payload.nbytes
 
     def lost(self, reason: str) -> PeerLost:
         return PeerLost(self.rank, self.address, reason)
 
-    def _check_head(self) -> None:
-        """Compare what has come of the head with the one we would have sent."""
-        come = min(self._received, len(self._expected_head))
-        if self._head[:come] != self._expected_head[:come]:
-            behind = self._payload[: self._received - come]
-            sent = _describe(bytes(self._head[:come]) + bytes(behind[:_HEAD_ROOM]))
-            raise ProtocolError(
-                f"rank {self.rank} at {self.address} sent {sent} where "
-                f"{_describe(self._expected_head)} comes next; all ranks must walk the same rounds "
-                "of the same plan"
-            )
+    def _wrong_head(self, come: int) -> ProtocolError:
+        """What came is not the head that we would have sent, as its first `come` bytes show."""
+        behind = self._payload[: self._received - come]
+        sent = _describe(bytes(self._head[:come]) + bytes(behind[:_HEAD_ROOM]))
+        return ProtocolError(
+            f"rank {self.rank} at {self.address} sent {sent} where "
+            f"{_describe(self._expected_head)} comes next; all ranks must walk the same rounds of "
+            "the same plan"
+        )
 
 
 def _describe(frame: bytes) -> str:

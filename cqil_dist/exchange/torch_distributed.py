@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cqil_dist.assignment import Round
 from cqil_dist.errors import ExchangeError
-from cqil_dist.exchange.base import Exchange, ExchangeStats, Shape, check_own
+from cqil_dist.exchange.base import Exchange, ExchangeStats, Shape, unfit
 
 # Its name since torch 2.13; the earlier one is deprecated there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -102,10 +102,11 @@ class TorchDistributedExchange(Exchange):
         if not self._open:
             raise ExchangeError(f"rank {self.rank} has closed its exchange")
         own_shape = self._shape(exchange_round, self.rank)
+        own = torch.empty(0, *own_shape[1:])  # of a rank that nobody asks
         if exchange_round.targets(self.rank) or self.rank in exchange_round.sources[self.rank]:
-            own = check_own(self.rank, exchange_round, own_CND, own_shape).view(own_shape)
-        else:
-            own = torch.empty(0, *own_shape[1:])  # nobody asks for it
+            if own_CND is None or own_CND.numel() != math.prod(own_shape):
+                raise unfit(self.rank, exchange_round, own_CND, own_shape, self._dtype)
+            own = own_CND.view(own_shape)
         parts_CND: Tensor | None
         try:
             if self._is_all_to_all(exchange_round):

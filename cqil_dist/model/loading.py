@@ -20,7 +20,7 @@ from cqil_dist.model.projection import Projection
 from cqil_dist.model.tensor_reader import TensorReader
 from cqil_dist.model.torch_parts import (
     AttentionSpan,
-    GatedFeedForward,
+    GatedProjections,
     OutputProjection,
     TorchAttention,
     TorchFeedForward,
@@ -59,7 +59,7 @@ class TorchBackend:
         self._dtype = precision.compute_dtype
         self._device = device
         self._attentions: dict[tuple[Bundle, ...], TorchAttention] = {}
-        self._feed_forwards: dict[Bundle, GatedFeedForward] = {}
+        self._feed_forwards: dict[Bundle, GatedProjections] = {}
         self._heads: dict[range, HeadShard] = {}
 
     @property
@@ -82,7 +82,8 @@ class TorchBackend:
             if bundle not in self._feed_forwards:
                 with self._checkpoint.open() as reader:
                     self._feed_forwards[bundle] = self._feed_forward(reader, bundle)
-        return TorchFeedForward(tuple(self._feed_forwards[bundle] for bundle in bundles))
+        gated = tuple(self._feed_forwards[bundle] for bundle in bundles)
+        return TorchFeedForward(gated, self._config.rms_norm_eps)
 
     def head(self, rows: range) -> HeadShard:
         """See `PartBackend.head`."""
@@ -128,7 +129,7 @@ class TorchBackend:
             first = last
         return tuple(outputs)
 
-    def _feed_forward(self, reader: TensorReader, bundle: Bundle) -> GatedFeedForward:
+    def _feed_forward(self, reader: TensorReader, bundle: Bundle) -> GatedProjections:
         config = self._config
 
         def columns_of(piece: Piece) -> range:
@@ -139,12 +140,11 @@ class TorchBackend:
             for name in ("gate", "up", "down")
         )
         biased = [piece for piece in bundle if config.mlp_bias and piece.adds_feed_forward_bias]
-        return GatedFeedForward(
+        return GatedProjections(
             gate_up=self._stacked(
                 reader, bundle, [gate, up], "post_attention_layernorm", config.mlp_bias
             ),
             down=self._summed(reader, bundle, down, biased),
-            eps=config.rms_norm_eps,
         )
 
     def _stacked(
@@ -241,12 +241,14 @@ def attention_spans(
             span = AttentionSpan(
                 range(query, query + last - first),
                 range(kv_head, kv_head + 1),
+                last - first,
                 windows[piece.layer],
             )
             if spans and _alike(spans[-1], span):
                 spans[-1] = AttentionSpan(
                     range(spans[-1].queries.start, span.queries.stop),
                     range(spans[-1].kv_heads.start, span.kv_heads.stop),
+                    span.queries_per_kv,
                     span.window,
                 )
             else:

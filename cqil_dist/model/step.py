@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ class StepInput:
         logit_rows: list[int] = []
         for segment in segments:
             slots += [segment.slot] * segment.count
-            positions += range(segment.start, segment.end)
+            positions += range(segment.start, segment.start + segment.count)
             logit_rows += range(len(positions) - segment.logits, len(positions))
         rows = torch.tensor([slots, positions], device=device)
         cos_N1E, sin_N1E = rotary.at(rows[1])
@@ -148,7 +147,7 @@ class AttentionRun:
         self.count = first.count
         self.target: tuple[int, slice, slice] | None = None
         if self.batch == 1:
-            self.target = (first.slot, slice(None), slice(first.start, first.end))
+            self.target = (first.slot, slice(None), slice(first.start, first.start + first.count))
         adjacent = all(segment.slot == first.slot + n for n, segment in enumerate(segments))
         self._slots = slice(first.slot, last.slot + 1) if adjacent else slots_B
         self._earliest = min(starts)
@@ -159,20 +158,20 @@ class AttentionRun:
         """The keys that the run sees; `window` is how many latest ones, or None for all."""
         if window not in self._visible:
             first = 0 if window is None else max(0, self._earliest + 1 - window)
+            mask = None
+            if self.batch > 1 or self.count > 1:
+                device = self.starts_B.device
+                query = (
+                    self.starts_B[:, None, None] + torch.arange(self.count, device=device)[:, None]
+                )
+                key = torch.arange(first, self._length, device=device)
+                mask = key <= query
+                if window is not None:
+                    mask &= key > query - window
+                mask = mask.unsqueeze(1)
             index = (self._slots, slice(None), slice(first, self._length))
-            self._visible[window] = VisibleKeys(index, self._mask(window, first))
+            self._visible[window] = VisibleKeys(index, mask)
         return self._visible[window]
-
-    def _mask(self, window: int | None, first: int) -> Tensor | None:
-        if self.batch == 1 and self.count == 1:
-            return None
-        device = self.starts_B.device
-        query = self.starts_B[:, None] + torch.arange(self.count, device=device)
-        key = torch.arange(first, self._length, device=device)
-        visible = key <= query[:, :, None]
-        if window is not None:
-            visible &= key > query[:, :, None] - window
-        return visible.unsqueeze(1)
 
 
 def _attention_runs(segments: Sequence[Segment], rows: Tensor) -> tuple[AttentionRun, ...]:
@@ -181,14 +180,18 @@ def _attention_runs(segments: Sequence[Segment], rows: Tensor) -> tuple[Attentio
     Args:
         rows: slot and position of each token, [2, N].
     """
+    batches: list[list[Segment]] = []
+    for segment in segments:
+        if segment.count == 1 and batches and batches[-1][0].count == 1:
+            batches[-1].append(segment)
+        else:
+            batches.append([segment])
     runs: list[AttentionRun] = []
     row = 0
-    numbered = enumerate(segments)
-    # Each prefill chunk has a key of its own, its number; all that decode share one.
-    for _, group in groupby(numbered, lambda each: -1 if each[1].count == 1 else each[0]):
-        together = [segment for _, segment in group]
-        end = row + len(together) * together[0].count
-        first_tokens = rows[:, row : end : together[0].count]
-        runs.append(AttentionRun(together, slice(row, end), first_tokens[0], first_tokens[1]))
+    for batch in batches:
+        count = batch[0].count
+        end = row + len(batch) * count
+        slots_B, starts_B = rows[:, row:end:count]
+        runs.append(AttentionRun(batch, slice(row, end), slots_B, starts_B))
         row = end
     return tuple(runs)

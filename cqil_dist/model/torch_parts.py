@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +34,14 @@ class AttentionSpan:
 
     Attributes:
         queries: the query heads, as they lie in the part.
-        kv_heads: the key/value heads that they read, equally many queries each.
+        kv_heads: the key/value heads that they read, `queries_per_kv` queries each.
         window: how many latest positions they see; None for all.
     """
 
     queries: range
     kv_heads: range
+    queries_per_kv: int
     window: int | None
-
-    @property
-    def queries_per_kv(self) -> int:
-        return len(self.queries) // len(self.kv_heads)
 
 
 @dataclass(frozen=True)
@@ -83,39 +81,38 @@ class TorchAttention:
         rotated = rotate(rotated, step.cos_N1E, step.sin_N1E)
         queries, keys = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
         kv_NKE = torch.cat((keys, values), dim=1)
-        attended = [self._run(queries[run.rows], kv_NKE[run.rows], run) for run in step.runs]
+        attended = [self._attend(queries[run.rows], kv_NKE[run.rows], run) for run in step.runs]
         attended_NA = attended[0] if len(attended) == 1 else torch.cat(attended)
         outputs = [out.projection(attended_NA[:, out.columns]) for out in self.outputs]
         return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
 
-    def _run(self, queries_NHE: Tensor, kv_NKE: Tensor, run: AttentionRun) -> Tensor:
+    def _attend(self, queries_NHE: Tensor, kv_NKE: Tensor, run: AttentionRun) -> Tensor:
         """Attention of one run's rows over its slots, [B * count, A], after storing `kv_NKE`."""
         self.cache.append(run, kv_NKE)
-        attended = [self._attend(queries_NHE, run, span) for span in self.spans]
+        attended: list[Tensor] = []
+        for span in self.spans:
+            visible = run.visible(span.window)
+            keys, values = self.cache.read(visible, span.kv_heads)
+            queries = queries_NHE[:, span.queries.start : span.queries.stop]
+            if run.count == 1:
+                # The queries that share a key head stand as one head's consecutive queries: exact
+                # without a causal mask, and without repeating keys.
+                shape = (run.batch, len(span.kv_heads), span.queries_per_kv, self.head_dim)
+                out = F.scaled_dot_product_attention(
+                    queries.reshape(shape), keys, values, attn_mask=visible.mask
+                )
+                attended.append(out.reshape(run.batch, -1))
+            else:
+                # Only a prefill chunk has more than one token a sequence, and attends by itself.
+                out = F.scaled_dot_product_attention(
+                    queries.transpose(0, 1).unsqueeze(0),
+                    keys,
+                    values,
+                    attn_mask=visible.mask,
+                    enable_gqa=True,
+                )
+                attended.append(out.squeeze(0).transpose(0, 1).reshape(run.count, -1))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
-
-    def _attend(self, queries_NHE: Tensor, run: AttentionRun, span: AttentionSpan) -> Tensor:
-        """Outputs of one span's query heads, side by side, for the rows of a run."""
-        visible = run.visible(span.window)
-        keys, values = self.cache.read(visible, span.kv_heads)
-        queries = queries_NHE[:, span.queries.start : span.queries.stop]
-        if run.count == 1:
-            # The queries that share a key head stand as one head's consecutive queries: exact
-            # without a causal mask, and without repeating keys.
-            shape = (run.batch, len(span.kv_heads), span.queries_per_kv, self.head_dim)
-            out = F.scaled_dot_product_attention(
-                queries.reshape(shape), keys, values, attn_mask=visible.mask
-            )
-            return out.reshape(run.batch, -1)
-        # Only a prefill chunk has more than one token a sequence, and it attends by itself.
-        out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys,
-            values,
-            attn_mask=visible.mask,
-            enable_gqa=True,
-        )
-        return out.squeeze(0).transpose(0, 1).reshape(run.count, -1)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +123,7 @@ class TorchAttention:
 
 
 @dataclass(frozen=True)
-class GatedFeedForward:
+class GatedProjections:
     """Gated SiLU feed-forward of one or more layers, or shares of layers, with the same input.
 
     Attributes:
@@ -136,12 +133,6 @@ class GatedFeedForward:
 
     gate_up: Projection
     down: Projection
-    eps: float
-
-    def __call__(self, u_ND: Tensor) -> Tensor:
-        """The sum of the layers' outputs, [N, D]."""
-        gate, up = self.gate_up(rms_norm(u_ND, self.eps)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
     @property
     def nbytes(self) -> int:
@@ -153,11 +144,13 @@ class GatedFeedForward:
 class TorchFeedForward:
     """Feed-forward bundles side by side, each with an input of its own."""
 
-    bundles: Sequence[GatedFeedForward]
+    bundles: Sequence[GatedProjections]
+    eps: float
 
     def __call__(self, u_MND: Tensor) -> Tensor:
         """See `FeedForwardPart`."""
-        out_ND = self.bundles[0](u_MND[0])
-        for bundle, u_ND in zip(self.bundles[1:], u_MND[1:], strict=True):
-            out_ND = out_ND + bundle(u_ND)
-        return out_ND
+        outputs: list[Tensor] = []
+        for bundle, u_ND in zip(self.bundles, u_MND.unbind(), strict=True):
+            gate, up = bundle.gate_up(rms_norm(u_ND, self.eps)).chunk(2, dim=-1)
+            outputs.append(bundle.down(F.silu(gate) * up))
+        return reduce(torch.add, outputs)

@@ -68,8 +68,9 @@ class RankProgram:
         self.clock = StepClock(device)
         self._config = config
         self._precision = precision
+        self._dtype = precision.compute_dtype
         self._device = device
-        self._rotary = RotaryTable(config, cache_shape.max_len, precision.compute_dtype, device)
+        self._rotary = RotaryTable(config, cache_shape.max_len, self._dtype, device)
         self._cache_shape = cache_shape
         self._caches: dict[tuple[Piece, ...], KVCache] = {}
         self._filled = [0] * cache_shape.slots
@@ -157,11 +158,15 @@ class RankProgram:
         plan_index: int = 0,
     ) -> Tensor:
         """The step without the head: hidden states [R, D] of the tokens that want logits."""
-        self._clear_reused_slots(segments)
+        for segment in segments:
+            if segment.start == 0:  # of another sequence than before: forget what that one wrote
+                for cache in self._caches.values():
+                    cache.clear(segment.slot, self._filled[segment.slot])
+            self._filled[segment.slot] = segment.start + segment.count
         step = StepInput.of(segments, self._rotary, self._device)
         x_ND = None
         if hidden_ND is not None:
-            x_ND = hidden_ND.to(self._device, self._precision.compute_dtype)
+            x_ND = hidden_ND.to(self._device, self._dtype)
         for stage in self._plans[plan_index]:
             x_ND = stage(x_ND, step, exchange)
         assert x_ND is not None, "the last stage's output reaches every rank"
@@ -171,11 +176,3 @@ class RankProgram:
     def head(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits [R, rows] of this rank's rows of the vocabulary."""
         return self._head(hidden_RD)
-
-    def _clear_reused_slots(self, segments: Sequence[Segment]) -> None:
-        """Clear the slot of every sequence that begins, as far as the one before it went."""
-        for segment in segments:
-            if segment.start == 0:
-                for cache in self._caches.values():
-                    cache.clear(segment.slot, self._filled[segment.slot])
-            self._filled[segment.slot] = segment.end

@@ -41,7 +41,7 @@ class RankGroup:
         links: Sequence[Link],
         step_deadline_s: float,
     ) -> None:
-        self._assignments = assignments
+        self._entry_ranks = [frozenset(assignment.entry_ranks) for assignment in assignments]
         self._embedding = embedding
         self._links = links
         self._step_deadline_s = step_deadline_s
@@ -65,8 +65,7 @@ class RankGroup:
         }
         self.steps += 1
         for rank, link in enumerate(self._links):
-            starts = rank in self._assignments[step.plan].entry_ranks
-            link.send(header, hidden_ND if starts else None)
+            link.send(header, hidden_ND if rank in self._entry_ranks[step.plan] else None)
 
     def finish(self) -> StepResult:
         """Gather every rank's answer to the step. See `StepModel.finish`."""
@@ -157,8 +156,8 @@ def most_likely(shards: Sequence[Sequence[tuple[float, int]]]) -> Tensor:
     """Token ids [R] of the highest logit over all shards, the lowest id where several have it."""
     chosen: list[int] = []
     for candidates in zip(*shards, strict=True):
-        if all(math.isfinite(value) for value, _ in candidates):
-            chosen.append(max(candidates, key=lambda best: (best[0], -best[1]))[1])
-        else:
-            chosen.append(-1)
+        finite = all(math.isfinite(value) for value, _ in candidates)
+        highest = max(value for value, _ in candidates)
+        best = min((token for value, token in candidates if value == highest), default=-1)
+        chosen.append(best if finite else -1)
     return torch.tensor(chosen, dtype=torch.int64)
