@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from cqil_dist.coordinator.node_addresses import host_addresses
 from cqil_dist.errors import ModelError
-from cqil_dist.rank.actor import ActorState
+from cqil_dist.rank.mesh_spec import ActorState
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cqil_dist.rank.actor import ActorState
+from cqil_dist.rank.mesh_spec import ActorState
 
 
 def match_ranks(

@@ -28,7 +28,7 @@ from cqil_dist.coordinator.rendezvous import (
     connect_ranks,
 )
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
-from cqil_dist.rank.actor import ActorState
+from cqil_dist.rank.mesh_spec import ActorState
 from cqil_dist.rank.spec import EngineSpec
 
 logger = logging.getLogger(__name__)

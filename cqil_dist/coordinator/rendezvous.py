@@ -19,7 +19,7 @@ from cqil_dist.errors import CqilError, ExchangeError, LaunchError
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
-from cqil_dist.rank.actor import ActorState, MeshSpec
+from cqil_dist.rank.mesh_spec import ActorState, MeshSpec
 from cqil_dist.rank.spec import EngineSpec
 from cqil_dist.status import RankStatus
 

@@ -2,7 +2,8 @@
 
 stage, program     the arithmetic of one stage, and the walk over all of them
 protocol           steps and answers between the coordinator and its ranks, both ends
-actor, spec        the Ray actor, and what the actors of a launch are told
+actor, mesh_spec   the Ray actor, what it says of itself, and what it is told to join a mesh
+spec               what the actors of a launch are told
 model_files        the model's files on this node
 clock, metrics     where a step's time goes
 memory             what the process may take, and gives back

@@ -1,10 +1,10 @@
-"""The Ray actor around one rank: loads its layers, joins the mesh, serves steps on a thread.
+"""The Ray actor around one rank: reads its weights, joins the mesh, serves steps on a thread.
 
 Ray places it, starts it again when its process dies, and asks it questions. Tokens do not pass
 through Ray: steps come over the coordinator's link, and partial results over the exchange.
 
 An actor is no particular rank until it joins a mesh as one. Meshes follow each other in epochs:
-when a rank is lost, those that are left keep their weights and meet again in the next.
+when a rank is lost, those that are left keep their weights and connect again in the next.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import socket
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -34,6 +33,7 @@ from cqil_dist.rank.memory import (
     freed_memory_returned,
     release_import_time_code,
 )
+from cqil_dist.rank.mesh_spec import ActorState, MeshSpec
 from cqil_dist.rank.metrics import RankMetrics
 from cqil_dist.rank.model_files import checkpoints_of, model_directory
 from cqil_dist.rank.program import RankProgram
@@ -51,50 +51,12 @@ _THREAD_END_S = 5.0
 _HEADROOM = 2.0
 
 
-@dataclass(frozen=True)
-class ActorState:
-    """What an actor says of itself.
-
-    Attributes:
-        cores: those its process may use.
-        gpu: Ray's id of its GPU, or None.
-        epoch: the latest it has listened in; -1 before the first.
-        ranks: those whose weights it holds.
-    """
-
-    node_id: str
-    pid: int
-    cores: tuple[int, ...]
-    gpu: str | None
-    epoch: int
-    ranks: frozenset[int]
-
-
-@dataclass(frozen=True)
-class MeshSpec:
-    """How the ranks of one epoch meet, as one of them is told it.
-
-    Attributes:
-        rank: the one that is told.
-        addresses: each rank's listener, "host:port".
-        nccl_address: where ranks with a GPU each meet for NCCL; None for partial sums over TCP.
-        cores: cores this rank's compute thread is bound to; empty leaves it free.
-        spin_s: seconds to poll for a peer's frame before sleeping.
-        deadline_s: seconds until all must have met.
-    """
-
-    rank: int
-    addresses: dict[int, str]
-    secret: bytes
-    epoch: int
-    nccl_address: str | None
-    cores: tuple[int, ...]
-    spin_s: float
-    deadline_s: float
-
-
 class LayerActor:
-    """One rank, or a spare one. Its methods are called through Ray, from several threads."""
+    """An actor that holds one rank, which is not a layer, or that is a spare for any of them.
+
+    A rank may hold many layers, or shares of them. The methods are called through Ray, from several
+    threads.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -103,14 +65,14 @@ class LayerActor:
         self._wanted = threading.Event()
         self._told_of_memory = False
         self._programs: dict[int, RankProgram] = {}
-        self._meeting = threading.Lock()
+        self._mesh_lock = threading.Lock()
         self._epoch = -1
         self._listener: Listener | None = None
         self._mesh: _Mesh | None = None
 
     @ray.method(concurrency_group=QUESTIONS)
     def state(self) -> ActorState:
-        """Answers at once, whatever else the actor is doing."""
+        """Say at once what the actor is, whatever else it is doing."""
         gpus = ray.get_gpu_ids()
         return ActorState(
             node_id=ray.get_runtime_context().get_node_id(),
@@ -126,14 +88,17 @@ class LayerActor:
 
         Raises:
             ModelNotFound: this node does not have the model, and cannot fetch it.
-            CheckpointError: naming what is wrong with the weights.
+            CheckpointError: the weights are missing or damaged; the message says which.
         """
-        self._wanted.set()  # one that prepares makes way
+        self._wanted.set()  # `prepare` ends before its next rank
         with self._loading:
             self._read(spec, rank)
 
     def prepare(self, spec: EngineSpec) -> None:
-        """As a spare, read all ranks' weights beforehand, as far as memory allows. Idempotent."""
+        """Read the weights of all ranks beforehand, as far as memory allows. Idempotent.
+
+        Spares do: whichever rank is lost, they have its weights. A call of `load` comes first.
+        """
         self._wanted.clear()
         for rank in range(spec.world):
             with self._loading:
@@ -182,7 +147,7 @@ class LayerActor:
 
     @ray.method(concurrency_group=QUESTIONS)
     def stages_loaded(self) -> int:
-        """Progress of `load`."""
+        """How many stages' weights this process has read so far."""
         return self._stages_loaded
 
     def listen(self, host: str, secret: bytes, epoch: int) -> str:
@@ -198,7 +163,7 @@ class LayerActor:
             ExchangeError: the actor has been called to a later epoch.
             OSError: no port can be had.
         """
-        with self._meeting:
+        with self._mesh_lock:
             if epoch <= self._epoch:
                 raise ExchangeError(
                     f"called to epoch {epoch}, but this actor has been called to {self._epoch}"
@@ -232,7 +197,7 @@ class LayerActor:
         if (program := self._programs.get(mesh.rank)) is None:
             raise ExchangeError(f"called to be rank {mesh.rank}, whose weights are not here")
         joined = _Mesh(program, spec, mesh, listener, self._device)
-        with self._meeting:
+        with self._mesh_lock:
             if mesh.epoch != self._epoch:
                 joined.close()
                 raise ExchangeError(f"epoch {mesh.epoch} was given up for {self._epoch}")
@@ -248,7 +213,7 @@ class LayerActor:
 
     def close(self) -> None:
         """Leave the mesh and end the serving thread. Idempotent."""
-        with self._meeting:
+        with self._mesh_lock:
             self._leave()
 
     def _leave(self) -> None:
@@ -263,7 +228,7 @@ class LayerActor:
 
 
 class _Mesh:
-    """One epoch as one rank sees it: the connections, and the thread that serves steps."""
+    """The connections of one rank in one epoch, and the thread that serves steps over them."""
 
     def __init__(
         self,
@@ -337,7 +302,7 @@ class _Mesh:
         except Exception:
             logger.exception("rank %d leaves the mesh", self._program.rank)
         finally:
-            # Closed sockets are how peers and the coordinator learn of it.
+            # Closed sockets tell peers and the coordinator of it.
             self._link.close()
             self.exchange.close()
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cqil_dist.coordinator.rank_matching import match_ranks
-from cqil_dist.rank.actor import ActorState
+from cqil_dist.rank.mesh_spec import ActorState
 
 
 def actor(*ranks: int) -> ActorState:
