@@ -1,7 +1,7 @@
-"""A process's memory: what is free, and keeping what it holds near what it needs.
+"""A process's memory: how much is free, and how what it holds stays near what it needs.
 
-Knows nothing of models. Needs Linux to tell what is free; what else is asked of Linux and glibc is
-left undone on other systems.
+This module knows nothing of models. How much is free can be told on Linux alone; what else is asked
+of Linux and glibc is left undone on other systems.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: the node's for a CPU (Linux's MemAvailable), else the
-    device's."""
+    """Bytes that can still be allocated: of the node (Linux's MemAvailable), or of a GPU.
+
+    Raises:
+        OSError: the system does not say how much is free.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
@@ -40,7 +43,7 @@ def available_bytes(device: torch.device) -> int:
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Have glibc give large freed blocks back at once within the block.
+    """Have glibc give large blocks back as soon as they are freed, inside the `with` block.
 
     Left to itself it raises the size from which it maps memory directly up to 32 MiB, and what is
     read while loading then leaves some 60 MB of holes in its heap. Serving steps wants the
@@ -56,7 +59,7 @@ def freed_memory_returned() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed, for as long as the process lives.
 
-    For programs that compute the same large tensors again and again, distributions over a
+    This is for programs that compute the same large tensors again and again, distributions over a
     vocabulary above all: to map and clear 100 MB anew takes longer than to compute them.
     """
     _mallopt(_M_MMAP_MAX, 0)

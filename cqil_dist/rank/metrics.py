@@ -15,10 +15,10 @@ _PUBLISH_S = 2.0
 
 
 class RankMetrics:
-    """Publishes what a clock adds up, from time to time, until it is stopped.
+    """The publisher of the seconds that a rank's clock adds up, every two seconds.
 
     Args:
-        models: what requests call each plan.
+        models: the name that requests call the model by under each plan.
     """
 
     def __init__(self, clock: StepClock, rank: int, models: Sequence[str]) -> None:
@@ -38,13 +38,15 @@ class RankMetrics:
         )
         self._published: defaultdict[tuple[int, int, int], float] = defaultdict(float)
         self._stopping = threading.Event()
-        # What was counted before this epoch has been published by its own.
+        # What was counted in earlier epochs has been published by theirs.
         self._published.update(clock.seconds)
 
     def start(self) -> None:
+        """Publish from now on, on a thread of its own."""
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def stop(self) -> None:
+        """Publish what is left, and end. Does not wait for it."""
         self._stopping.set()
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""The model's files on the node this runs on: one copy a node, fetched where that is possible."""
+"""The model's files on this node: one copy a node, fetched where that is possible."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ except CqilError as error:
 
 
 def model_directory(name: str, path: Path) -> Path:
-    """The directory of a model on this node.
+    """Find the directory of a model on this node; fetch the model if it is not there.
 
     Args:
-        name: what the model was launched by.
+        name: the name the model was launched by.
         path: its directory on the node that launched it.
 
     Raises:
-        ModelNotFound: it is not there and cannot be fetched; naming the node.
+        ModelNotFound: it is not there and cannot be fetched; the message names the node.
     """
     if path.is_dir():
         return path
@@ -60,14 +60,14 @@ def model_directory(name: str, path: Path) -> Path:
 
 
 def checkpoints_of(spec: EngineSpec, path: Path) -> list[Checkpoint]:
-    """What each plan of an engine is read from.
+    """Open the checkpoint that each plan of an engine is read from, one for each plan.
 
     Args:
         path: the model's directory on this node.
 
     Raises:
         ModelNotFound: the adapter is not on this node.
-        CheckpointError: naming the file that is missing or damaged.
+        CheckpointError: a file is missing or damaged; the message names it.
     """
     original = Checkpoint(path)
     if spec.adapter is None:
