@@ -42,17 +42,19 @@ logger = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Embeds, schedules, samples and detokenises. Its methods are called through Ray.
+    """The actor that embeds, schedules, samples and detokenises, with the ranks' help.
+
+    Its methods are called through Ray.
 
     Args:
-        secret: of the launch.
+        secret: the launch's.
         actors: names of the layer actors, spare ones included.
     """
 
     def __init__(self, spec: EngineSpec, secret: bytes, actors: Sequence[str]) -> None:
         self._spec = spec
         self._secret = secret
-        self._pool = RankPool([*_handles(actors)], spec, secret)
+        self._pool = RankPool([*_living_actors(actors)], spec, secret)
         self._starting = threading.Lock()
         self._address: str | None = None
         self._engine: Engine | None = None
@@ -82,7 +84,7 @@ class Coordinator:
             return self._address
 
     def status(self) -> Status:
-        """What is served, and how busy the engine is."""
+        """Say what is served, and how busy the engine is."""
         assert self._engine is not None, "started"
         assert self._ranks is not None, "started"
         counts: dict[str, Any] = self._engine.status()
@@ -99,7 +101,7 @@ class Coordinator:
         )
 
     def exchange_stats(self) -> list[dict[str, Any]]:
-        """Counters and latest waits of each rank's exchange in this epoch."""
+        """Return the counters and latest waits of each rank's exchange in this epoch."""
         assert self._ranks is not None, "started"
         stats: list[dict[str, Any]] = ray.get(
             [actor.exchange_stats.remote() for actor in self._ranks.actors], timeout=30
@@ -107,7 +109,7 @@ class Coordinator:
         return stats
 
     def close(self) -> None:
-        """Fail unfinished requests, stop serving and let the ranks go. Idempotent."""
+        """Fail unfinished requests, stop serving and disconnect the ranks. Idempotent."""
         self._pool.stop()
         self._metrics.stop()
         if self._engine is not None:
@@ -180,7 +182,7 @@ class Coordinator:
         ]
 
     def _rebuild(self, error: ExchangeError) -> tuple[RankGroup, dict[str, float]]:
-        """See `engine.Rebuild`."""
+        """Bring the ranks together again; the engine calls it (`engine.Rebuild`)."""
         assert self._group is not None, "it has failed"
         ended = self._group.closed_ranks()
         self._group.close()
@@ -188,8 +190,8 @@ class Coordinator:
         return self._group_of(ranks), phases
 
 
-def _handles(names: Sequence[str]) -> Iterator[Any]:
-    """Those of the actors that Ray has not given up for good."""
+def _living_actors(names: Sequence[str]) -> Iterator[Any]:
+    """Handles of the actors that Ray has not given up."""
     for name in names:
         try:
             yield ray.get_actor(name)

@@ -19,7 +19,7 @@ _WATCH_S = 1.0
 
 
 class EngineMetrics:
-    """What one engine does, counted; `stop` it with the engine."""
+    """The counters, histograms and gauges of one engine; `stop` them with it."""
 
     def __init__(self) -> None:
         self._recoveries = Counter("cqil_recoveries", "Losses of a rank that were made good.")
@@ -59,7 +59,7 @@ class EngineMetrics:
         self._stopping = threading.Event()
 
     def watch(self, status: Callable[[], dict[str, Any]]) -> None:
-        """Report the counts of an engine's `status` from time to time."""
+        """Report the counts of an engine's `status` every second, on a thread of its own."""
 
         def report() -> None:
             while not self._stopping.wait(_WATCH_S):
@@ -70,7 +70,7 @@ class EngineMetrics:
         threading.Thread(target=report, name="metrics", daemon=True).start()
 
     def note_completion(self, completion: Completion) -> None:
-        """A request has ended."""
+        """Count a request that has ended, its tokens and its times."""
         timings = completion.timings
         self._finished.inc(tags={"finish_reason": completion.finish_reason})
         for counter, count in (
@@ -86,10 +86,11 @@ class EngineMetrics:
             self._inter_token.observe(latency_ms / 1000)
 
     def note_recovery(self, recovery: Recovery) -> None:
-        """A lost rank has been replaced."""
+        """Count a loss that has been made good, and the seconds of its phases."""
         self._recoveries.inc()
         for phase, seconds in {**recovery.phases, "total": recovery.seconds}.items():
             self._recovery.observe(seconds, tags={"phase": phase})
 
     def stop(self) -> None:
+        """End the reports of `watch`."""
         self._stopping.set()

@@ -6,7 +6,7 @@ import ray
 
 
 def host_addresses() -> dict[str, str]:
-    """By id of each live node, the address to reach it by.
+    """Return the address to reach each live node by, by Ray's id of the node.
 
     A single node stays on loopback; several use the addresses by which they know each other, not
     whatever a node's name or default route would give.

@@ -4,6 +4,12 @@ Launching and recovering are one procedure. Ranks whose actors are alive and hol
 keep them; the others go to whatever actor answers (one that Ray has started again, or a spare) and
 load. Then all listen in the next epoch, connect, and serve. If another is lost meanwhile, it
 starts over, until the deadline.
+
+    rank_matcher   an actor for every rank        decided by lifecycle and rank_matching
+    rank_loading   its weights
+    rendezvous     its connections                core_binding
+    spare_keeper   weights for the actors left    supervision
+    (here)         once more, or not              supervision
 """
 
 from __future__ import annotations
@@ -11,36 +17,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from cqil_dist.coordinator.pool_member import Candidate, end_stuck, read_answers
-from cqil_dist.coordinator.rank_matching import match_ranks
-from cqil_dist.coordinator.rendezvous import (
-    ActorFailed,
-    ConnectedRanks,
-    as_raised,
-    check_call,
-    connect_ranks,
-)
+from cqil_dist.coordinator.actor_calls import ActorFailed
+from cqil_dist.coordinator.lifecycle import Event, Lifecycle
+from cqil_dist.coordinator.pool_member import PoolMember
+from cqil_dist.coordinator.rank_loading import load_weights
+from cqil_dist.coordinator.rank_matcher import RankMatcher
+from cqil_dist.coordinator.rendezvous import ConnectedRanks, connect_ranks
+from cqil_dist.coordinator.spare_keeper import look_after_spares
+from cqil_dist.coordinator.supervision import Failure, Reaction, gives_up, reaction_to
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
-from cqil_dist.rank.mesh_spec import ActorState
 from cqil_dist.rank.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.05
 _RETRY_S = 0.2
-_MAX_SURPRISES = 2
-# An actor that has answered before and does not within this long is stuck, or its node is cut off.
-_ANSWER_S = 1.0
-# One whose connection is closed may have lost its peers only, and answers soon.
-_GRACE_S = 0.3
-_LOADING_ANSWER_S = 10.0
 _SPARES_S = 1.0
 
 
@@ -49,24 +46,32 @@ class RankPool:
 
     Args:
         actors: handles of at least as many `LayerActor`s as there are ranks.
-        secret: of the launch.
+        secret: the launch's.
     """
 
     def __init__(self, actors: Sequence[Any], spec: EngineSpec, secret: bytes) -> None:
-        self._candidates = [Candidate(actor) for actor in actors]
+        self._members = [PoolMember(actor) for actor in actors]
         self._spec = spec
         self._secret = secret
-        self._seats: dict[int, int] = {}
         self._stopping = threading.Event()
-        self._assembling = threading.Lock()
-        self.waiting_for = ""
+        self._matcher = RankMatcher(self._members, spec, self._check_open)
+        self._using_members = threading.Lock()
         if len(actors) > spec.world:
             threading.Thread(target=self._keep_spares, name="spares", daemon=True).start()
+
+    @property
+    def waiting_for(self) -> str:
+        """The ranks that wait for an actor, with the nodes they were on; empty where none does."""
+        return self._matcher.waiting_for
+
+    def ready_spares(self) -> int:
+        """Count the actors without a rank that hold the weights of all of them."""
+        return sum(member.lifecycle is Lifecycle.READY for member in self._members)
 
     def assemble(
         self, ended: frozenset[int] = frozenset()
     ) -> tuple[ConnectedRanks, dict[str, float]]:
-        """Connect all ranks in a new epoch.
+        """Find an actor for every rank, have it load, and connect all in a new epoch.
 
         Args:
             ended: ranks known to have closed their connections. Of these, one that does not
@@ -81,223 +86,102 @@ class RankPool:
             ModelError: a rank's weights cannot be read.
             LaunchError: the pool has been stopped, or cores cannot be bound as asked.
         """
-        with self._assembling:
-            return self._assemble(ended)
-
-    def _assemble(self, ended: frozenset[int]) -> tuple[ConnectedRanks, dict[str, float]]:
-        deadline = time.monotonic() + self._spec.recovery_timeout_s
-        for rank in ended:
-            if (seat := self._seats.get(rank)) is not None:
-                self._candidates[seat].known = False
-        phases: dict[str, float] = {}
-        surprises = 0
-        while True:
-            self._check_stopping()
-            try:
-                with _timed(phases, "seat"):
-                    states = self._seat(deadline)
-                before = time.monotonic()
+        with self._using_members:
+            for rank in ended:
+                self._matcher.member(rank).note(Event.ENDED)
+            tries = _Tries(time.monotonic() + self._spec.recovery_timeout_s)
+            while True:
+                self._check_open()
                 try:
-                    with _timed(phases, "load"):
-                        self._load()
-                finally:
-                    deadline += time.monotonic() - before
-                with _timed(phases, "connect"):
-                    actors = [candidate.actor for candidate in self._seated()]
-                    met = connect_ranks(self._spec, self._secret, actors, states)
-                if self._stopping.is_set():
-                    for link in met.links:
-                        link.close()
-                    self._check_stopping()
-                return met, phases
-            except (ExchangeError, RayActorError, GetTimeoutError) as error:
-                reason: Exception = error
-            except CqilError:
-                raise
-            except ActorFailed as error:  # another process may do better
-                surprises += 1
-                self._candidates[self._seats[error.rank]].renew(str(error))
-                reason = error
-            except Exception as error:
-                surprises += 1
-                logger.exception("unexpected")
-                reason = error
-            if time.monotonic() > deadline or surprises > _MAX_SURPRISES:
-                raise RankUnavailable(
-                    f"the ranks could not meet: {type(reason).__name__}: {reason}"
-                ) from reason
-            logger.warning("the ranks meet once more, because: %s", reason)
-            time.sleep(_RETRY_S)
+                    return self._try(tries), tries.phases
+                except Exception as error:
+                    self._react(error, tries)
+                time.sleep(_RETRY_S)
 
     def stop(self) -> None:
         """End an `assemble` under way, and let no other begin."""
         self._stopping.set()
 
-    def ready_spares(self) -> int:
-        """How many actors without a rank hold the weights of all of them."""
-        return sum(candidate.ready for candidate in self._candidates)
+    def _try(self, tries: _Tries) -> ConnectedRanks:
+        with tries.timed("seat"):
+            ranks = self._matcher.match(tries.deadline)
+        with tries.timed("load", is_limited=False):
+            load_weights(self._spec, ranks, self._check_open)
+        with tries.timed("connect"):
+            connected = connect_ranks(self._spec, self._secret, ranks)
+        if self._stopping.is_set():
+            connected.close()
+            self._check_open()
+        return connected
 
-    # Spares: actors without a rank.
-
-    def _keep_spares(self) -> None:
-        while not self._stopping.wait(_SPARES_S):
-            with self._assembling:
-                try:
-                    self._look_after_spares()
-                except Exception:  # of Ray's, while its head is away: there is a next time
-                    logger.exception("looking after the spares")
-
-    def _look_after_spares(self) -> None:
-        """Have spares read the weights that they may be asked for.
-
-        Those too that have started anew, or find memory free later. One that is stuck starts anew.
-        """
-        everything = frozenset(range(self._spec.world))
-        spares = [
-            candidate
-            for index, candidate in enumerate(self._candidates)
-            if self._seats and index not in self._seats.values() and not candidate.gone
-        ]
-        for spare in spares:
-            if spare.question is None:
-                spare.ask()
-        read_answers(self._candidates)
-        end_stuck(spares, _LOADING_ANSWER_S)
-        for spare in spares:
-            if spare.state is not None:
-                spare.ready = spare.state.ranks >= everything
-            elif not spare.known:
-                spare.ready = False
-            if not spare.ready and spare.able:
-                self._prepare(spare)
-
-    def _prepare(self, spare: Candidate) -> None:
-        if spare.preparing is not None:
-            if not ray.wait([spare.preparing], timeout=0)[0]:
-                return
-            try:
-                ray.get(spare.preparing)
-            except RayTaskError as error:
-                if isinstance(cause := as_raised(error), ModelError):
-                    spare.note_unfit(cause)
-                    return
-                logger.warning("a spare could not read the weights, and tries again: %s", error)
-            except RayError:
-                logger.info("a spare's process has ended; the next one will read the weights")
-        spare.preparing = spare.actor.prepare.remote(self._spec)
-
-    # Seating: an actor that answers for every rank.
-
-    def _seat(self, deadline: float) -> dict[int, ActorState]:
-        """Choose an actor for every rank; returns their states."""
-        started = time.monotonic()
-        for candidate in self._candidates:
-            candidate.ready = False
-            if not candidate.gone:
-                candidate.ask()
-        while True:
-            read_answers(self._candidates)
-            answered = {
-                index: candidate.state
-                for index, candidate in enumerate(self._candidates)
-                if candidate.state is not None and candidate.able
-            }
-            missing = [c for c in self._candidates if c.state is None and c.able]
-            grace = time.monotonic() < started + _GRACE_S
-            seats = match_ranks(self._spec.world, answered, self._seats)
-            if seats is not None and (not missing or not grace):
-                # Those that may still answer are waited for if weights would have to be read that
-                # they may hold. Else others take their ranks, and they start anew.
-                loaded = all(rank in answered[seat].ranks for rank, seat in seats.items())
-                if loaded or not any(candidate.known for candidate in missing):
-                    for candidate in self._seated():
-                        if candidate.known and candidate.state is None:
-                            candidate.restart(time.monotonic() - started)
-                    self._seats = seats
-                    self.waiting_for = ""
-                    return {rank: answered[seat] for rank, seat in seats.items()}
-            end_stuck(self._candidates, _ANSWER_S)
-            self._wait(deadline, answered)
-
-    def _wait(self, deadline: float, answered: Mapping[int, ActorState]) -> None:
-        held = frozenset[int]().union(*(state.ranks for state in answered.values()))
-        lost = [
-            f"rank {rank} (was on {self._candidates[seat].address})"
-            for rank, seat in sorted(self._seats.items())
-            if seat not in answered
-        ] or [f"rank {rank}" for rank in range(self._spec.world) if rank not in held]
-        self.waiting_for = ", ".join(lost)
-        self._check_stopping()
-        self._check_fit()
-        living = sum(not candidate.gone for candidate in self._candidates)
-        if time.monotonic() > deadline or living < self._spec.world:
+    def _react(self, error: Exception, tries: _Tries) -> None:
+        """Do what `supervision` decides; returns where the ranks are to be tried once more."""
+        failure = _failure(error)
+        tries.failures.append(failure)
+        if failure is Failure.UNFORESEEN:
+            logger.exception("unexpected")
+        match reaction_to(failure), error:
+            case Reaction.RAISE, _:
+                raise error
+            case Reaction.MARK_UNFIT, ActorFailed(rank=rank, reason=ModelError() as reason):
+                self._matcher.member(rank).mark_unfit(reason)
+            case Reaction.REPLACE, ActorFailed(rank=rank):
+                self._matcher.member(rank).replace(str(error))
+        if gives_up(tries.failures, time.monotonic() > tries.deadline):
             raise RankUnavailable(
-                f"no actor for {self.waiting_for} within {self._spec.recovery_timeout_s:g} s: "
-                f"{len(answered)} of {len(self._candidates)} actors answer and "
-                f"{self._spec.world} are needed; add a node, or launch again with fewer "
-                "ranks"
-            )
-        time.sleep(_POLL_S)
+                f"the ranks could not be connected: {type(error).__name__}: {error}"
+            ) from error
+        logger.warning("the ranks are matched once more, because: %s", error)
 
-    def _check_fit(self) -> None:
-        """Raise why actors cannot read the model, if those that can are too few."""
-        unfit = [c.unfit for c in self._candidates if c.unfit is not None and not c.gone]
-        if unfit and sum(c.able for c in self._candidates) < self._spec.world:
-            raise unfit[0]
-
-    def _check_stopping(self) -> None:
+    def _check_open(self) -> None:
         if self._stopping.is_set():
             raise LaunchError("the engine is closing")
 
-    # Loading.
+    def _keep_spares(self) -> None:
+        while not self._stopping.wait(_SPARES_S):
+            with self._using_members:
+                try:
+                    look_after_spares(self._matcher.spares(), self._members, self._spec)
+                except Exception:  # of Ray's, while its head is away: there is a next time
+                    logger.exception("looking after the spares")
 
-    def _seated(self) -> list[Candidate]:
-        return [self._candidates[self._seats[rank]] for rank in range(len(self._seats))]
 
-    def _load(self) -> None:
-        """Every seated actor reads its rank's weights, unless it has them.
+@dataclass
+class _Tries:
+    """The tries to bring the ranks together since the launch, or a loss.
 
-        Raises:
-            ExchangeError: one of them cannot, or is lost; it takes another.
-            ActorFailed: something else is wrong with one.
-        """
-        seated = self._seated()
-        loading = {
-            candidate.actor.load.remote(self._spec, rank): rank
-            for rank, candidate in enumerate(seated)
-        }
-        questions = [candidate.actor.state.remote() for candidate in seated]
-        asked = time.monotonic()
-        waiting = list(loading)
-        while waiting:
-            self._check_stopping()
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
-            for call in done:
-                self._check_loaded(call, loading[call], seated)
-            # Reading takes as long as it takes, as long as those who read are there.
-            answers, silent = ray.wait(questions, num_returns=len(questions), timeout=0)
-            for answer in answers:
-                check_call(answer, questions.index(answer))
-            if not silent:
-                questions = [candidate.actor.state.remote() for candidate in seated]
-                asked = time.monotonic()
-            elif time.monotonic() - asked > _LOADING_ANSWER_S:
-                raise ExchangeError(
-                    f"{len(silent)} of {len(seated)} actors do not answer while they load"
-                )
+    Attributes:
+        deadline: when no other begins, by the monotonic clock.
+        phases: seconds spent in each.
+        failures: what they have failed with.
+    """
 
-    def _check_loaded(self, call: Any, rank: int, seated: Sequence[Candidate]) -> None:
+    deadline: float
+    phases: dict[str, float] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, phase: str, is_limited: bool = True) -> Iterator[None]:
+        """Count the time of a `with` block as a phase's; without limit, put the deadline off."""
+        started = time.monotonic()
         try:
-            check_call(call, rank)
-        except ModelError as error:
-            seated[rank].note_unfit(error)
-            raise ExchangeError(f"{seated[rank].address} cannot read its rank's weights") from error
+            yield
+        finally:
+            taken = time.monotonic() - started
+            self.phases[phase] = self.phases.get(phase, 0.0) + taken
+            self.deadline += 0.0 if is_limited else taken
 
 
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        phases[name] = phases.get(name, 0.0) + time.monotonic() - started
+def _failure(error: Exception) -> Failure:
+    """Tell what a try has failed with."""
+    match error:
+        case ActorFailed(reason=ModelError()):
+            return Failure.CANNOT_READ
+        case ActorFailed():
+            return Failure.ACTOR_FAILED
+        case ExchangeError() | RayActorError() | GetTimeoutError():
+            return Failure.RANK_LOST
+        case CqilError():
+            return Failure.REFUSED
+        case _:
+            return Failure.UNFORESEEN

@@ -1,21 +1,21 @@
-"""Connects the actors of one epoch: each rank with each other, and the coordinator with all.
+"""Connects the ranks of one epoch: each with each other, and the coordinator with all.
 
-Knows which actor is which rank; how that was decided is coordinator/rank_matching.py's affair.
+This module knows which actor is which rank; how that was decided is coordinator/rank_matching.py's
+affair.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
-
+from cqil_dist.coordinator.actor_calls import results
+from cqil_dist.coordinator.core_binding import bind_cores
 from cqil_dist.coordinator.node_addresses import host_addresses
-from cqil_dist.errors import CqilError, ExchangeError, LaunchError
+from cqil_dist.coordinator.rank_matcher import MatchedRank
+from cqil_dist.errors import ExchangeError
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link
 from cqil_dist.exchange.listener import connect
@@ -23,14 +23,7 @@ from cqil_dist.rank.mesh_spec import ActorState, MeshSpec
 from cqil_dist.rank.spec import EngineSpec
 from cqil_dist.status import RankStatus
 
-_CALL_TIMEOUT_S = 60.0
 _JOIN_DEADLINE_S = 20.0
-
-# A core that sleeps takes tens of microseconds to wake, and runs its first layer a third slower.
-# A rank with cores to itself may poll for as long as a peer's run of layers takes; one that
-# shares them, only for as long as an exchange.
-_SPIN_PINNED_S = 0.02
-_SPIN_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,9 @@ class ConnectedRanks:
     """The ranks of one epoch.
 
     Attributes:
-        links: from the coordinator to rank 0, 1, ...
-        actors: their handles.
+        links: the coordinator's connections to rank 0, 1, ...
+        actors: the handles of rank 0, 1, ...
+        descriptions: what the status says of rank 0, 1, ...
     """
 
     epoch: int
@@ -47,136 +41,113 @@ class ConnectedRanks:
     actors: tuple[Any, ...]
     descriptions: tuple[RankStatus, ...]
 
-
-class ActorFailed(Exception):
-    """An actor raised what nothing of ours raises: its process may be past use.
-
-    Attributes:
-        rank: that it was to be.
-    """
-
-    def __init__(self, rank: int, error: Exception) -> None:
-        super().__init__(f"rank {rank}: {type(error).__name__}: {error}")
-        self.rank = rank
+    def close(self) -> None:
+        """Close the coordinator's connections, whereupon the ranks leave the mesh."""
+        for link in self.links:
+            link.close()
 
 
-def connect_ranks(
-    spec: EngineSpec, secret: bytes, actors: Sequence[Any], states: Mapping[int, ActorState]
-) -> ConnectedRanks:
-    """Have all listen in the next epoch, connect, and serve.
+def connect_ranks(spec: EngineSpec, secret: bytes, ranks: Sequence[MatchedRank]) -> ConnectedRanks:
+    """Have all ranks listen in the next epoch, connect, and serve.
 
     Args:
-        actors: handles of rank 0, 1, ..., which hold their weights.
-        states: theirs.
+        secret: the launch's.
+        ranks: the actors that are to be rank 0, 1, ...; they hold their weights.
 
     Raises:
-        ExchangeError: they did not all meet; nothing of ours is left open.
+        ExchangeError: not every connection came about; none of the coordinator's is left open.
         LaunchError: cores cannot be bound as asked.
-        ActorFailed: one of them can do nothing.
+        GetTimeoutError, RayActorError: an actor does not answer, or has ended.
+        ActorFailed: an actor raised what is no error of this package.
     """
-    world = len(actors)
-    epoch = 1 + max(state.epoch for state in states.values())
-    addresses_of = host_addresses()
-    if gone := [rank for rank, state in states.items() if state.node_id not in addresses_of]:
-        raise ExchangeError(f"the nodes of ranks {gone} are gone")
-    hosts = [addresses_of[states[rank].node_id] for rank in range(world)]
-    listening = [
-        actor.listen.remote(host, secret, epoch) for actor, host in zip(actors, hosts, strict=True)
-    ]
-    addresses = dict(enumerate(_results(listening)))
-    nccl_address = None
-    own_gpus = {(state.node_id, state.gpu) for state in states.values()}
-    if spec.on_gpu and 1 < world == len(own_gpus):
-        (nccl_address,) = _results([actors[0].free_address.remote(hosts[0])])
-    cores = _cores(spec, states)
-    bound = cores is not None and spec.pin != "never"
-    idle_spin_s = 0.0 if cores is None else _SPIN_S
-    joining = [
-        actor.join.remote(
-            spec,
-            MeshSpec(
-                rank=rank,
-                addresses=addresses,
-                secret=secret,
-                epoch=epoch,
-                nccl_address=nccl_address,
-                cores=cores[rank] if cores is not None and bound else (),
-                spin_s=_SPIN_PINNED_S if bound else idle_spin_s,
-                deadline_s=_JOIN_DEADLINE_S,
-            ),
-        )
-        for rank, actor in enumerate(actors)
-    ]
-    links: list[Link] = []
-    try:
-        for rank, address in addresses.items():
-            sock = connect(address, COORDINATOR, rank, secret, epoch, _JOIN_DEADLINE_S)
-            links.append(Link(sock, rank, address, spec.max_message_bytes, spec.step_deadline_s))
-        sizes = _results(joining)
-    except BaseException:
-        for link in links:
-            link.close()
-        raise
-    descriptions = tuple(
-        RankStatus(
-            rank=rank,
-            node_id=states[rank].node_id,
-            address=hosts[rank],
-            pid=states[rank].pid,
-            device="cuda" if spec.on_gpu else "cpu",
-            **sizes[rank],
-        )
-        for rank in range(world)
-    )
+    actors = [rank.actor for rank in ranks]
+    states = [rank.state for rank in ranks]
+    epoch = 1 + max(state.epoch for state in states)
+    hosts = _hosts(states)
+    placed = zip(actors, hosts, strict=True)
+    addresses = results([actor.listen.remote(host, secret, epoch) for actor, host in placed])
+    nccl_address = _nccl_address(spec, states, actors[0], hosts[0])
+    meshes = _mesh_specs(spec, secret, epoch, states, addresses, nccl_address)
+    joining = [actor.join.remote(spec, mesh) for actor, mesh in zip(actors, meshes, strict=True)]
+    with ExitStack() as on_failure:
+        links: list[Link] = []
+        for mesh in meshes:
+            links.append(_link(spec, mesh))
+            on_failure.callback(links[-1].close)
+        sizes = results(joining)
+        on_failure.pop_all()
+    descriptions = _descriptions(spec, states, hosts, sizes)
     return ConnectedRanks(epoch, tuple(links), tuple(actors), descriptions)
 
 
-def _cores(spec: EngineSpec, states: Mapping[int, ActorState]) -> list[tuple[int, ...]] | None:
-    """Cores of each rank, none shared on a node; None where a node has not enough of them."""
-    taken: Counter[str] = Counter()
-    cores: list[tuple[int, ...]] = []
-    for rank in range(len(states)):
-        state = states[rank]
-        first = taken[state.node_id]
-        cores.append(state.cores[first : first + spec.threads])
-        taken[state.node_id] += spec.threads
-    if all(len(own) == spec.threads for own in cores):
-        return cores
-    if spec.pin == "always":
-        raise LaunchError(
-            f"pin asks for {spec.threads} cores a rank, but a node has fewer than its ranks need; "
-            "launch fewer ranks or threads, or without pin"
+def _hosts(states: Sequence[ActorState]) -> list[str]:
+    """Find the addresses of the ranks' nodes; raises ExchangeError where a node is gone."""
+    addresses = host_addresses()
+    if gone := [rank for rank, state in enumerate(states) if state.node_id not in addresses]:
+        raise ExchangeError(f"the nodes of ranks {gone} are gone")
+    return [addresses[state.node_id] for state in states]
+
+
+def _nccl_address(
+    spec: EngineSpec, states: Sequence[ActorState], first: Any, host: str
+) -> str | None:
+    """Choose where ranks with a GPU each connect for NCCL, on rank 0's host; None for others."""
+    gpus = {(state.node_id, state.gpu) for state in states}
+    if not (spec.on_gpu and 1 < len(states) == len(gpus)):
+        return None
+    address: str
+    (address,) = results([first.free_address.remote(host)])
+    return address
+
+
+def _mesh_specs(
+    spec: EngineSpec,
+    secret: bytes,
+    epoch: int,
+    states: Sequence[ActorState],
+    addresses: Sequence[str],
+    nccl_address: str | None,
+) -> list[MeshSpec]:
+    """Write down what rank 0, 1, ... is told of the epoch's mesh."""
+    binding = bind_cores(spec.pin, spec.threads, states)
+    return [
+        MeshSpec(
+            rank=rank,
+            addresses=dict(enumerate(addresses)),
+            secret=secret,
+            epoch=epoch,
+            nccl_address=nccl_address,
+            cores=cores,
+            spin_s=binding.spin_s,
+            deadline_s=_JOIN_DEADLINE_S,
         )
-    return None
+        for rank, cores in enumerate(binding.cores)
+    ]
 
 
-def _results(calls: list[Any]) -> list[Any]:
-    """What the calls of rank 0, 1, ... return. Raises the first error as soon as it comes."""
-    deadline = time.monotonic() + _CALL_TIMEOUT_S
-    waiting = calls
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            raise GetTimeoutError(
-                f"{len(waiting)} actors did not answer within {_CALL_TIMEOUT_S:g} s"
-            )
-        for call in done:
-            check_call(call, calls.index(call))
-    results: list[Any] = ray.get(calls)
-    return results
+def _link(spec: EngineSpec, mesh: MeshSpec) -> Link:
+    address = mesh.addresses[mesh.rank]
+    sock = connect(
+        address, COORDINATOR, mesh.rank, mesh.secret, mesh.epoch, deadline_s=mesh.deadline_s
+    )
+    return Link(sock, mesh.rank, address, spec.max_message_bytes, spec.step_deadline_s)
 
 
-def check_call(call: Any, rank: int) -> None:
-    """Raise what a finished call raised, if it did: one of ours as it is, else ActorFailed."""
-    try:
-        ray.get(call)
-    except RayTaskError as error:
-        raised = as_raised(error)
-        if isinstance(raised, CqilError):
-            raise raised from None
-        raise ActorFailed(rank, raised) from error
-
-
-def as_raised(error: RayTaskError) -> Exception:
-    """What an actor's call raised, in its own class."""
-    return error.cause if isinstance(error.cause, Exception) else error
+def _descriptions(
+    spec: EngineSpec,
+    states: Sequence[ActorState],
+    hosts: Sequence[str],
+    sizes: Sequence[dict[str, int]],
+) -> tuple[RankStatus, ...]:
+    """Write down what the status says of rank 0, 1, ..."""
+    return tuple(
+        RankStatus(
+            rank=rank,
+            node_id=state.node_id,
+            address=host,
+            pid=state.pid,
+            device="cuda" if spec.on_gpu else "cpu",
+            **size,
+        )
+        for rank, (state, host, size) in enumerate(zip(states, hosts, sizes, strict=True))
+    )

@@ -71,6 +71,11 @@ def test_importing_the_package_costs_nothing() -> None:
         "timeline",
         "recommended",
         "planning.recover.training_config",
+        "rank.mesh_spec",
+        "coordinator.lifecycle",
+        "coordinator.rank_matching",
+        "coordinator.supervision",
+        "coordinator.core_binding",
     ],
 )
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:
