@@ -42,7 +42,7 @@ class Recovery:
         cause: what was lost, and how that was noticed.
         seconds: from noticing the loss to the first step computed since, or to being ready for one.
         phases: seconds of each phase: "seat" (every rank has a live actor), "load" (it has its
-            weights), "connect" (the ranks have met), "prefill" (a step has been computed).
+            weights), "connect" (the ranks are connected), "prefill" (a step has been computed).
     """
 
     cause: str
@@ -67,7 +67,7 @@ class Status:
         state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
             engine has given up.
         state_detail: what is waited for, or why it gave up.
-        epoch: number of the ranks' latest meeting, from 0; attempts that failed count.
+        epoch: number of the mesh that the ranks form, from 0; attempts that failed count.
         ready_spares: standby actors that hold the weights of every rank.
         recoveries: how often since the coordinator started; `last_recovery` is the latest.
     """

@@ -24,17 +24,18 @@ _CONNECT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class RankResources:
-    """What one rank asks of its node."""
+    """The CPUs and GPUs that one rank asks of its node."""
 
     cpus: int
     gpus: float
 
     def bundle(self) -> dict[str, float]:
+        """Return them as a bundle of a Ray placement group."""
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 def rank_resources(config: LaunchConfig, actors: int) -> RankResources:
-    """What one of `actors` ranks and spares asks for, on the cluster that Ray is connected to."""
+    """Choose what one of `actors` ranks and spares asks for, on the cluster Ray is connected to."""
     enough_gpus = ray.cluster_resources().get("GPU", 0) >= actors * config.gpus_per_rank
     if config.device == "cuda" or (config.device == "auto" and enough_gpus):
         return RankResources(cpus=1, gpus=config.gpus_per_rank)
@@ -46,7 +47,7 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
     """Connect to a Ray cluster, or start a local one; undo what was done at the end.
 
     Args:
-        address: of the cluster's head; None takes RAY_ADDRESS, else starts a local cluster.
+        address: the cluster head's; None takes RAY_ADDRESS, else starts a local cluster.
         local_cpus: CPUs that a local cluster claims to have, at least.
 
     Yields:
@@ -98,7 +99,7 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
 
 
 def _check_reachable(address: str) -> None:
-    """Say at once that nobody listens there, where Ray would try for more than a minute."""
+    """Raise at once where nobody listens, whereas Ray would try for more than a minute."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
         return  # "auto", which Ray resolves
@@ -112,7 +113,11 @@ def _check_reachable(address: str) -> None:
 
 
 def room_for(bundle: Mapping[str, float]) -> dict[str, int]:
-    """By id of each live node, how many actors of this kind it holds if it does nothing else."""
+    """Count the actors with this bundle that each live node holds if it does nothing else.
+
+    Returns:
+        The counts, by Ray's id of the node.
+    """
     return {
         node["NodeID"]: int(
             min(node["Resources"].get(name, 0) / amount for name, amount in bundle.items())
@@ -123,7 +128,7 @@ def room_for(bundle: Mapping[str, float]) -> dict[str, int]:
 
 
 def fits(actors: int, strategy: str, room: Collection[int]) -> bool:
-    """Whether nodes with this room can ever hold the actors, placed by this strategy."""
+    """Return whether nodes with this room can ever hold the actors, placed by this strategy."""
     if strategy == "STRICT_SPREAD":
         return sum(count > 0 for count in room) >= actors
     if strategy == "STRICT_PACK":

@@ -96,7 +96,7 @@ class RunningEngine:
     def exchange_stats(self) -> list[dict[str, Any]]:
         """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`).
 
-        They begin anew when the ranks meet again after a loss.
+        They begin anew when the ranks connect again after a loss.
         """
         with ray_errors():
             stats: list[dict[str, Any]] = ray.get(

@@ -21,6 +21,7 @@ from ray.exceptions import (
     RayActorError,
     RayTaskError,
 )
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -32,7 +33,7 @@ from cqil_dist.errors import CqilError, LaunchError
 from cqil_dist.exchange.handshake import SECRET_BYTES
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.launching.in_thread import in_thread
-from cqil_dist.launching.placement import connected, placed, rank_resources
+from cqil_dist.launching.placement import RankResources, connected, placed, rank_resources
 from cqil_dist.launching.resolve import ResolvedLaunch
 from cqil_dist.progress import Progress
 from cqil_dist.rank.actor import QUESTIONS, LayerActor
@@ -48,14 +49,14 @@ _PROGRESS_S = 0.2
 
 @dataclass(frozen=True)
 class LaunchedService:
-    """A coordinator that serves, and the way there.
+    """A coordinator that serves, and how to reach it.
 
     Attributes:
         coordinator: its handle.
         address: "host:port" of its generation service when it was launched.
-        key: of the launch.
-        patience_s: how long requests wait for one that has died and is started again.
-        locate: says where it serves now; waits until it does.
+        key: the launch's, which every call carries.
+        patience_s: seconds that requests wait for a coordinator that Ray starts again.
+        locate: returns the "host:port" where it serves now; waits until it does.
     """
 
     coordinator: Any
@@ -65,13 +66,13 @@ class LaunchedService:
     locate: Callable[[], str]
 
     def client(self) -> Client:
-        """A connection to it."""
+        """Connect to it."""
         return Client(
             self.address, api_key=self.key, patience_s=self.patience_s, locate=self.locate
         )
 
     def async_client(self) -> AsyncClient:
-        """A connection to it for an event loop."""
+        """Connect to it from an event loop."""
         finding: asyncio.Future[str] | None = None
 
         async def locate() -> str:
@@ -127,31 +128,8 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         # lie in Ray's object store, where a restart may miss them.
         launch = secrets.token_hex(4)
         names = [f"cqil-{launch}-{index}" for index in range(resolved.actors)]
-        actors = [
-            _start(
-                LayerActor,
-                stack,
-                "cuda:0" if on_gpu else "cpu",  # Ray shows an actor its own GPUs only
-                name=name,
-                where=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
-                concurrency_groups={QUESTIONS: 2},
-            )
-            for bundle, name in enumerate(names)
-        ]
-        # Beside the driver: when this node is lost, so is the launch. (Soft affinity would pass
-        # over a node without CPUs to give, as heads often are.)
-        here = ray.get_runtime_context().get_node_id()
-        coordinator = _start(
-            Coordinator,
-            stack,
-            spec,
-            secret,
-            names,
-            where=NodeAffinitySchedulingStrategy(here, soft=False),
-            num_cpus=0,
-        )
+        actors = _start_layer_actors(names, resources, group, stack)
+        coordinator = _start_coordinator(spec, secret, names, stack)
         stack.callback(_close_quietly, coordinator, actors)
         ray.get([actor.state.remote() for actor in actors], timeout=ANSWER_TIMEOUT_S)
     stages = world * sum(assignment.plan.depth for assignment in resolved.assignments)
@@ -161,6 +139,35 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         return _locate(coordinator, config.recovery_timeout_s + _RESTART_S)
 
     return LaunchedService(coordinator, address, secret.hex(), config.recovery_timeout_s, locate)
+
+
+def _start_layer_actors(
+    names: Sequence[str], resources: RankResources, group: PlacementGroup, stack: ExitStack
+) -> list[Any]:
+    """Start a layer actor on each of the group's bundles."""
+    return [
+        _start(
+            LayerActor,
+            stack,
+            "cuda:0" if resources.gpus > 0 else "cpu",  # Ray shows an actor its own GPUs only
+            name=name,
+            where=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            concurrency_groups={QUESTIONS: 2},
+        )
+        for bundle, name in enumerate(names)
+    ]
+
+
+def _start_coordinator(
+    spec: EngineSpec, secret: bytes, names: Sequence[str], stack: ExitStack
+) -> Any:
+    """Start the coordinator beside the driver: when this node is lost, so is the launch."""
+    # Soft affinity would pass over a node without CPUs to give, as heads often are.
+    here = ray.get_runtime_context().get_node_id()
+    where = NodeAffinitySchedulingStrategy(here, soft=False)
+    return _start(Coordinator, stack, spec, secret, names, where=where, num_cpus=0)
 
 
 def _pin(config: LaunchConfig, local: bool, on_gpu: bool) -> str:
@@ -195,7 +202,7 @@ def _start(
 
 
 def _started(coordinator: Any, actors: Sequence[Any], total: int, progress: Progress) -> str:
-    """Have the coordinator bring the ranks together; returns the service's address."""
+    """Have the coordinator bring the ranks together; return the service's address."""
     starting = coordinator.start.remote()
     with progress.task("Loading weights", total=total, unit="stages") as task:
         while not ray.wait([starting], timeout=_PROGRESS_S)[0]:
@@ -210,10 +217,10 @@ def _started(coordinator: Any, actors: Sequence[Any], total: int, progress: Prog
 
 
 def _locate(coordinator: Any, timeout_s: float) -> str:
-    """Where the coordinator serves, once it does.
+    """Wait until the coordinator serves; return where.
 
     Raises:
-        LaunchError: it is gone for good, or does not come back in time.
+        LaunchError: Ray does not start it again, or not in time.
     """
     deadline = time.monotonic() + timeout_s
     with ray_errors():
@@ -230,7 +237,7 @@ def _locate(coordinator: Any, timeout_s: float) -> str:
 
 
 def _close_quietly(coordinator: Any, actors: Sequence[Any]) -> None:
-    """Let actors close their sockets before they are killed; those already dead are done.
+    """Have actors close their sockets before they are killed; ignore those already dead.
 
     The coordinator comes first: it would take ranks that leave for lost.
     """
@@ -241,7 +248,7 @@ def _close_quietly(coordinator: Any, actors: Sequence[Any]) -> None:
 
 @contextmanager
 def ray_errors() -> Iterator[None]:
-    """Errors of Ray's as ours; ours, raised inside an actor, as they were."""
+    """Raise Ray's errors as ours, and ours, raised inside an actor, as they were."""
     try:
         yield
     except RayTaskError as error:

@@ -147,7 +147,7 @@ class LayerActor:
 
     @ray.method(concurrency_group=QUESTIONS)
     def stages_loaded(self) -> int:
-        """How many stages' weights this process has read so far."""
+        """Count the stages whose weights this process has read so far."""
         return self._stages_loaded
 
     def listen(self, host: str, secret: bytes, epoch: int) -> str:

@@ -1,6 +1,6 @@
-"""What an actor says of itself before it joins a mesh, and what it is told to join one.
+"""Plain values that pass between an actor and whoever has it join a mesh.
 
-Plain values: whoever decides who joins as what needs neither Ray nor torch.
+Deciding who joins as which rank needs neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ActorState:
-    """What an actor says of itself.
+    """An actor's answer to the question what it is.
 
     Attributes:
         node_id: Ray's id of the node it runs on.
@@ -30,7 +30,7 @@ class ActorState:
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """How the ranks of one epoch connect, as one of them is told it.
+    """The mesh of one epoch, as one of its ranks is told to join it.
 
     Attributes:
         rank: the one that is told.

@@ -94,7 +94,7 @@ def test_ranks_are_on_nodes_of_their_own_and_compute_the_reference(
 def test_nobody_listens_for_longer_or_wider_than_need_be(
     network: Network, engine: RemoteEngine
 ) -> None:
-    """Ranks only while they meet; the coordinator on its node's address alone."""
+    """Ranks only while they connect; the coordinator on its node's address alone."""
     head = network.hosts[0]
     (coordinator,) = head.processes("ray::Coordinator")
     assert {address for address, _ in listening(head, coordinator)} == {head.address}
