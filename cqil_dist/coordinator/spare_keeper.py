@@ -55,6 +55,7 @@ def _look_after(spare: PoolMember, spec: EngineSpec) -> None:
         case SpareAction.MARK_UNFIT:
             assert isinstance(error, ModelError), "that it cannot read the model"
             spare.mark_unfit(error)
+            spare.preparing = None  # a later process is called anew
         case SpareAction.LEAVE | SpareAction.WAIT:
             return
 
