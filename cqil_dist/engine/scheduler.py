@@ -128,6 +128,6 @@ def _step(scheduled: Sequence[tuple[Request, int]]) -> ScheduledStep:
         tuple(token_ids),
         requests[0].plan,
         argmax_only=all(request.wants_argmax for request in requests),
-        timeline=any(request.wants_timeline for request in requests),
+        wants_timeline=any(request.wants_timeline for request in requests),
     )
     return ScheduledStep(step, requests)

@@ -43,16 +43,16 @@ class Step:
 
     Attributes:
         token_ids: the tokens of all segments, in order.
-        plan: index of the plan whose groups it walks.
+        plan_index: index of the plan whose groups it walks.
         argmax_only: the most likely tokens are wanted in place of the logits.
-        timeline: the ranks report where their time went.
+        wants_timeline: whether the ranks report where their time went.
     """
 
     segments: tuple[Segment, ...]
     token_ids: tuple[int, ...]
-    plan: int = 0
+    plan_index: int = 0
     argmax_only: bool = False
-    timeline: bool = False
+    wants_timeline: bool = False
 
 
 @dataclass(frozen=True)

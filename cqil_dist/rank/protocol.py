@@ -58,14 +58,15 @@ class RankGroup:
         hidden_ND = self._embedding(step.token_ids)
         header = {
             "step": self.steps,
-            "plan": step.plan,
+            "plan": step.plan_index,
             "segments": [[s.slot, s.start, s.count, s.logits] for s in step.segments],
             "argmax_only": step.argmax_only,
-            "timeline": step.timeline,
+            "timeline": step.wants_timeline,
         }
         self.steps += 1
         for rank, link in enumerate(self._links):
-            link.send(header, hidden_ND if rank in self._entry_ranks[step.plan] else None)
+            starts = rank in self._entry_ranks[step.plan_index]
+            link.send(header, hidden_ND if starts else None)
 
     def finish(self) -> StepResult:
         """Gather every rank's answer to the step. See `StepModel.finish`."""

@@ -247,7 +247,7 @@ class LocalModel:
     def compute(self, step: Step) -> Tensor:
         """Logits after each token of the step that wants them."""
         hidden = self._embedding(step.token_ids)
-        return self.program.step(step.segments, hidden, self._exchange, step.plan)
+        return self.program.step(step.segments, hidden, self._exchange, step.plan_index)
 
     def forward(
         self, segments: Sequence[Segment], token_ids: Sequence[int], plan: int = 0

@@ -150,13 +150,13 @@ def test_an_engine_gives_each_request_its_plan_s_tokens(model: TinyModel) -> Non
     assert [list(completion.token_ids) for completion in completions] == expected
     # Else this would not show which plan was walked.
     assert all(a != b for a, b in zip(expected[0::2], expected[1::2], strict=False))
-    walked = [step.plan for step in steps.steps]
+    walked = [step.plan_index for step in steps.steps]
     both = walked[: len(walked) - walked[::-1].index(0)]  # as long as there is work of plan 0
     assert both == [1, 0] * (len(both) // 2)
     plan_of_slot: dict[int, set[int]] = defaultdict(set)
     for step in steps.steps:
         for segment in step.segments:
-            plan_of_slot[segment.slot].add(step.plan)
+            plan_of_slot[segment.slot].add(step.plan_index)
     assert all(len(seen) == 1 for seen in plan_of_slot.values())
 
 

@@ -169,12 +169,12 @@ def test_a_step_walks_one_plan_and_no_plan_twice_while_another_waits(
     while goals:
         scheduled = scheduler.schedule()
         assert scheduled is not None
-        assert {each.plan for each in scheduled.requests} == {scheduled.step.plan}
+        assert {each.plan for each in scheduled.requests} == {scheduled.step.plan_index}
         unfinished = {each.plan for each in goals}
         # Of n plans with work, each has one of n steps.
         recent = latest[-(len(unfinished) - 1) :] if len(unfinished) > 1 else []
-        assert scheduled.step.plan not in recent
-        latest.append(scheduled.step.plan)
+        assert scheduled.step.plan_index not in recent
+        latest.append(scheduled.step.plan_index)
         compute(scheduled)
         for each in scheduled.requests:
             if len(each.tokens) == goals[each]:
