@@ -21,7 +21,8 @@ Why not the libraries' own:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -72,6 +73,9 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
     ) -> None:
         self._tokenizer = _backend(tokenizer)
+        self._text: Callable[[Sequence[int]], str] = partial(
+            self._tokenizer.decode, skip_special_tokens=True
+        )
         self._special = {
             token_id
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -90,9 +94,20 @@ class Detokenizer:
 
         Once a stop string has appeared, tokens are ignored.
         """
-        if self.stopped_by is not None:
+        if self.stopped_by is not None or token_id in self._special:
             return ""
-        new = self._decode(token_id)
+        self._window.append(token_id)
+        text = self._text(self._window)
+        complete = text.rstrip(_REPLACEMENT)
+        if len(text) - len(complete) > _NOT_UTF8:
+            complete = text
+        new = complete[self._given :]
+        self._given = max(self._given, len(complete))
+        if new and complete == text:
+            # What came since the last time is the context of what comes next.
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._given = len(self._text(self._window))
         return self._release(new) if new else ""
 
     def finish(self) -> str:
@@ -123,29 +138,8 @@ class Detokenizer:
         ids = ids[-_CHARACTER:]
         return ids, len(ids), len(self._text(ids))
 
-    def _decode(self, token_id: int) -> str:
-        """Stage 1: the complete characters that this token adds."""
-        if token_id in self._special:
-            return ""
-        self._window.append(token_id)
-        text = self._text(self._window)
-        complete = text.rstrip(_REPLACEMENT)
-        if len(text) - len(complete) > _NOT_UTF8:
-            complete = text
-        new = complete[self._given :]
-        self._given = max(self._given, len(complete))
-        if new and complete == text:
-            # What came since the last time is the context of what comes next.
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._given = len(self._text(self._window))
-        return new
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
     def _release(self, new: str) -> str:
-        """Stage 2: what of the text held back and of this new one is final."""
+        """Stage 2: the part of the text held back, and of this new one, that is final."""
         text = self._held + new
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
