@@ -16,18 +16,18 @@ class GenerationInput:
     """One request, as an engine takes it.
 
     Attributes:
-        plan: index of the plan to run it under.
+        plan_index: index of the plan to run it under.
         final_only: one chunk at the end, with everything in it, in place of a stream.
         resume_token_ids: output tokens that a broken stream of the same request has given already;
             this one goes on after them.
         echo: the completion brings the prompt's text.
-        timeline: chunks bring the timelines of their steps.
+        wants_timeline: chunks bring the timelines of their steps.
     """
 
     prompt: Prompt
     params: SamplingParams
-    plan: int = 0
+    plan_index: int = 0
     final_only: bool = False
     resume_token_ids: tuple[int, ...] = ()
     echo: bool = False
-    timeline: bool = False
+    wants_timeline: bool = False

@@ -55,6 +55,22 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class EngineStatus:
+    """How an engine is doing, and how busy it is; the fields are those of `Status`."""
+
+    state: EngineState
+    state_detail: str
+    recoveries: int
+    last_recovery: Recovery | None
+    running_requests: int
+    waiting_requests: int
+    free_slots: int
+    slots: int
+    max_waiting: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Status:
     """What an engine serves, and how busy it is.
 

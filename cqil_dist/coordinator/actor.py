@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -87,9 +88,10 @@ class Coordinator:
         """Say what is served, and how busy the engine is."""
         assert self._engine is not None, "started"
         assert self._ranks is not None, "started"
-        counts: dict[str, Any] = self._engine.status()
-        if counts["state"] == "recovering" and self._pool.waiting_for:
-            counts["state_detail"] += f"; waiting for {self._pool.waiting_for}"
+        engine = self._engine.status()
+        if engine.state == "recovering" and self._pool.waiting_for:
+            detail = f"{engine.state_detail}; waiting for {self._pool.waiting_for}"
+            engine = replace(engine, state_detail=detail)
         return Status(
             model=self._spec.names[0],
             plan=self._spec.assignments[0].plan.to_json(),
@@ -97,7 +99,7 @@ class Coordinator:
             max_len=self._spec.max_len,
             epoch=self._ranks.epoch,
             ready_spares=self._pool.ready_spares(),
-            **counts,
+            **vars(engine),
         )
 
     def exchange_stats(self) -> list[dict[str, Any]]:

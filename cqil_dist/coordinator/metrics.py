@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from cqil_dist.outputs import Completion
-from cqil_dist.status import Recovery
+from cqil_dist.status import EngineStatus, Recovery
 
 _RECOVERY_BUCKETS_S = [0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300]
 _FIRST_TOKEN_BUCKETS_S = [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60]
@@ -58,14 +57,14 @@ class EngineMetrics:
         }
         self._stopping = threading.Event()
 
-    def watch(self, status: Callable[[], dict[str, Any]]) -> None:
-        """Report the counts of an engine's `status` every second, on a thread of its own."""
+    def watch(self, status: Callable[[], EngineStatus]) -> None:
+        """Report the counts of an engine\'s `status` every second, on a thread of its own."""
 
         def report() -> None:
             while not self._stopping.wait(_WATCH_S):
                 counts = status()
                 for name, gauge in self._gauges.items():
-                    gauge.set(counts[name])
+                    gauge.set(getattr(counts, name))
 
         threading.Thread(target=report, name="metrics", daemon=True).start()
 

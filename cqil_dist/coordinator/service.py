@@ -85,8 +85,8 @@ class EngineServicer(rpc.GenerationServiceServicer):
 
     def _given(self, request: pb.GenerateRequest) -> GenerationInput:
         model = find_model(self._models, request.model)
-        plan = self._models.index(model)
-        return request_from_wire(request, plan, model.default_sampling)
+        plan_index = self._models.index(model)
+        return request_from_wire(request, plan_index, model.default_sampling)
 
     @contextmanager
     def _named(self, request_id: str, request: Request) -> Iterator[None]:

@@ -19,20 +19,21 @@ class ChunkStream:
 
     Iterating ends after the chunk with a finish reason, and raises the error a request failed
     with.
+
+    Attributes:
+        held: what the next `release` hands over, in order.
     """
 
     def __init__(self) -> None:
-        self._held: deque[Chunk | CqilError] = deque()
+        self.held: deque[Chunk | CqilError] = deque()
         self._releasing = threading.Lock()
         self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
 
-    def hold(self, item: Chunk | CqilError) -> None:
-        self._held.append(item)
-
     def release(self) -> None:
+        """Hand over what is held. Any thread may."""
         with self._releasing:  # the engine's thread, and one that closes the engine
-            while self._held:
-                self._queue.put(self._held.popleft())
+            while self.held:
+                self._queue.put(self.held.popleft())
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:

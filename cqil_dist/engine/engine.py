@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cqil_dist.engine.detokenizer import Detokenizer
 from cqil_dist.engine.prompts import PromptEncoder
 from cqil_dist.engine.request import Request
-from cqil_dist.engine.sampler import Sampler
-from cqil_dist.engine.scheduler import ScheduledStep, Scheduler
+from cqil_dist.engine.scheduler import Scheduler
+from cqil_dist.engine.sequence import Sequence
+from cqil_dist.engine.slot_pool import SlotPool
 from cqil_dist.errors import CqilError, ExchangeError, QueueFull
 from cqil_dist.inputs import GenerationInput
-from cqil_dist.model.step import Step, StepResult
-from cqil_dist.status import EngineState, Recovery
+from cqil_dist.model.step import Segment, Step, StepResult
+from cqil_dist.status import EngineState, EngineStatus, Recovery
 from cqil_dist.timeline import StepTimeline
 
 if TYPE_CHECKING:
@@ -66,12 +66,52 @@ Raises CqilError where there is none to be had.
 
 @dataclass
 class _Loss:
-    """A failure that no step has been computed since."""
+    """A failure of the model that no step has been computed since.
+
+    Attributes:
+        cause: what failed, and how that was noticed.
+        noticed: when, seconds of `time.monotonic`.
+        attempts: how many other models were asked for.
+        phases: seconds that each phase of getting them took.
+    """
 
     cause: str
     noticed: float
     attempts: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+
+    def add_phases(self, phases: dict[str, float]) -> None:
+        """Count in what an attempt took."""
+        for name, seconds in phases.items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+    def made_good(self) -> Recovery:
+        """The recovery from it, now that a step has been computed or could be."""
+        seconds = time.monotonic() - self.noticed
+        phases = {**self.phases, "prefill": seconds - sum(self.phases.values())}
+        return Recovery(self.cause, seconds, phases)
+
+
+@dataclass(frozen=True)
+class _ComputedStep:
+    """A step that has been computed, from `began` to `ended` (seconds of `time.perf_counter`)."""
+
+    number: int
+    step: Step
+    result: StepResult
+    began: float
+    ended: float
+
+    def timeline(self, segment: Segment, arrived: float) -> StepTimeline:
+        """What the request of one of its segments, which came at `arrived`, is told of it."""
+        return StepTimeline(
+            step=self.number,
+            step_tokens=len(self.step.token_ids),
+            request_tokens=segment.count,
+            start_ms=1000 * (self.began - arrived),
+            duration_ms=1000 * (self.ended - self.began),
+            ranks=self.result.ranks,
+        )
 
 
 class Engine:
@@ -90,7 +130,7 @@ class Engine:
         self,
         model: StepModel,
         tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: Sequence[int],
+        eos_token_ids: Collection[int],
         vocab_size: int,
         *,
         max_len: int,
@@ -109,10 +149,12 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._prompts = PromptEncoder(tokenizer, vocab_size, max_len)
         self._steps = 0
-        self._scheduler = Scheduler(slots, prefill_tokens)
+        self._slots = SlotPool(slots)
+        self._scheduler = Scheduler(self._slots, prefill_tokens)
         self._unreleased: list[Request] = []  # used by the engine's thread alone, as is:
-        self._computing: tuple[Request, ...] = ()  # the requests of the step under way
-        self._changed = threading.Condition()  # guards the scheduler and what follows
+        self._computing: list[Request] = []  # the requests of the step under way
+        self._changed = threading.Condition()  # guards the scheduler, its slots and what follows
+        self._requests: dict[Sequence, Request] = {}  # all that the scheduler has
         self._cancelled: list[Request] = []
         self._failure: CqilError | None = None
         self._loss: _Loss | None = None
@@ -133,22 +175,18 @@ class Engine:
         """
         prompt_ids = self._prompts.encode(given.prompt, given.params.max_tokens)
         self._prompts.check_known(given.resume_token_ids)
+        echo = self._prompts.decode(given.prompt, prompt_ids) if given.echo else None
         request = Request(
-            given,
-            prompt_ids,
-            Sampler(given.params, prompt_ids),
-            Detokenizer(self._tokenizer, prompt_ids, given.params.stop),
-            self._eos_token_ids,
-            self.max_len,
-            self._prompts.decode(given.prompt, prompt_ids) if given.echo else None,
+            given, prompt_ids, echo, self._tokenizer, self._eos_token_ids, self.max_len
         )
         request.replay(given.resume_token_ids)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
-            if not request.finished:
+            if not request.answer.finished:
                 self._check_room(given)
-                self._scheduler.add(request)
+                self._requests[request.sequence] = request
+                self._scheduler.add(request.sequence)
                 self._changed.notify()
         return request
 
@@ -158,28 +196,28 @@ class Engine:
         At once where nothing computes it, be it that it waits or that a lost model is replaced.
         """
         with self._changed:
-            if self._rebuilding or request.slot is None:
+            if self._rebuilding or request.sequence.slot is None:
                 self._drop(request)
             else:
                 self._cancelled.append(request)
                 self._changed.notify()
 
-    def status(self) -> dict[str, Any]:
-        """Counts of requests that run and wait, of slots, steps and recoveries; and the state."""
+    def status(self) -> EngineStatus:
+        """How the engine is doing, and how busy it is."""
         with self._changed:
             state, detail = self._state()
-            return {
-                "state": state,
-                "state_detail": detail,
-                "recoveries": self._recoveries,
-                "last_recovery": self._last_recovery,
-                "running_requests": self._scheduler.running,
-                "waiting_requests": self._scheduler.waiting,
-                "free_slots": self._scheduler.free_slots,
-                "slots": self._scheduler.slots,
-                "max_waiting": self.max_waiting,
-                "steps": self._steps,
-            }
+            return EngineStatus(
+                state=state,
+                state_detail=detail,
+                recoveries=self._recoveries,
+                last_recovery=self._last_recovery,
+                running_requests=self._scheduler.running,
+                waiting_requests=self._scheduler.waiting,
+                free_slots=self._slots.free,
+                slots=self._slots.size,
+                max_waiting=self.max_waiting,
+                steps=self._steps,
+            )
 
     def close(self) -> None:
         """Fail what is unfinished and stop the thread. Idempotent.
@@ -189,13 +227,14 @@ class Engine:
         self._fail(CqilError("the engine was closed before the request finished"))
 
     def _check_room(self, given: GenerationInput) -> None:
+        """Raises QueueFull where no further request may wait."""
         # Those that the next step gives a slot do not wait.
-        waiting = self._scheduler.waiting - self._scheduler.free_slots
+        waiting = self._scheduler.waiting - self._slots.free
         # One that resumes was let in before: there is room for as many more as can have been.
-        before = self.max_waiting + self._scheduler.slots if given.resume_token_ids else 0
+        before = self.max_waiting + self._slots.size if given.resume_token_ids else 0
         if waiting >= self.max_waiting + before:
             raise QueueFull(
-                f"all {self._scheduler.slots} slots are taken, and {self.max_waiting} requests "
+                f"all {self._slots.size} slots are taken, and {self.max_waiting} requests "
                 "wait, which is as many as may; try again later"
             )
 
@@ -224,32 +263,64 @@ class Engine:
 
     def _work(self) -> None:
         """Compute a step, or find nothing to compute for a while."""
-        scheduled = self._next_step()
-        self._computing = () if scheduled is None else scheduled.requests
-        if scheduled is None:
+        computed: _ComputedStep | None = None
+        if (step := self._next_step()) is None:
             self._model.check()
-            self._note_progress()
-            return
-        began = time.perf_counter()
-        self._model.begin(scheduled.step)
-        self._steps += 1
-        self._release()  # while the ranks compute
-        result = self._model.finish()
-        self._note_progress()
-        self._deliver(scheduled, result, began, time.perf_counter())
+        else:
+            number, began = self._steps, time.perf_counter()
+            self._model.begin(step)
+            self._steps += 1
+            self._release()  # while the ranks compute
+            result = self._model.finish()
+            computed = _ComputedStep(number, step, result, began, time.perf_counter())
+        if self._loss is not None:  # the model works: what was lost before is made good
+            self._note_recovery(self._loss.made_good())
+        if computed is not None:
+            self._deliver(computed)
 
-    def _next_step(self) -> ScheduledStep | None:
+    def _next_step(self) -> Step | None:
         """Wait a while for something to compute; None if there is nothing, or on closing."""
         with self._changed:
-            if (step := self._schedule()) is None and self._failure is None:
+            if self._cancelled:
+                self._drop_cancelled()
+            if not self._requests and self._failure is None:
                 self._release()
                 self._changed.wait(_IDLE_CHECK_S)
-                step = self._schedule()
-            return step
+            scheduled = self._scheduler.schedule()
+            if scheduled is None:
+                self._computing = []
+                return None
+            self._computing = [self._requests[sequence] for sequence in scheduled.sequences]
+            return scheduled.step
 
-    def _schedule(self) -> ScheduledStep | None:
-        self._drop_cancelled()
-        return self._scheduler.schedule()
+    def _deliver(self, computed: _ComputedStep) -> None:
+        """Let every request of a step go on by what it gave."""
+        step, rows = computed.step, computed.result.rows
+        logits_of_each = rows.split_with_sizes([segment.logits for segment in step.segments])
+        for segment, request, logits in zip(
+            step.segments, self._computing, logits_of_each, strict=True
+        ):
+            sequence, answer = request.sequence, request.answer
+            sequence.computed += segment.count
+            timeline = None
+            if sequence.wants_timeline:
+                timeline = computed.timeline(segment, answer.arrived)
+            try:
+                request.take(logits, step.argmax_only, timeline)
+            except CqilError as error:
+                answer.fail(error)
+            except Exception as error:  # one request's, whatever it is: the others go on
+                answer.fail(CqilError(f"choosing a token failed: {type(error).__name__}: {error}"))
+            self._unreleased.append(request)
+            if answer.finished:
+                with self._changed:
+                    self._forget(request)
+
+    def _release(self) -> None:
+        """Let the callers see what their streams hold."""
+        for request in self._unreleased:
+            request.stream.release()
+        self._unreleased.clear()
 
     def _recover(self, error: ExchangeError) -> None:
         """Go on with another model, on which every request computes its tokens again.
@@ -262,34 +333,29 @@ class Engine:
             if self._failure is not None:  # closed: that is what ended the step
                 return
             self._loss = loss = self._loss or _Loss(str(error), time.monotonic())
+            self._count_setbacks(error)
+            self._drop_cancelled()
+            self._rebuilding = True  # those cancelled from now on are dropped at once
         loss.attempts += 1
         logger.warning("attempt %d to recover from: %s", loss.attempts, error)
-        for request in self._computing:
-            request.setbacks += 1
-            if request.setbacks > _MAX_SETBACKS:
-                with self._changed:
-                    self._scheduler.remove(request)
-                request.fail(error)
-        self._computing = ()
-        with self._changed:
-            self._drop_cancelled()
-            self._rebuilding = True
         try:
             self._model, phases = self._rebuild(error)
         finally:
             with self._changed:
                 self._rebuilding = False
-                self._scheduler.lose_cache()
-        for name, seconds in phases.items():
-            loss.phases[name] = loss.phases.get(name, 0.0) + seconds
+                self._slots.lose_cache()
+        loss.add_phases(phases)
 
-    def _note_progress(self) -> None:
-        """The model works: a loss before this is made good."""
-        if (loss := self._loss) is None:
-            return
-        seconds = time.monotonic() - loss.noticed
-        phases = {**loss.phases, "prefill": seconds - sum(loss.phases.values())}
-        recovery = Recovery(loss.cause, seconds, phases)
+    def _count_setbacks(self, error: ExchangeError) -> None:
+        """Hold a loss against the requests it struck, and fail those struck too often."""
+        for request in self._computing:
+            request.sequence.setbacks += 1
+            if request.sequence.setbacks > _MAX_SETBACKS:
+                self._forget(request)
+                request.answer.fail(error)
+        self._computing = []
+
+    def _note_recovery(self, recovery: Recovery) -> None:
         with self._changed:
             self._loss = None
             self._recoveries += 1
@@ -303,49 +369,20 @@ class Engine:
         self._cancelled.clear()
 
     def _drop(self, request: Request) -> None:
-        if not request.finished:
-            self._scheduler.remove(request)
-            request.abort()
+        if not request.answer.finished:
+            self._forget(request)
+            request.answer.abort()
 
-    def _deliver(
-        self, scheduled: ScheduledStep, result: StepResult, began: float, ended: float
-    ) -> None:
-        step = scheduled.step
-        first = 0
-        for segment, request in zip(step.segments, scheduled.requests, strict=True):
-            request.computed = segment.end
-            rows = result.rows[first : first + segment.logits]
-            first += segment.logits
-            timeline = None
-            if request.wants_timeline:
-                timeline = StepTimeline(
-                    step=self._steps - 1,
-                    step_tokens=len(step.token_ids),
-                    request_tokens=segment.count,
-                    start_ms=1000 * (began - request.arrived),
-                    duration_ms=1000 * (ended - began),
-                    ranks=result.ranks,
-                )
-            try:
-                request.take(rows, step.argmax_only, timeline)
-            except CqilError as error:
-                request.fail(error)
-            except Exception as error:  # one request's, whatever it is: the others go on
-                request.fail(CqilError(f"choosing a token failed: {type(error).__name__}: {error}"))
-            self._unreleased.append(request)
-            if request.finished:
-                with self._changed:
-                    self._scheduler.remove(request)
-
-    def _release(self) -> None:
-        for request in self._unreleased:
-            request.stream.release()
-        self._unreleased.clear()
+    def _forget(self, request: Request) -> None:
+        """Give a request's place to others, if it still has one."""
+        self._scheduler.remove(request.sequence)
+        self._requests.pop(request.sequence, None)
 
     def _fail(self, error: CqilError) -> None:
+        """Refuse requests from now on, and fail all that are there."""
         with self._changed:
             if self._failure is None:
                 self._failure = error
-            for request in self._scheduler.drain():
-                request.fail(error)
+            for sequence in self._scheduler.drain():
+                self._requests.pop(sequence).answer.fail(error)
             self._changed.notify()

@@ -47,7 +47,7 @@ class PromptEncoder:
         elif prompt and isinstance(prompt[0], dict):
             ids = self._encode_chat(prompt)
         else:
-            ids = [id for id in prompt if isinstance(id, int)]
+            ids = [token_id for token_id in prompt if isinstance(token_id, int)]
         if not ids:
             raise RequestError("the prompt is empty; give at least one token to continue")
         self.check_known(ids)
@@ -67,7 +67,7 @@ class PromptEncoder:
 
     def check_known(self, token_ids: Sequence[int]) -> None:
         """Raises RequestError for token ids outside the vocabulary."""
-        if unknown := [id for id in token_ids if not 0 <= id < self._vocab_size]:
+        if unknown := [each for each in token_ids if not 0 <= each < self._vocab_size]:
             raise RequestError(
                 f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"
             )

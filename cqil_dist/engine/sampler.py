@@ -64,12 +64,16 @@ class Sampler:
 
     Attributes:
         seed: the request's seed, or the one drawn for it.
+        argmax_suffices: whether the most likely token is all it wants to know of the logits.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         seed = params.seeded().seed
         assert seed is not None, "drawn where it was not given"
         self.seed = seed
+        self.argmax_suffices = (
+            params.greedy and params.repetition_penalty == 1 and params.logprobs is None
+        )
         self._params = params
         self._prompt_length = len(prompt_ids)
         self._penalty: RepetitionPenaltyLogitsProcessor | None = None

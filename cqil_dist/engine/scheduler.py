@@ -1,133 +1,119 @@
-"""Which tokens of which requests the next step computes: continuous batching over KV slots.
+"""Which tokens of which sequences the next step computes: continuous batching over KV slots.
 
-Knows requests' token counts and slots, nothing of tensors or ranks.
+Knows sequences and their slots, nothing of text, tensors or ranks.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
-from cqil_dist.engine.request import Request
+from cqil_dist.engine.sequence import Sequence
+from cqil_dist.engine.slot_pool import SlotPool
 from cqil_dist.model.step import Segment, Step
 
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """The next step, and the request of each of its segments."""
+    """The next step, and the sequence of each of its segments."""
 
     step: Step
-    requests: tuple[Request, ...]
+    sequences: tuple[Sequence, ...]
 
 
 class Scheduler:
-    """First come, first served, into `slots` KV slots.
+    """First come, first served, into the slots of a pool.
 
-    Every running request has tokens that its KV cache lacks: one when it decodes, many when its
+    Every running sequence has tokens that its KV cache lacks: one when it decodes, many when its
     prompt is new. A step takes all the single ones, so that nobody who decodes waits, and up to
     `prefill_tokens` more: half of them for the prompt that has waited longest, the rest for those
     that take least, so that neither a long prompt nor many short ones starve the others.
 
-    Requests of several plans take turns: a step walks one plan.
+    Sequences of several plans take turns: a step walks one plan.
     """
 
-    def __init__(self, slots: int, prefill_tokens: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: SlotPool, prefill_tokens: int) -> None:
+        self._slots = slots
         self._prefill_tokens = prefill_tokens
-        self._free = list(range(slots))  # a heap: low slots stay adjacent, hence views
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
         self._last_plan = -1
 
     @property
     def waiting(self) -> int:
+        """Number of sequences that wait for a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Number of sequences that hold a slot."""
         return len(self._running)
 
-    @property
-    def free_slots(self) -> int:
-        return len(self._free)
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self._waiting.append(sequence)
 
-    def add(self, request: Request) -> None:
-        self._waiting.append(request)
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, whether it runs, waits, or is gone already; frees its slot."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._slots.take_back(sequence)
 
-    def remove(self, request: Request) -> None:
-        """Forget a request, whether it runs, waits, or is gone already; frees its slot."""
-        if request in self._waiting:
-            self._waiting.remove(request)
-        if request in self._running:
-            self._running.remove(request)
-            assert request.slot is not None, "running requests hold a slot"
-            heapq.heappush(self._free, request.slot)
-            request.slot = None
-
-    def lose_cache(self) -> None:
-        """The KV cache is gone: every running request computes its tokens again, in its slot."""
-        for request in self._running:
-            request.lose_cache()
-
-    def drain(self) -> list[Request]:
-        """Forget all requests; returns them."""
-        requests = [*self._running, *self._waiting]
-        for request in requests:
-            self.remove(request)
-        return requests
+    def drain(self) -> list[Sequence]:
+        """Forget all sequences; returns them."""
+        sequences = [*self._running, *self._waiting]
+        for sequence in sequences:
+            self.remove(sequence)
+        return sequences
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None when there is nothing to compute."""
-        while self._waiting and self._free:
-            request = self._waiting.popleft()
-            request.slot = heapq.heappop(self._free)
-            self._running.append(request)
+        while self._waiting and self._slots.free:
+            self._slots.give(self._waiting[0])
+            self._running.append(self._waiting.popleft())
         if not self._running:
             return None
-        self._last_plan = self._next_plan()
-        running = [r for r in self._running if r.plan == self._last_plan]
-        decoding = [r for r in running if r.pending == 1]
-        decoding.sort(key=lambda request: request.slot or 0)
-        prefilling = [r for r in running if r.pending > 1]
-        return _step([*((r, 1) for r in decoding), *_prefills(prefilling, self._prefill_tokens)])
+        plans = {sequence.plan_index for sequence in self._running}
+        self._last_plan = min([p for p in plans if p > self._last_plan] or plans)
+        running = [s for s in self._running if s.plan_index == self._last_plan]
+        decoding = [s for s in running if s.pending == 1]
+        counts = dict.fromkeys(sorted(decoding, key=attrgetter("slot")), 1)
+        if len(decoding) < len(running):
+            prefilling = [s for s in running if s.pending > 1]
+            counts.update(_prefill_counts(prefilling, self._prefill_tokens))
+        return _step(counts)
 
-    def _next_plan(self) -> int:
-        plans = {request.plan for request in self._running}
-        return min(plans, key=lambda plan: (plan <= self._last_plan, plan))
 
-
-def _prefills(requests: Sequence[Request], budget: int) -> Iterator[tuple[Request, int]]:
+def _prefill_counts(sequences: list[Sequence], budget: int) -> Iterator[tuple[Sequence, int]]:
     """How many of its tokens each of these, in order of arrival, computes in the next step."""
-    if not requests:
-        return
-    first, *others = requests
+    first, *others = sequences
     counts = {first: min(first.pending, (budget + 1) // 2)}
-    for request in [*sorted(others, key=lambda request: request.pending), first]:
+    for sequence in [*sorted(others, key=attrgetter("pending")), first]:
         room = budget - sum(counts.values())
-        have = counts.get(request, 0)
-        counts[request] = have + min(request.pending - have, room)
-    for request in requests:
-        if counts[request]:
-            yield request, counts[request]
+        have = counts.get(sequence, 0)
+        counts[sequence] = have + min(sequence.pending - have, room)
+    for sequence in sequences:
+        if counts[sequence]:
+            yield sequence, counts[sequence]
 
 
-def _step(scheduled: Sequence[tuple[Request, int]]) -> ScheduledStep:
+def _step(counts: dict[Sequence, int]) -> ScheduledStep:
+    """The step that computes so many tokens of these sequences, all of one plan."""
     segments: list[Segment] = []
     token_ids: list[int] = []
-    for request, count in scheduled:
-        assert request.slot is not None, "scheduled requests hold a slot"
-        start, end = request.computed, request.computed + count
-        logits = max(0, end - max(start, request.wanted_from))
-        segments.append(Segment(request.slot, start, count, logits))
-        token_ids += request.tokens[start:end]
-    requests = tuple(request for request, _ in scheduled)
+    for sequence, count in counts.items():
+        segments.append(sequence.segment(count))
+        token_ids += sequence.token_ids[sequence.computed : sequence.computed + count]
+    sequences = tuple(counts)
     step = Step(
         tuple(segments),
         tuple(token_ids),
-        requests[0].plan,
-        argmax_only=all(request.wants_argmax for request in requests),
-        wants_timeline=any(request.wants_timeline for request in requests),
+        sequences[0].plan_index,
+        argmax_only=all(s.argmax_suffices and not s.unscored for s in sequences),
+        wants_timeline=any(s.wants_timeline for s in sequences),
     )
-    return ScheduledStep(step, requests)
+    return ScheduledStep(step, sequences)

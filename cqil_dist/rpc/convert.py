@@ -60,12 +60,12 @@ def request_to_wire(
 
 
 def request_from_wire(
-    wire: pb.GenerateRequest, plan: int, defaults: Mapping[str, Any]
+    wire: pb.GenerateRequest, plan_index: int, defaults: Mapping[str, Any]
 ) -> GenerationInput:
     """A request as an engine takes it.
 
     Args:
-        plan: index of the plan that `wire.model` stands for.
+        plan_index: index of the plan that `wire.model` stands for.
         defaults: sampling values where the request says nothing.
 
     Raises:
@@ -74,11 +74,11 @@ def request_from_wire(
     return GenerationInput(
         prompt=_prompt_from_wire(wire),
         params=SamplingParams.from_dict({**defaults, **sampling_from_wire(wire.sampling_params)}),
-        plan=plan,
+        plan_index=plan_index,
         final_only=wire.final_only,
         resume_token_ids=tuple(wire.resume_token_ids),
         echo=wire.echo,
-        timeline=wire.timeline,
+        wants_timeline=wire.timeline,
     )
 
 
@@ -119,7 +119,7 @@ def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         text=chunk.text,
         token_ids=chunk.token_ids,
-        logprobs=_logprobs_to_wire(chunk.logprobs or ()),
+        logprobs=None if chunk.logprobs is None else _logprobs_to_wire(chunk.logprobs),
         completion=None if chunk.result is None else _completion_to_wire(chunk.result),
         timeline=None if chunk.timeline is None else timeline_to_wire(chunk.timeline),
     )

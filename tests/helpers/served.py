@@ -49,20 +49,18 @@ class Served:
         return Client(self.addresses.grpc, **{"api_key": self.api_key, **options})
 
     def free_slots(self) -> int:
-        free: int = self.engine.status()["free_slots"]
-        return free
+        return self.engine.status().free_slots
 
     @property
     def slots(self) -> int:
-        slots: int = self.engine.status()["slots"]
-        return slots
+        return self.engine.status().slots
 
     @property
     def idle(self) -> bool:
         """Whether no request is within: none served, none waiting, every slot free."""
         status = self.engine.status()
-        free: bool = status["free_slots"] == status["slots"]
-        return free and not status["waiting_requests"] and not self.service.requests
+        is_free = status.free_slots == status.slots
+        return is_free and not status.waiting_requests and not self.service.requests
 
 
 class PacedModel(ObservedModel):
@@ -108,7 +106,7 @@ def coordinated(
             max_len=engine.max_len,
             epoch=0,
             ready_spares=0,
-            **engine.status(),
+            **vars(engine.status()),
         )
 
     key = secrets.token_hex(8)

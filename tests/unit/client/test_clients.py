@@ -59,7 +59,7 @@ def service(tiny_model: TinyModelFactory, steps: ObservedModel) -> Iterator[Serv
 
 def is_idle(service: Served) -> bool:
     status = service.engine.status()
-    return bool(status["free_slots"] == status["slots"] and not status["waiting_requests"])
+    return status.free_slots == status.slots and not status.waiting_requests
 
 
 def test_asyncio_gives_what_threads_get(service: Served) -> None:
@@ -94,7 +94,7 @@ def test_a_cancelled_task_frees_its_slot(service: Served, steps: ObservedModel) 
     async def ask() -> None:
         async with AsyncClient(service.addresses.grpc) as client:
             asking = asyncio.ensure_future(client.generate("x", **LONG))
-            while not service.engine.status()["running_requests"]:
+            while not service.engine.status().running_requests:
                 await asyncio.sleep(0.01)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):

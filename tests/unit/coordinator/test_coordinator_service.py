@@ -35,4 +35,4 @@ def test_a_call_that_ended_while_it_was_submitted_frees_its_slot(
         responses = list(servicer.Generate(request, context))
         assert responses[-1].completion.finish_reason == "abort"
         assert len(responses[-1].completion.token_ids) < 50
-        assert engine.status()["running_requests"] == 0
+        assert engine.status().running_requests == 0

@@ -30,6 +30,7 @@ from cqil_dist.errors import CqilError, ExchangeError, PeerLost, QueueFull, Requ
 from cqil_dist.model.step import Step
 from cqil_dist.outputs import Completion
 from cqil_dist.sampling_params import SamplingParams
+from cqil_dist.status import EngineStatus
 
 
 class FailingModel(ObservedModel):
@@ -241,23 +242,23 @@ def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:
         with steps.held():
             requests = [engine.submit(ask(prompt, greedy())) for prompt in prompts]
             status = engine.status()
-            assert status["running_requests"] + status["waiting_requests"] == 6
+            assert status.running_requests + status.waiting_requests == 6
         completions = [finish(request) for request in requests]
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
         assert {segment.slot for step in steps.steps for segment in step.segments} == {0, 1}
         assert max(len(step.segments) for step in steps.steps) == 2
-        assert settled(engine) == {
-            "running_requests": 0,
-            "waiting_requests": 0,
-            "free_slots": 2,
-            "slots": 2,
-            "max_waiting": 16,
-            "steps": len(steps.steps),
-            "state": "serving",
-            "state_detail": "",
-            "recoveries": 0,
-            "last_recovery": None,
-        }
+        assert settled(engine) == EngineStatus(
+            running_requests=0,
+            waiting_requests=0,
+            free_slots=2,
+            slots=2,
+            max_waiting=16,
+            steps=len(steps.steps),
+            state="serving",
+            state_detail="",
+            recoveries=0,
+            last_recovery=None,
+        )
 
 
 def test_more_than_may_wait_are_refused_until_there_is_room(model: TinyModel) -> None:
@@ -280,12 +281,12 @@ def test_more_than_may_wait_are_refused_until_there_is_room(model: TinyModel) ->
         finish(engine.submit(ask(PROMPTS[2], greedy())))
 
 
-def settled(engine: Engine) -> dict[str, Any]:
+def settled(engine: Engine) -> EngineStatus:
     """The status once the engine has put away what its readers have seen the end of."""
     finish(engine.submit(ask([1], greedy(1))))
     pause = threading.Event()
     for _ in range(500):
-        if (status := engine.status())["free_slots"] == status["slots"]:
+        if (status := engine.status()).free_slots == status.slots:
             break
         pause.wait(0.01)
     return engine.status()
@@ -305,7 +306,7 @@ def test_cancelling_frees_the_slot_for_the_next(model: TinyModel) -> None:
         engine.cancel(last)  # too late, and harmless
         engine.cancel(running)
         assert finish(engine.submit(ask(PROMPTS[1], greedy()))).token_ids == expected[1].token_ids
-        assert settled(engine)["free_slots"] == 1
+        assert settled(engine).free_slots == 1
     assert [c.finish_reason for c in aborted] == ["abort", "abort"]
     # What was under way when it was cancelled is still given.
     assert aborted[0].token_ids == expected[0].token_ids[: len(aborted[0].token_ids)]
@@ -393,8 +394,8 @@ def test_a_model_that_fails_ends_every_request_with_its_reason(
             assert str(error) in str(failure.value)
         with pytest.raises(CqilError, match=str(error)):
             engine.submit(ask(PROMPTS[0], greedy()))
-        assert engine.status()["running_requests"] == 0
-        assert engine.status()["waiting_requests"] == 0
+        assert engine.status().running_requests == 0
+        assert engine.status().waiting_requests == 0
     assert_threads_end(before)
 
 

@@ -86,8 +86,8 @@ def test_requests_get_the_tokens_they_would_have_got(
     with serving(model, steps, rebuild, on_recovery=recoveries.append) as engine:
         assert outcomes(run(engine, steps)) == undisturbed
         status = engine.status()
-    assert (status["state"], status["recoveries"]) == ("serving", 1)
-    assert recoveries == [status["last_recovery"]]
+    assert (status.state, status.recoveries) == ("serving", 1)
+    assert recoveries == [status.last_recovery]
     assert "lost rank 1 at 10.0.0.2:4711" in recoveries[0].cause
     assert list(recoveries[0].phases) == ["seat", "load", "prefill"]
 
@@ -102,7 +102,7 @@ def test_losses_can_follow_each_other(model: TinyModel, undisturbed: list[tuple[
 
     with serving(model, steps, rebuild) as engine:
         assert outcomes(run(engine, steps)) == undisturbed
-        assert engine.status()["recoveries"] == 3  # one took two attempts
+        assert engine.status().recoveries == 3  # one took two attempts
 
 
 def test_a_loss_between_requests_is_noticed_and_made_good(model: TinyModel) -> None:
@@ -114,9 +114,9 @@ def test_a_loss_between_requests_is_noticed_and_made_good(model: TinyModel) -> N
 
     with serving(model, LostWhenIdle(model, model.plan(PLAN), 4), rebuild) as engine:
         assert rebuilt.wait(timeout=10)
-        while engine.status()["state"] != "serving":
+        while engine.status().state != "serving":
             rebuilt.wait(0.01)
-        assert engine.status()["recoveries"] == 1
+        assert engine.status().recoveries == 1
 
 
 def test_what_is_known_is_told_before_the_wait_and_others_may_join_it(model: TinyModel) -> None:
@@ -130,9 +130,9 @@ def test_what_is_known_is_told_before_the_wait_and_others_may_join_it(model: Tin
         first = engine.submit(ask(PROMPTS[0], greedy(10)))
         stream = iter(first.stream)
         seen = [next(stream) for _ in range(3)]  # steps 0 to 2 gave a token each
-        while engine.status()["state"] != "recovering":
+        while engine.status().state != "recovering":
             go_on.wait(0.01)
-        assert "rank 1" in engine.status()["state_detail"]
+        assert "rank 1" in engine.status().state_detail
         second = engine.submit(ask(PROMPTS[1], greedy(10)))
         dropped = engine.submit(ask(PROMPTS[2], greedy(10)))
         engine.cancel(dropped)
@@ -152,7 +152,7 @@ def test_cancelled_requests_end_while_a_model_is_waited_for(model: TinyModel) ->
 
     with serving(model, LostInStep(model, 3), rebuild) as engine:
         running = engine.submit(ask(PROMPTS[0], greedy(10)))
-        while engine.status()["state"] != "recovering":
+        while engine.status().state != "recovering":
             go_on.wait(0.01)
         waiting = engine.submit(ask(PROMPTS[1], greedy(10)))
         other = engine.submit(ask(PROMPTS[2], greedy(10)))
@@ -160,7 +160,7 @@ def test_cancelled_requests_end_while_a_model_is_waited_for(model: TinyModel) ->
             engine.cancel(request)
             assert finish(request).finish_reason == "abort"
         status = engine.status()
-        assert (status["running_requests"], status["waiting_requests"]) == (0, 1)
+        assert (status.running_requests, status.waiting_requests) == (0, 1)
         go_on.set()
         assert len(finish(other).token_ids) == 10
 
@@ -180,7 +180,7 @@ def test_giving_up_ends_every_request_with_the_reason(model: TinyModel) -> None:
                 read(request)
         with pytest.raises(RankUnavailable):
             engine.submit(ask(PROMPTS[0], greedy()))
-        assert engine.status()["state"] == "failed"
+        assert engine.status().state == "failed"
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -208,7 +208,7 @@ def test_closing_ends_a_recovery(model: TinyModel) -> None:
 
     with serving(model, LostInStep(model, 1), rebuild) as engine:
         request = engine.submit(ask(PROMPTS[0], greedy()))
-        while engine.status()["state"] != "recovering":
+        while engine.status().state != "recovering":
             closing.wait(0.01)
         engine.close()
         with pytest.raises(CqilError, match="the engine was closed"):
@@ -268,7 +268,7 @@ def test_a_prompt_that_is_only_scored_goes_on_from_nothing(model: TinyModel) -> 
         )
         assert resumed.token_ids == ()
         assert resumed.prompt_logprobs == plain.prompt_logprobs
-        assert engine.status()["recoveries"] == 0
+        assert engine.status().recoveries == 0
 
 
 def test_tokens_that_end_a_request_leave_nothing_to_compute(model: TinyModel) -> None:
@@ -276,6 +276,6 @@ def test_tokens_that_end_a_request_leave_nothing_to_compute(model: TinyModel) ->
         given = random_tokens(5)
         (chunk,) = read(engine.submit(ask(PROMPTS[0], greedy(5), resume_token_ids=tuple(given))))
         assert chunk.finish_reason == "length"
-        assert engine.status()["steps"] == 0
+        assert engine.status().steps == 0
         with pytest.raises(RequestError, match="outside the vocabulary"):
             engine.submit(ask(PROMPTS[0], greedy(5), resume_token_ids=(VOCAB,)))

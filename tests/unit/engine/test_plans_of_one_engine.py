@@ -141,9 +141,9 @@ def test_an_engine_gives_each_request_its_plan_s_tokens(model: TinyModel) -> Non
     with serving(model, steps, slots=8, prefill_tokens=8) as engine:
         with steps.held():
             # One that decodes already, so that the others meet it on its way.
-            first = engine.submit(ask(prompts[0], greedy(30), plan=1))
+            first = engine.submit(ask(prompts[0], greedy(30), plan_index=1))
             assert steps.started.wait(timeout=30)
-            requests = [engine.submit(ask(p, greedy(9), plan=plan)) for p, plan in asked[:7]]
+            requests = [engine.submit(ask(p, greedy(9), plan_index=plan)) for p, plan in asked[:7]]
         completions = [finish(request) for request in requests]
         assert list(finish(first).token_ids) == references[1].greedy(prompts[0], 30)
     expected = [references[plan].greedy(prompt, 9) for prompt, plan in asked[:7]]
@@ -168,7 +168,7 @@ def test_an_engine_s_two_plans_may_be_asked_the_same(model: TinyModel) -> None:
     params = greedy(0, prompt_logprobs=0)
     with serving(model, steps, slots=2, prefill_tokens=8) as engine:
         with steps.held():
-            requests = [engine.submit(ask(prompt, params, plan=plan)) for plan in (0, 1)]
+            requests = [engine.submit(ask(prompt, params, plan_index=plan)) for plan in (0, 1)]
         completions = [finish(request) for request in requests]
     for plan, completion in zip(plans, completions, strict=True):
         logprobs = model.reference_logits(plan, prompt).log_softmax(-1)

@@ -147,7 +147,7 @@ def test_a_loss_neither_costs_an_entry_nor_doubles_one(
             if beside:
                 engine.submit(ask(PROMPTS[3], greedy(9, prompt_logprobs=0)))
         completion = finish(request)
-        assert engine.status()["recoveries"] == len(numbers)
+        assert engine.status().recoveries == len(numbers)
     with serving(model, on(model, PLAN)) as engine:
         undisturbed = finish(engine.submit(ask(LONG, greedy(5))))
     check(completion, model, LONG, model.reference_logits(model.plan(PLAN), LONG), 2)

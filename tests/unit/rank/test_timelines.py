@@ -23,9 +23,9 @@ def test_every_step_of_a_request_is_told_once(tiny_model: TinyModelFactory) -> N
     model = tiny_model()
     steps = ObservedModel(model, model.plan(PLAN), 4)
     with serving(model, steps, prefill_tokens=PREFILL_TOKENS) as engine:
-        chunks = read(engine.submit(ask(LONG, greedy(5), timeline=True)))
+        chunks = read(engine.submit(ask(LONG, greedy(5), wants_timeline=True)))
         plain = read(engine.submit(ask(LONG, greedy(5))))
-        whole = read(engine.submit(ask(LONG, greedy(5), timeline=True, final_only=True)))
+        whole = read(engine.submit(ask(LONG, greedy(5), wants_timeline=True, final_only=True)))
     told = timelines(chunks)
     # The prompt in six steps, the last of which gives the first token; then one a token.
     assert [timeline.request_tokens for timeline in told] == [8, 8, 8, 8, 8, 1, 1, 1, 1, 1]
@@ -42,7 +42,7 @@ def test_an_aborted_request_s_last_step_is_not_told_again(tiny_model: TinyModelF
     steps = ObservedModel(model, model.plan(PLAN), 4)
     with serving(model, steps) as engine:
         with steps.held():
-            request = engine.submit(ask("x", greedy(50), timeline=True))
+            request = engine.submit(ask("x", greedy(50), wants_timeline=True))
             assert steps.started.wait(30)
             engine.cancel(request)
         chunks = read(request)

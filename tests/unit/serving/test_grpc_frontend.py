@@ -67,12 +67,12 @@ def health_of(service: Served, name: str = GENERATION_SERVICE) -> int:
 
 def unfinished(service: Served) -> int:
     status = service.engine.status()
-    return int(status["running_requests"] + status["waiting_requests"])
+    return status.running_requests + status.waiting_requests
 
 
 def all_slots_are_free(service: Served) -> bool:
     status = service.engine.status()
-    return bool(status["free_slots"] == status["slots"] and not status["waiting_requests"])
+    return status.free_slots == status.slots and not status.waiting_requests
 
 
 def test_health_and_reflection_say_what_is_there(service: Served) -> None:
@@ -193,7 +193,7 @@ def test_a_request_under_a_name_in_use_ends_the_earlier_one(
             ended: list[Chunk] = []
             reading = threading.Thread(target=lambda: ended.extend(first))
             reading.start()
-            wait_for(lambda: service.engine.status()["running_requests"] == 1, "the first runs")
+            wait_for(lambda: service.engine.status().running_requests == 1, "the first runs")
             second = client.generate("x", **LONG, stream=True, request_id="mine")
             got: list[Chunk] = []
             reading_second = threading.Thread(target=lambda: got.extend(second))

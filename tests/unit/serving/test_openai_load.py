@@ -88,7 +88,7 @@ def test_a_body_that_is_too_large_is_refused(engine: Engine) -> None:
 def unfinished(service: Served) -> tuple[int, int]:
     """Requests that run, and that wait."""
     status = service.engine.status()
-    return status["running_requests"], status["waiting_requests"]
+    return status.running_requests, status.waiting_requests
 
 
 def test_beyond_the_queue_requests_are_told_to_come_back(slow: Served, paced: PacedModel) -> None:
@@ -189,7 +189,7 @@ def test_a_loss_in_the_middle_of_a_stream_does_not_show(client: OpenAI, model: T
         openai_of(service) as own,
     ):
         assert text_of(stream(own, TEXT, **asked)) == expected
-        assert engine.status()["recoveries"] == 1
+        assert engine.status().recoveries == 1
 
 
 def test_an_engine_that_gave_up_is_said(model: TinyModel) -> None:

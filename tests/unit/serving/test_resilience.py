@@ -201,4 +201,4 @@ def test_closing_an_asyncio_client_is_no_cancellation(tiny_model: TinyModelFacto
         steps.started.clear()
         with steps.held():
             asyncio.run(asyncio.wait_for(ask(service.addresses.grpc), 30))
-        wait_for(lambda: service.engine.status()["free_slots"] == 2, "the slot is free")
+        wait_for(lambda: service.engine.status().free_slots == 2, "the slot is free")
