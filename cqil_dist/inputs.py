@@ -1,4 +1,4 @@
-"""What a request brings: a prompt, how to continue it, and how to answer."""
+"""Defines what a request brings: a prompt, how to continue it, and how to answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cqil_dist.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Text, token ids, or chat messages with "role" and "content"."""
+"""A prompt is a text, token ids, or chat messages with "role" and "content"."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class GenerationInput:
 
     Attributes:
         plan_index: index of the plan to run it under.
-        final_only: one chunk at the end, with everything in it, in place of a stream.
+        final_only: whether a single chunk with everything in it comes at the end, and no stream.
         resume_token_ids: output tokens that a broken stream of the same request has given already;
             this one goes on after them.
-        echo: the completion brings the prompt's text.
-        wants_timeline: chunks bring the timelines of their steps.
+        echo: whether the completion brings the prompt's text.
+        wants_timeline: whether chunks bring the timelines of their steps.
     """
 
     prompt: Prompt

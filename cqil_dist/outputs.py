@@ -1,4 +1,4 @@
-"""What a request gives back: text, tokens, logprobs, why it ended and how long it took.
+"""Defines what a request gives back: text, tokens, logprobs, why it ended and how long it took.
 
 Plain frozen values, with the field names of vLLM and of the OpenAI API. This module knows nothing
 of how they came to be, and imports the standard library alone, so that a client stays light.
@@ -45,7 +45,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that went in and came out."""
+    """How many tokens a request brought, and how many it got."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -64,7 +64,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """When a request's tokens came.
+    """The times at which a request's tokens came.
 
     Attributes:
         ttft_ms: time to first token, milliseconds from the request's arrival.
@@ -76,30 +76,31 @@ class Timings:
     itl_ms: tuple[float, ...] = ()
 
     def itl_percentile(self, percent: float) -> float | None:
-        """The inter-token latency that `percent` (0 to 100) of them do not exceed, milliseconds.
+        """Find the inter-token latency in ms that `percent` (0 to 100) of them do not exceed.
 
-        Interpolates between neighbours as numpy does. None where there are fewer than two tokens.
+        It interpolates between neighbours as numpy does. None if there are fewer than two tokens.
         """
         return percentile(self.itl_ms, percent) if self.itl_ms else None
 
     @property
     def itl_p50_ms(self) -> float | None:
-        """Median inter-token latency."""
+        """The median inter-token latency, milliseconds; None if there are fewer than two tokens."""
         return self.itl_percentile(50)
 
     @property
     def itl_p90_ms(self) -> float | None:
+        """The inter-token latency that 90 of 100 do not exceed, milliseconds."""
         return self.itl_percentile(90)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Tokens after the first, over the time they took. None where there are none."""
+        """Tokens after the first over the seconds they took; None if there are none."""
         total_ms = sum(self.itl_ms)
         return 1000 * len(self.itl_ms) / total_ms if total_ms > 0 else None
 
     @property
     def total_ms(self) -> float:
-        """From the request's arrival to its last token."""
+        """The milliseconds from the request's arrival to its last token."""
         return self.ttft_ms + sum(self.itl_ms)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is new since the chunk before, while a request streams.
+    """A part of a streamed answer: all that is new since the chunk before.
 
     Attributes:
         text: newly final text. May be empty: half a character, or what may yet become a stop
@@ -168,8 +169,8 @@ class Chunk:
         logprobs: one per token id, or None if they were not asked for.
         finish_reason, stop_reason: as in `Completion`, on the last chunk; None before.
         result: the whole answer, on the last chunk; None before.
-        timeline: of the step that the tokens come from, if it was asked for. A step that computes
-            a part of the prompt has a chunk without tokens.
+        timeline: where the time of the step went that the tokens come from, if it was asked for. A
+            step that computes a part of the prompt has a chunk without tokens.
     """
 
     text: str
@@ -193,9 +194,9 @@ class Chunk:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """What `percent` (0 to 100) of one or more values do not exceed.
+    """Find the number that `percent` (0 to 100) of one or more values do not exceed.
 
-    Interpolates between neighbours, as numpy does by default.
+    It interpolates between neighbours, as numpy does by default.
     """
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100

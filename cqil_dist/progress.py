@@ -1,8 +1,8 @@
-"""How far a long step has come, told to the person who waits for it.
+"""Tells the person who waits for a long step how far it has come.
 
-Knows how to count a step's work and how to show it: bars on a terminal, one line at the start and
-one at the end of each step anywhere else, or nothing. Knows nothing of models, files or ranks:
-whoever does the work opens a task and counts. Everything goes to standard error, so that a
+It knows how to count a step's work and how to show it: bars on a terminal, one line at the start
+and one at the end of each step anywhere else, or nothing. It knows nothing of models, files or
+ranks: whoever does the work opens a task and counts. Everything goes to standard error, so that a
 command's standard output stays its result.
 """
 
@@ -24,7 +24,7 @@ _GROWTH_INTERVAL_S = 0.2
 
 
 class Task:
-    """One step's count of work done. Any thread may count.
+    """A step in progress, which counts the work done. Any thread may count.
 
     Attributes:
         completed: work done so far, in the step's unit.
@@ -40,13 +40,13 @@ class Task:
         self._lock = threading.Lock()
 
     def advance(self, amount: float = 1) -> None:
-        """`amount` more is done."""
+        """Count `amount` more as done."""
         with self._lock:
             self.completed += amount
             self._changed()
 
     def update(self, completed: float, total: float | None = None) -> None:
-        """`completed` is done in all; `total`, where given, replaces the step's total."""
+        """Set what is done in all; `total`, where given, replaces the step's total."""
         with self._lock:
             self.completed = completed
             if total is not None:
@@ -59,7 +59,7 @@ class Task:
 
 
 class Progress(ABC):
-    """Where long steps say how far they have come."""
+    """A place where long steps say how far they have come."""
 
     @abstractmethod
     def task(
@@ -81,7 +81,7 @@ class Progress(ABC):
 
 
 class SilentProgress(Progress):
-    """Counts, and shows nothing."""
+    """A progress that counts, and shows nothing."""
 
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
@@ -92,7 +92,7 @@ class SilentProgress(Progress):
 
 
 class ConsoleProgress(Progress):
-    """Bars where standard error is a terminal, else a line at each step's start and end."""
+    """A progress with bars on a terminal, and a line at each step's start and end elsewhere."""
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
         if console is None:
@@ -169,9 +169,9 @@ class ConsoleProgress(Progress):
 
 @contextmanager
 def following_growth(folder: Path, task: Task) -> Iterator[None]:
-    """Counts the bytes that appear under `folder` while the block runs, up to the task's total.
+    """Count the bytes that appear under `folder` while the block runs, up to the task's total.
 
-    For work done by a program or library that writes files but does not tell how far it is.
+    It is for work done by a program or library that writes files but does not tell how far it is.
     """
     before = _bytes_under(folder)
     ended = threading.Event()
@@ -209,7 +209,7 @@ def _amount(completed: float, unit: str, total: float | None = None) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes with a decimal prefix: 92871040 is "92.9 MB"."""
+    """Write a number of bytes with a decimal prefix: 92871040 is "92.9 MB"."""
     power = 0
     while count >= 1000 and power < 4:
         count /= 1000

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, records as JSON among them."""
+"""Writes files whole or not at all, JSON records among them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMAT = 2
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write; it takes that one's place if the block ends well.
+    """Give a file beside `path` to write to; it takes the place of `path` if the block ends well.
 
     Folders that are missing are made.
     """
@@ -32,26 +32,26 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def headed(kind: str, **found: Any) -> dict[str, Any]:
-    """A record that says what it is of."""
+    """Make a record that says of what kind it is."""
     return {"record": kind, "format": _FORMAT, **found}
 
 
 def kind_of(record: object) -> tuple[str | None, bool]:
-    """What a record is of, None if it is none; and whether it can be read."""
+    """Tell the kind of a record (None if it is none), and whether this version can read it."""
     if not isinstance(record, dict) or not isinstance(record.get("record"), str):
         return None, False
     return record["record"], record.get("format") == _FORMAT
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace a file, and make its folder if need be."""
+    """Write a record to a file in place of what is there; folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def require_file(path: Path) -> None:
-    """Better before hours of work than after: raises ConfigError where no file can be written."""
+    """Raise ConfigError if no file can be written here: better before hours of work than after."""
     if path.is_dir():
         raise ConfigError(
             f"--output {path} is a folder; name a file, such as {path / 'found.json'}"
@@ -60,10 +60,10 @@ def require_file(path: Path) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """Make a folder to write to. Raises ConfigError where that cannot be."""
+    """Make a folder to write to. Raises ConfigError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
-            """It can be written to."""
+            pass  # it can be written to
     except OSError as error:
         raise ConfigError(f"cannot write to the folder {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a request asks of generation: length, sampling, stops, logprobs.
+"""Defines what a request asks of generation: length, sampling, stops, logprobs.
 
 Field names, defaults and meaning are those of vLLM's `SamplingParams`. This module validates and
 carries the values; it knows nothing of tensors, tokenizers or how a token is drawn from them
@@ -19,13 +19,13 @@ MAX_LOGPROBS = 20
 _INT32_MAX = 2**31 - 1  # what the wire carries
 
 MAX_STOP = 16
-"""Most stop texts."""
+"""The most stop texts a request may have."""
 
 MAX_STOP_CHARACTERS = 1024
-"""Of one stop text: so much of an output may be held back."""
+"""The most characters of one stop text: as much of an output may be held back."""
 
 MAX_STOP_TOKEN_IDS = 256
-"""Most stop tokens. Both kinds are looked for after every token of a request."""
+"""The most stop tokens a request may have; they are looked for after every token."""
 
 # Dividing logits by less than this only adds rounding; vLLM draws the same line.
 _GREEDY_BELOW = 1e-5
@@ -33,7 +33,7 @@ _GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen, and when it ends.
+    """The settings by which one request's tokens are chosen, and which end it.
 
     Attributes:
         max_tokens: most tokens to generate. The default 16 is vLLM's and the completions API's: a
@@ -76,7 +76,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def seeded(self) -> SamplingParams:
-        """These values with a seed: the one given, or one drawn now.
+        """Copy the settings with a seed: the one given, or one drawn now.
 
         Drawn seeds are below 2**48, so that JSON readers that hold numbers as doubles keep them.
         """
@@ -124,7 +124,7 @@ class SamplingParams:
         return self.temperature < _GREEDY_BELOW
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON or msgpack, that `from_dict` reads back to an equal object."""
+        """Give plain values, for JSON or msgpack; `from_dict` makes an equal object of them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -186,5 +186,6 @@ def _stop_token_ids(value: object) -> tuple[int, ...]:
     if len(value) > MAX_STOP_TOKEN_IDS:
         raise RequestError(f"stop_token_ids has {len(value)} ids but may have {MAX_STOP_TOKEN_IDS}")
     return tuple(
-        _integer(f"stop_token_ids[{i}]", id, low=0, high=_INT32_MAX) for i, id in enumerate(value)
+        _integer(f"stop_token_ids[{i}]", each, low=0, high=_INT32_MAX)
+        for i, each in enumerate(value)
     )

@@ -1,6 +1,6 @@
-"""What a service offers, and how it is doing.
+"""Defines what a service says of itself: what it offers, and how it is doing.
 
-Plain frozen values, as in outputs.py, which has what a single request gives back.
+These are plain frozen values, as in outputs.py, which has what a single request gives back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How the ranks came together again after one was lost.
+    """The record of how the ranks came together again after one was lost.
 
     Attributes:
         cause: what was lost, and how that was noticed.
@@ -56,7 +56,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """How an engine is doing, and how busy it is; the fields are those of `Status`."""
+    """The part of a `Status` that the engine itself knows; the fields are explained there."""
 
     state: EngineState
     state_detail: str
@@ -72,14 +72,14 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What an engine serves, and how busy it is.
+    """A description of what an engine serves, and of how busy it is.
 
     Attributes:
         plan: as `Plan.to_json` gives it.
         running_requests, waiting_requests: those that hold a slot, and those that wait for one.
         max_waiting: most requests that may wait for a slot.
         max_len: most tokens a prompt and its completion may have together.
-        steps: computed since the coordinator started.
+        steps: number of steps computed since the coordinator started.
         state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
             engine has given up.
         state_detail: what is waited for, or why it gave up.
@@ -116,7 +116,7 @@ class ModelInfo:
     Attributes:
         name: what requests call it.
         plan: as `Plan.to_json` gives it.
-        exchanges_per_token: between ranks.
+        exchanges_per_token: how often the ranks exchange tensors for one decoded token.
         max_len: most tokens a prompt and its completion may have together.
         dtype: "float32", "float16" or "bfloat16".
         default_sampling: sampling values that requests get where they say nothing, from the
@@ -136,7 +136,7 @@ class ModelInfo:
 
 
 def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
-    """The one of this name; the first where it is empty. Raises ModelNotFound."""
+    """Find the model of this name; an empty name stands for the first. Raises ModelNotFound."""
     for model in models:
         if name in ("", model.name):
             return model

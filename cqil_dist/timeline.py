@@ -1,6 +1,6 @@
-"""Where the time of a step went: spans of each rank, by group of the plan.
+"""Defines timelines, which say where the time of a step went, by rank and group of the plan.
 
-Plain values without torch or numpy, so that ranks, clients and tools share them.
+These are plain values without torch or numpy, so that ranks, clients and tools share them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class SpanKind(IntEnum):
-    """What a rank did during a span. The values are those of the wire."""
+    """The kind of work a rank did during a span. The values are those of the wire."""
 
     ATTENTION = 1
     ATTENTION_EXCHANGE = 2
@@ -21,6 +21,7 @@ class SpanKind(IntEnum):
 
     @property
     def label(self) -> str:
+        """The kind in words, such as "attention exchange"."""
         return self.name.lower().replace("_", " ")
 
     @property
@@ -31,7 +32,7 @@ class SpanKind(IntEnum):
 
 @dataclass(frozen=True)
 class Span:
-    """One part of one group on one rank.
+    """A span of time in which one rank worked on one part of one group.
 
     Attributes:
         group: index of the plan's group; the number of groups for the vocabulary head.
@@ -54,7 +55,7 @@ class Span:
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """One rank's spans of a step, in order of time."""
+    """The spans of one rank during a step, in order of time."""
 
     rank: int
     spans: tuple[Span, ...]
@@ -65,7 +66,7 @@ class RankTimeline:
 
 @dataclass(frozen=True)
 class StepTimeline:
-    """One step, as one of its requests is told of it.
+    """The timeline of a step, as one of its requests is told it.
 
     Attributes:
         step: its number since the coordinator started.

@@ -1,4 +1,4 @@
-"""The client for asyncio programs: `Client` in their terms, over the same resuming streams."""
+"""The client for asyncio programs: the same as `Client`, with coroutines and async iterators."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class AsyncClient:
         timeout_s: float | None = None,
         on_let_in: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """Chunks of a request in the wire's own form, for those who pass it on.
+        """Send a request that is in the wire's own form already, and iterate over its chunks.
 
         Args:
-            timeout_s: in place of the client's.
+            timeout_s: seconds for all of it; by default the client's timeout.
             on_let_in: awaited once, when the service has found nothing wrong with the request:
                 it may still wait there for its turn.
         """
@@ -132,12 +132,12 @@ class AsyncClient:
         return bool((await self._ask("Abort", request)).aborted)
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """What is served; the first is what requests get that name none."""
+        """List what the service offers; requests that name no model get the first."""
         request = pb.GetModelInfoRequest()
         return models_from_wire(await self._ask("GetModelInfo", request))
 
     async def status(self) -> Status:
-        """By which ranks it is served, and how busy they are."""
+        """Ask by which ranks the model is served, and how busy they are."""
         request = pb.GetStatusRequest()
         return status_from_wire(await self._ask("GetStatus", request))
 
@@ -155,7 +155,7 @@ class AsyncClient:
         return completion
 
     async def _ask(self, method: str, request: Any) -> Any:
-        """A call with one answer, which may be asked again for."""
+        """Make a call that has a single answer, again and again until the service answers."""
         backoff = Backoff(self._patience_s)
         while True:
             connection = self._connection()
@@ -165,7 +165,7 @@ class AsyncClient:
                 await self._reconnect(connection, error, backoff)
 
     def _connection(self) -> Connection:
-        """The latest; the first is made when it is first used, on the loop that runs then."""
+        """Get the latest connection; the first is made on first use, on the loop that runs then."""
         if not self._connections:
             self._connections.append(Connection(self._endpoint, grpc.aio))
         return self._connections[-1]
@@ -173,7 +173,7 @@ class AsyncClient:
     async def _reconnect(
         self, broken: Connection, error: Any, backoff: Backoff, let_in: bool = False
     ) -> None:
-        """Find the service again after a call failed; one task does so for all. As in `Client`."""
+        """Find the service again after a call failed, as in `Client`; one task does so for all."""
         wait_s = backoff.next_wait_s(error, let_in, broken.endpoint.address)
         self._check_open(broken)
         await asyncio.sleep(wait_s)

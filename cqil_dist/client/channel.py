@@ -1,4 +1,4 @@
-"""How a client reaches a service: addresses, keys, TLS, and the options of the connection."""
+"""Connects a client to a service: addresses, keys, TLS, and the options of the connection."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cqil_dist.rpc.options import DIRECT, KEEPALIVE, LET_IN, LONG_ANSWERS, RECON
 from cqil_dist.rpc.v1 import generation_pb2_grpc as rpc
 
 ANSWER_S = 30.0
-"""Seconds that a call with a single answer may take."""
+"""The most seconds that a call with a single answer may take."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A service's address, and what it takes to be let in.
+    """The address of a service, and the credentials that it asks for.
 
     Attributes:
         address: "host:port".
         api_key: sent with every call; None sends none.
         tls: whether the connection is encrypted, and the server's certificate checked.
         ca_cert: a file of the certificates to check it against; None takes the system's.
-        direct: never through the HTTP proxy that the environment may name.
+        direct: whether the HTTP proxy that the environment may name is passed by.
 
     Raises:
         ConfigError: a certificate is given but no TLS, or the key cannot be sent.
@@ -53,26 +53,29 @@ class Endpoint:
             )
 
     def at(self, address: str) -> Endpoint:
-        """The same service, elsewhere."""
+        """Copy the endpoint with another address."""
         return replace(self, address=address)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata sent with every call: the key, if there is one."""
         return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
+        """The channel's gRPC options."""
         return KEEPALIVE + RECONNECTING + LONG_ANSWERS + (DIRECT if self.direct else ())
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
+        """The credentials of an encrypted channel; None where there is no TLS."""
         if not self.tls:
             return None
         return grpc.ssl_channel_credentials(self.ca_cert.read_bytes() if self.ca_cert else None)
 
 
 class Connection:
-    """A channel to an endpoint.
+    """An open channel to an endpoint.
 
     Args:
         library: `grpc`, or `grpc.aio` for the event loop that runs.
@@ -88,7 +91,7 @@ class Connection:
         self.stub = rpc.GenerationServiceStub(self.channel)
 
     def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        """Begin a call. Raises ServiceUnavailable where the connection has been closed."""
+        """Begin a call. Raises ServiceUnavailable if the connection has been closed."""
         try:
             begin = getattr(self.stub, method)
             return begin(request, timeout=timeout_s, metadata=self.endpoint.metadata)
@@ -97,9 +100,9 @@ class Connection:
 
     @staticmethod
     def let_in(metadata: Any) -> bool:
-        """Whether a call's initial metadata say that its request was let in."""
+        """Tell from a call's initial metadata whether the service has let its request in."""
         return LET_IN in [tuple(entry) for entry in metadata or ()]
 
     def closed(self) -> ServiceUnavailable:
-        """What a call on it ends with once it has been closed."""
+        """Make the error that calls on a closed connection end with."""
         return ServiceUnavailable(f"the connection to {self.endpoint.address} is closed")

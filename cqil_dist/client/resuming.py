@@ -1,4 +1,4 @@
-"""What a stream needs to outlive its connection: knows no socket and does no waiting.
+"""Lets a stream outlive its connection. This module knows no socket and does no waiting.
 
 A stream that breaks goes on elsewhere, or at the same address later, with the tokens that have
 come: the service computes none of them anew for the reader, and gives none twice. That is safe
@@ -30,10 +30,10 @@ _FOR_EVER_S = 1e8
 
 
 class Backoff:
-    """How long to wait before calling again after calls that found nobody.
+    """Decides how long to wait before a call that found nobody is made again.
 
     Args:
-        patience_s: since the first such call, before giving up.
+        patience_s: seconds after the first such call before giving up.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -43,14 +43,14 @@ class Backoff:
         self._wait_s = _FIRST_WAIT_S
 
     def next_wait_s(self, error: Any, let_in: bool, address: str) -> float:
-        """Seconds to wait, with jitter.
+        """Work out the seconds to wait before the next call, with jitter.
 
         Args:
             error: what the call failed with, a `grpc.RpcError`.
             let_in: whether the service had let the request in before.
 
         Raises:
-            CqilError: the call failed by what it asked; or patience has ended.
+            CqilError: what the call asked was refused, or patience has ended.
         """
         code = error.code()
         # A service that has just come back may be full of those who came back first.
@@ -72,12 +72,12 @@ class Backoff:
 
 @dataclass
 class ResumableStream:
-    """One request's stream over however many connections.
+    """The stream of one request, over as many connections as it takes.
 
     Args:
         request: as it was asked; a seed and a request id are drawn where it has none, so that it
             goes on as it began.
-        timeout_s: for all of it; None for none.
+        timeout_s: seconds for all of it; None sets no limit.
     """
 
     request: pb.GenerateRequest
@@ -102,14 +102,14 @@ class ResumableStream:
         self._wants_prompt_logprobs = sampling.HasField("prompt_logprobs")
 
     def next_request(self) -> pb.GenerateRequest:
-        """What to ask of the next connection."""
+        """Make the request for the next connection: it goes on after the tokens that have come."""
         self._resumed = len(self._times) > 1
         del self.request.resume_token_ids[:]
         self.request.resume_token_ids.extend(self._token_ids)
         return self.request
 
     def remaining_s(self) -> float | None:
-        """Seconds that are left of the timeout. Raises RequestTimeout where none are."""
+        """Work out the seconds left, None for no limit. Raises RequestTimeout where none are."""
         if self.timeout_s is None or self.timeout_s > _FOR_EVER_S:
             return None
         left = self.timeout_s - (time.monotonic() - self._times[0])
@@ -118,7 +118,7 @@ class ResumableStream:
         return left
 
     def take(self, response: pb.GenerateResponse) -> Chunk:
-        """Note a response; returns it as the stream's reader shall see it."""
+        """Take note of a response; returns the chunk that the stream's reader gets."""
         chunk = chunk_from_wire(response, self._wants_logprobs, self._wants_prompt_logprobs)
         now = time.monotonic()
         self._token_ids += chunk.token_ids
@@ -130,12 +130,12 @@ class ResumableStream:
         return replace(chunk, result=self._whole(chunk.result))
 
     def check_finished(self, address: str) -> None:
-        """The connection has ended the stream in good order. Raises CqilError if too early."""
+        """Raise CqilError if the service closed the stream before the completion was done."""
         if not self.finished:
             raise CqilError(f"the stream from {address} ended before the completion did")
 
     def _whole(self, result: Completion) -> Completion:
-        """The last connection's result, with what only the earlier ones knew."""
+        """Complete the last connection's result with what only the earlier ones gave."""
         gaps = [1000 * (after - before) for before, after in pairwise(self._times)]
         return replace(
             result,

@@ -1,4 +1,4 @@
-"""The client for ordinary, threaded programs."""
+"""The client for ordinary programs, which may have threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Client:
         api_key: the service's key, where it has one.
         tls: whether the connection is encrypted.
         ca_cert: certificates to check the server's against; None takes the system's.
-        timeout_s: for each request; None for none.
+        timeout_s: seconds for each request; None sets no limit.
         patience_s: how long a call tries to reach a service that does not answer. A stream that
             breaks goes on after its last token, with none lost or doubled.
         locate: asked where the service is when the connection has broken; it may wait, and raises
@@ -57,6 +57,7 @@ class Client:
 
     @property
     def address(self) -> str:
+        """The address, "host:port", at which the service was found last."""
         return self._connections[-1].endpoint.address
 
     @overload
@@ -141,12 +142,12 @@ class Client:
         return bool(self._ask("Abort", request).aborted)
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """What is served; the first is what requests get that name none."""
+        """List what the service offers; requests that name no model get the first."""
         request = pb.GetModelInfoRequest()
         return models_from_wire(self._ask("GetModelInfo", request))
 
     def status(self) -> Status:
-        """By which ranks it is served, and how busy they are."""
+        """Ask by which ranks the model is served, and how busy they are."""
         request = pb.GetStatusRequest()
         return status_from_wire(self._ask("GetStatus", request))
 
@@ -173,7 +174,7 @@ class Client:
                 call.cancel()
 
     def _ask(self, method: str, request: Any) -> Any:
-        """A call with one answer, which may be asked again for."""
+        """Make a call that has a single answer, again and again until the service answers."""
         backoff = Backoff(self._patience_s)
         while True:
             connection = self._connections[-1]
@@ -188,8 +189,8 @@ class Client:
         """Find the service again after a call failed; one thread does so for all.
 
         Raises:
-            CqilError: the call failed by what it asked; or the service is gone for good, or
-                patience has ended.
+            CqilError: what the call asked was refused, the service is gone for good, or patience
+                has ended.
         """
         wait_s = backoff.next_wait_s(error, let_in, broken.endpoint.address)
         self._check_open(broken)

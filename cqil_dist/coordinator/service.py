@@ -1,4 +1,4 @@
-"""The coordinator's generation service: gRPC calls in, the engine's chunks out."""
+"""Serves the engine over gRPC: calls come in, chunks go out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EngineServicer(rpc.GenerationServiceServicer):
     """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto from one engine.
 
     Args:
-        models: by index of the engine's plan.
+        models: what is offered, in the order of the engine's plans.
         on_completion: told of every completion that was given whole.
     """
 
@@ -90,7 +90,7 @@ class EngineServicer(rpc.GenerationServiceServicer):
 
     @contextmanager
     def _named(self, request_id: str, request: Request) -> Iterator[None]:
-        """Let a request be found by its name."""
+        """Let a request be found by its name while the block runs."""
         with self._lock:
             if request_id:
                 self._by_id[request_id] = request
@@ -102,7 +102,7 @@ class EngineServicer(rpc.GenerationServiceServicer):
                     del self._by_id[request_id]
 
     def _end_former(self, request_id: str) -> None:
-        """A request under a name in use ends the earlier one."""
+        """End an earlier request of the same name, if there is one."""
         with self._lock:
             former = self._by_id.pop(request_id, None)
         if former is not None:

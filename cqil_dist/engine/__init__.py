@@ -1,1 +1,1 @@
-"""From requests to steps, and from logits to text; knows neither Ray nor sockets."""
+"""The engine turns requests into steps and logits into text; it knows neither Ray nor sockets."""

@@ -1,6 +1,6 @@
-"""What a request gives back: its output tokens become text, logprobs and, in the end, a completion.
+"""Turns the output tokens of a request into what its caller gets: chunks, and a completion.
 
-Knows the detokenizer and what ends an output; nothing of logits, steps, slots or other requests.
+It knows the detokenizer and what ends an output; it knows nothing of logits, steps or slots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cqil_dist.timeline import StepTimeline
 
 @dataclass(frozen=True)
 class Ending:
-    """Why an output ends, and the text that its end makes final."""
+    """The reason why an output ends, and the text that its end makes final."""
 
     text: str
     reason: FinishReason
@@ -41,7 +41,7 @@ class Answer:
         prompt_text: the prompt as text, where it is to be given back.
 
     Attributes:
-        stream: chunks, as they are held and released.
+        stream: the chunks, for the caller to iterate over.
         token_ids: the output so far.
         arrived: when the request came, seconds of `time.perf_counter`.
         ending: how the output ends, once it takes no further token; None before.
@@ -116,12 +116,12 @@ class Answer:
         return text
 
     def add_prompt_logprob(self, scored: SampledToken) -> None:
-        """Take what the model says of the next token of the prompt."""
+        """Note how probable the next token of the prompt is under the model."""
         assert self._prompt_logprobs is not None, "else nobody asks"
         self._prompt_logprobs.append(self._described(scored))
 
     def add_timeline(self, timeline: StepTimeline) -> None:
-        """Hold a chunk that tells of a step which computed a part of the prompt."""
+        """Hold a chunk without tokens, for a step that computed a part of the prompt."""
         self.stream.held.append(Chunk("", (), timeline=timeline))
 
     def end(
@@ -146,7 +146,7 @@ class Answer:
         self.stream.held.append(Chunk(text, token_ids, logprobs, *reasons, completion, timeline))
 
     def abort(self) -> None:
-        """End the stream at once, with what there is."""
+        """End the stream at once, with the output so far and finish reason "abort"."""
         rest = self._detokenizer.finish()
         self._text.append(rest)
         self.ending = Ending(rest, "abort")
@@ -160,7 +160,7 @@ class Answer:
         self.stream.release()
 
     def _described(self, sampled: SampledToken) -> TokenLogprob:
-        """A token's logprob and those of the alternatives, with their texts."""
+        """Add the texts to a token's log-probability and to those of the alternatives."""
         text_of = self._detokenizer.token_text
         top = tuple(TokenLogprob(other, text_of(other), value) for other, value in sampled.top)
         return TokenLogprob(sampled.token_id, text_of(sampled.token_id), sampled.logprob, top)

@@ -1,4 +1,4 @@
-"""Hands what comes of one request from the engine's thread to its caller's."""
+"""Hands the chunks of one request from the engine's thread to its caller's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ChunkStream:
         self._queue: queue.SimpleQueue[Chunk | CqilError] = queue.SimpleQueue()
 
     def release(self) -> None:
-        """Hand over what is held. Any thread may."""
+        """Hand over what is held. Any thread may call this."""
         with self._releasing:  # the engine's thread, and one that closes the engine
             while self.held:
                 self._queue.put(self.held.popleft())

@@ -1,14 +1,15 @@
-"""Generated tokens to text, as they come, ending at stop strings.
+"""Turns generated tokens into text as they come, up to a stop string.
 
-One `Detokenizer` per request. It knows the tokenizer's decoder and the stop strings; nothing of
-models, sampling or why a request ends otherwise. Two stages, each holding back what is not final:
+Every request has a `Detokenizer`. It knows the tokenizer's decoder and the stop strings; nothing of
+models, sampling or why a request ends otherwise. It has two stages, each of which holds back what
+is not final:
 
 1. Tokens to characters. A token is decoded together with a few before it, because decoders join
    neighbours (bytes to characters, a leading space that only the first token loses); U+FFFD at the
    end means that a character is not complete yet.
 2. Characters to final text. The longest end that could be the beginning of a stop string waits.
 
-Why not the libraries' own:
+The libraries' own would not do:
 
 - `tokenizers.decoders.DecodeStream` is stage 1, but it has no way to flush, it gives out the whole
   prompt again where that ends within a character, raises on byte tokens that are not UTF-8
@@ -90,7 +91,7 @@ class Detokenizer:
         self.stopped_by: str | None = None
 
     def push(self, token_id: int) -> str:
-        """Take the next token; returns the text that has become final, possibly none.
+        """Take the next token; returns the text that has become final, which may be empty.
 
         Once a stop string has appeared, tokens are ignored.
         """
@@ -111,12 +112,12 @@ class Detokenizer:
         return self._release(new) if new else ""
 
     def finish(self) -> str:
-        """The text held back, after the last token: no stop string came of it."""
+        """Give out the text still held back, once the last token has come."""
         text, self._held = self._held, ""
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token's text on its own, for logprobs: a leading space kept, a special token shown.
+        """Decode one token alone, for logprobs: a leading space is kept, a special token shown.
 
         A part of a character shows as U+FFFD.
         """
@@ -139,7 +140,7 @@ class Detokenizer:
         return ids, len(ids), len(self._text(ids))
 
     def _release(self, new: str) -> str:
-        """Stage 2: the part of the text held back, and of this new one, that is final."""
+        """Add new text to what is held back, and give out what is final of it (stage 2)."""
         text = self._held + new
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
@@ -162,6 +163,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> Tokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Measure the longest end of `text` that is a beginning of `stop`, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -38,14 +38,14 @@ _MAX_SETBACKS = 5
 
 
 class StepModel(Protocol):
-    """What computes steps, one after another: a `RankGroup`, over however many ranks."""
+    """A model that computes steps one after another, such as a `RankGroup` over its ranks."""
 
     def begin(self, step: Step) -> None:
-        """Start a step."""
+        """Start computing a step."""
         ...
 
     def finish(self) -> StepResult:
-        """Wait for the step begun last.
+        """Wait for the step begun last, and return its result.
 
         Raises:
             ExchangeError: the step has no result, and there will be no other.
@@ -53,20 +53,20 @@ class StepModel(Protocol):
         ...
 
     def check(self) -> None:
-        """Between steps: raises ExchangeError if there will be no other. Does not wait."""
+        """Raise ExchangeError if no further step can be computed; asked between steps, at once."""
         ...
 
 
 Rebuild = Callable[[ExchangeError], tuple[StepModel, dict[str, float]]]
-"""Another model with empty caches in place of one that failed, and the seconds its phases took.
+"""Replaces a model that failed: gives one with empty caches, and the seconds each phase took.
 
-Raises CqilError where there is none to be had.
+Raises CqilError where no other model can be had.
 """
 
 
 @dataclass
 class _Loss:
-    """A failure of the model that no step has been computed since.
+    """A failure of the model that has not been made good yet: no step has been computed since.
 
     Attributes:
         cause: what failed, and how that was noticed.
@@ -81,12 +81,12 @@ class _Loss:
     phases: dict[str, float] = field(default_factory=dict)
 
     def add_phases(self, phases: dict[str, float]) -> None:
-        """Count in what an attempt took."""
+        """Add the seconds that the phases of one attempt took."""
         for name, seconds in phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
 
     def made_good(self) -> Recovery:
-        """The recovery from it, now that a step has been computed or could be."""
+        """Sum up the recovery, once the new model has computed a step or is ready for one."""
         seconds = time.monotonic() - self.noticed
         phases = {**self.phases, "prefill": seconds - sum(self.phases.values())}
         return Recovery(self.cause, seconds, phases)
@@ -103,7 +103,7 @@ class _ComputedStep:
     ended: float
 
     def timeline(self, segment: Segment, arrived: float) -> StepTimeline:
-        """What the request of one of its segments, which came at `arrived`, is told of it."""
+        """Describe the step to the request of one of its segments, which came at `arrived`."""
         return StepTimeline(
             step=self.number,
             step_tokens=len(self.step.token_ids),
@@ -193,7 +193,8 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request early: its stream closes as "abort" and its slot is freed.
 
-        At once where nothing computes it, be it that it waits or that a lost model is replaced.
+        That happens at once where no step computes it: while it waits for a slot, or while a lost
+        model is being replaced.
         """
         with self._changed:
             if self._rebuilding or request.sequence.slot is None:
@@ -203,7 +204,7 @@ class Engine:
                 self._changed.notify()
 
     def status(self) -> EngineStatus:
-        """How the engine is doing, and how busy it is."""
+        """Describe how the engine is doing, and how busy it is."""
         with self._changed:
             state, detail = self._state()
             return EngineStatus(
@@ -227,7 +228,7 @@ class Engine:
         self._fail(CqilError("the engine was closed before the request finished"))
 
     def _check_room(self, given: GenerationInput) -> None:
-        """Raises QueueFull where no further request may wait."""
+        """Raise QueueFull if no further request may wait."""
         # Those that the next step gives a slot do not wait.
         waiting = self._scheduler.waiting - self._slots.free
         # One that resumes was let in before: there is room for as many more as can have been.
@@ -279,7 +280,7 @@ class Engine:
             self._deliver(computed)
 
     def _next_step(self) -> Step | None:
-        """Wait a while for something to compute; None if there is nothing, or on closing."""
+        """Choose the next step, after a short wait for one where there is none; or else None."""
         with self._changed:
             if self._cancelled:
                 self._drop_cancelled()
@@ -294,7 +295,7 @@ class Engine:
             return scheduled.step
 
     def _deliver(self, computed: _ComputedStep) -> None:
-        """Let every request of a step go on by what it gave."""
+        """Hand its share of a step's result to every request of the step."""
         step, rows = computed.step, computed.result.rows
         logits_of_each = rows.split_with_sizes([segment.logits for segment in step.segments])
         for segment, request, logits in zip(
@@ -317,13 +318,13 @@ class Engine:
                     self._forget(request)
 
     def _release(self) -> None:
-        """Let the callers see what their streams hold."""
+        """Let the callers see what their streams hold since the last time."""
         for request in self._unreleased:
             request.stream.release()
         self._unreleased.clear()
 
     def _recover(self, error: ExchangeError) -> None:
-        """Go on with another model, on which every request computes its tokens again.
+        """Replace a model that failed; the new one computes every request's tokens again.
 
         Raises:
             CqilError: there is none.
@@ -347,7 +348,7 @@ class Engine:
         loss.add_phases(phases)
 
     def _count_setbacks(self, error: ExchangeError) -> None:
-        """Hold a loss against the requests it struck, and fail those struck too often."""
+        """Count a loss for the requests in whose step it fell, and fail those with too many."""
         for request in self._computing:
             request.sequence.setbacks += 1
             if request.sequence.setbacks > _MAX_SETBACKS:
@@ -374,7 +375,7 @@ class Engine:
             request.answer.abort()
 
     def _forget(self, request: Request) -> None:
-        """Give a request's place to others, if it still has one."""
+        """Take a request out of the scheduler, if it is still there."""
         self._scheduler.remove(request.sequence)
         self._requests.pop(request.sequence, None)
 

@@ -1,4 +1,4 @@
-"""From what users write to the token ids a model continues, and what may not be asked."""
+"""Turns what users write into the token ids that a model continues, and refuses what it cannot."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class PromptEncoder:
         self._max_characters = _NORMALISED * max_len * longest
 
     def encode(self, prompt: Prompt, max_tokens: int) -> list[int]:
-        """Token ids of a text, of token ids, or of a conversation laid out by the chat template.
+        """Encode a text, token ids, or a conversation, which the chat template lays out.
 
         Args:
-            max_tokens: to be generated; one at least has to fit, if any is.
+            max_tokens: how many tokens are to be generated; if any, one at least has to fit.
 
         Raises:
             RequestError: the prompt is empty, too long, holds unknown token ids, or is a
@@ -59,14 +59,14 @@ class PromptEncoder:
         return ids
 
     def decode(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        """The prompt as text: as it was written, or as its tokens read, special ones included."""
+        """Give the prompt as text: as written, or its tokens decoded, special ones included."""
         if isinstance(prompt, str):
             return prompt
         text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
     def check_known(self, token_ids: Sequence[int]) -> None:
-        """Raises RequestError for token ids outside the vocabulary."""
+        """Raise RequestError for token ids outside the vocabulary."""
         if unknown := [each for each in token_ids if not 0 <= each < self._vocab_size]:
             raise RequestError(
                 f"token ids {unknown[:5]} lie outside the vocabulary (0 to {self._vocab_size - 1})"

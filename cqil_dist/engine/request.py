@@ -1,4 +1,4 @@
-"""One request within the engine: its tokens, how they are chosen, and what its caller gets."""
+"""Joins what the engine keeps of one request: its tokens, how they are chosen, and its answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Request:
-    """A sequence for the steps, a sampler to continue it, and the answer that comes of it.
+    """A request in progress: a sequence for the steps, a sampler to continue it, and its answer.
 
     Args:
         given: the request as it was submitted.
@@ -63,7 +63,7 @@ class Request:
         self.stream = self.answer.stream
 
     def replay(self, token_ids: Iterable[int]) -> None:
-        """Take up a stream that broke off: append output tokens that its reader already has.
+        """Append output tokens that the reader of a stream that broke off has already.
 
         The reader has their text too, and nothing of it is given again. Where they end the
         request, the stream gives its last chunk at once, or when the prompt has been scored. One
@@ -81,7 +81,7 @@ class Request:
             self.stream.release()
 
     def take(self, logits: Tensor, argmax_only: bool, timeline: StepTimeline | None = None) -> None:
-        """Go on by what a step gave, and hold what is new for the stream until it is released.
+        """Go on with the result of a step; what is new is held until the stream is released.
 
         Args:
             logits: those wanted after the last of the computed tokens, float32 [R, V]; or, with
@@ -109,6 +109,7 @@ class Request:
         answer.add(sampled, timeline)
 
     def _score_prompt(self, logits_RV: Tensor) -> None:
+        """Tell the answer how probable the prompt's next tokens are."""
         assert self._prompt_logprobs is not None, "else nothing of the prompt is unscored"
         sequence = self.sequence
         first = sequence.computed - len(logits_RV) + 1

@@ -1,4 +1,4 @@
-"""One request's next token, from the model's logits.
+"""Chooses the next token of a request from the model's logits.
 
 The maths is transformers' logits processors in the order of its `generate`. What is added here:
 draws that depend only on (seed, index of the token), so that a request resumes anywhere with the
@@ -113,7 +113,7 @@ class Sampler:
         return torch.cat([self._prompt_1P, output_1G], dim=1).to(device)
 
     def _candidates(self, scores_1V: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [1, K] and ids [K] of the tokens to draw from; those of score -inf are out."""
+        """Give scores [1, K] and ids [K] of the tokens to draw from; a score of -inf is out."""
         params = self._params
         scores = TemperatureLogitsWarper(params.temperature)(_UNUSED, scores_1V)
         ids = torch.arange(scores.shape[-1], device=scores.device)
@@ -135,7 +135,7 @@ class Sampler:
 
 
 def scored(logits_V: Tensor, token_id: int, alternatives: int) -> SampledToken:
-    """How probable a token is under these logits, and the most probable ones."""
+    """Work out how probable a token is under these logits, and which are the most probable."""
     logprobs_V = logits_V.log_softmax(dim=-1)
     top = logprobs_V.topk(min(alternatives, len(logprobs_V)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -143,7 +143,7 @@ def scored(logits_V: Tensor, token_id: int, alternatives: int) -> SampledToken:
 
 
 def chosen(token_id: Tensor) -> SampledToken:
-    """A token that the ranks have chosen, int64 []. Raises CqilError where they could not (-1)."""
+    """Take a token id, int64 [], that the ranks chose. Raises CqilError for -1, no choice."""
     if (choice := int(token_id)) < 0:
         raise CqilError(
             "some logits are NaN or infinite, so no token can be chosen: the model overflowed in "
@@ -153,7 +153,7 @@ def chosen(token_id: Tensor) -> SampledToken:
 
 
 def check_finite(logits_V: Tensor, what: str) -> None:
-    """Raises CqilError, saying for what the logits are, where one is NaN or infinite."""
+    """Raise CqilError if a logit is NaN or infinite; `what` says in the message whose they are."""
     low, high = torch.aminmax(logits_V)  # one pass; both are NaN if any logit is
     if not (math.isfinite(low) and math.isfinite(high)):
         count = int((~logits_V.isfinite()).sum())
@@ -165,7 +165,7 @@ def check_finite(logits_V: Tensor, what: str) -> None:
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: counter-based randomness."""
+    """Draw a number in [0, 1) that depends on (seed, position) alone: counter-based randomness."""
     counter = seed.to_bytes(8, signed=True) + position.to_bytes(8)
     return (int.from_bytes(blake2b(counter, digest_size=8).digest()) >> 12) / 2**52
 

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next step computes: continuous batching over KV slots.
+"""Decides which tokens of which sequences the next step computes: continuous batching.
 
 Knows sequences and their slots, nothing of text, tensors or ranks.
 """
@@ -24,7 +24,7 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """First come, first served, into the slots of a pool.
+    """Serves sequences in the order in which they come, in the slots of a pool.
 
     Every running sequence has tokens that its KV cache lacks: one when it decodes, many when its
     prompt is new. A step takes all the single ones, so that nobody who decodes waits, and up to
@@ -43,12 +43,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Number of sequences that wait for a slot."""
+        """The number of sequences that wait for a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Number of sequences that hold a slot."""
+        """The number of sequences that hold a slot."""
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
@@ -71,7 +71,7 @@ class Scheduler:
         return sequences
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step, or None when there is nothing to compute."""
+        """Choose the next step; None when there is nothing to compute."""
         while self._waiting and self._slots.free:
             self._slots.give(self._waiting[0])
             self._running.append(self._waiting.popleft())
@@ -89,7 +89,7 @@ class Scheduler:
 
 
 def _prefill_counts(sequences: list[Sequence], budget: int) -> Iterator[tuple[Sequence, int]]:
-    """How many of its tokens each of these, in order of arrival, computes in the next step."""
+    """Share out a step's prompt tokens among sequences, which are in order of arrival."""
     first, *others = sequences
     counts = {first: min(first.pending, (budget + 1) // 2)}
     for sequence in [*sorted(others, key=attrgetter("pending")), first]:
@@ -102,7 +102,7 @@ def _prefill_counts(sequences: list[Sequence], budget: int) -> Iterator[tuple[Se
 
 
 def _step(counts: dict[Sequence, int]) -> ScheduledStep:
-    """The step that computes so many tokens of these sequences, all of one plan."""
+    """Make the step that computes so many tokens of each sequence; all have one plan."""
     segments: list[Segment] = []
     token_ids: list[int] = []
     for sequence, count in counts.items():

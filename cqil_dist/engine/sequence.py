@@ -1,4 +1,4 @@
-"""A request as the steps see it: its tokens, and how many of them the KV cache holds.
+"""Holds what the steps need to know of a request: its tokens, and how many are in the KV cache.
 
 Knows token ids, positions and slots; nothing of text, sampling, streams or ranks.
 """
@@ -53,11 +53,11 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """How many of its tokens the KV cache lacks."""
+        """The number of its tokens that the KV cache lacks."""
         return len(self.token_ids) - self.computed
 
     def segment(self, count: int) -> Segment:
-        """The first `count` of its pending tokens, and the logits wanted after them."""
+        """Make a segment of the first `count` pending tokens, with the logits wanted after them."""
         assert self.slot is not None, "only sequences in a slot are computed"
         # Logits are wanted after the last token; where the prompt is scored, as soon as after the
         # token before the first unscored one.

@@ -1,4 +1,4 @@
-"""The KV slots, and what lies in each of them.
+"""Keeps account of the KV slots and of what lies in each of them.
 
 Knows sequences by their tokens alone; decides neither who runs nor in which order.
 """
@@ -29,7 +29,7 @@ class SlotPool:
 
     @property
     def free(self) -> int:
-        """Number of slots that no sequence holds."""
+        """The number of slots that no sequence holds."""
         return len(self._free)
 
     def give(self, sequence: Sequence) -> None:
@@ -41,7 +41,7 @@ class SlotPool:
         sequence.computed = 0
 
     def take_back(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence that has ended. What it computed stays there till reuse."""
+        """Free the slot of a sequence that has ended; what it computed lies there until reuse."""
         assert sequence.slot is not None, "it was given one"
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = None

@@ -12,7 +12,7 @@ class BearerKey:
         self._expected = key.encode()
 
     def admits(self, authorization: str | bytes) -> bool:
-        """Whether the value of a call's authorization header, "" if it has none, is right."""
+        """Check the value of a call's authorization header, which is "" if the call has none."""
         given = authorization.encode() if isinstance(authorization, str) else authorization
         scheme, _, key = given.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._expected)

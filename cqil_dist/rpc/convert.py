@@ -1,4 +1,4 @@
-"""Between the package's own values and the messages of the wire.
+"""Converts requests and their chunks between the package's own values and the wire's messages.
 
 Imports neither torch nor transformers, so that a client stays light.
 """
@@ -29,7 +29,7 @@ def request_to_wire(
     timeline: bool = False,
     **sampling: Any,
 ) -> pb.GenerateRequest:
-    """A request as `Client.generate` takes it.
+    """Convert the arguments of `Client.generate`.
 
     Raises:
         RequestError: the prompt is neither text, token ids nor chat messages, or a sampling value
@@ -62,7 +62,7 @@ def request_to_wire(
 def request_from_wire(
     wire: pb.GenerateRequest, plan_index: int, defaults: Mapping[str, Any]
 ) -> GenerationInput:
-    """A request as an engine takes it.
+    """Convert a request into what an engine takes.
 
     Args:
         plan_index: index of the plan that `wire.model` stands for.
@@ -102,13 +102,13 @@ def _message_to_wire(message: object) -> pb.ChatMessage:
 
 
 def sampling_to_wire(given: Mapping[str, Any]) -> pb.SamplingParams:
-    """Only what was given: the service fills in the rest. Raises RequestError for bad values."""
+    """Convert the values that were given; the service fills in the rest. Raises RequestError."""
     checked = SamplingParams.from_dict(given).to_dict()
     return pb.SamplingParams(**{name: checked[name] for name in given})
 
 
 def sampling_from_wire(wire: pb.SamplingParams) -> dict[str, Any]:
-    """What was given."""
+    """Read the values that were given, and no others."""
     return {
         field.name: list(value) if field.name in _LISTS else value
         for field, value in wire.ListFields()
@@ -116,6 +116,7 @@ def sampling_from_wire(wire: pb.SamplingParams) -> dict[str, Any]:
 
 
 def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
+    """Convert a chunk into a response of the stream."""
     return pb.GenerateResponse(
         text=chunk.text,
         token_ids=chunk.token_ids,
@@ -128,7 +129,11 @@ def chunk_to_wire(chunk: Chunk) -> pb.GenerateResponse:
 def chunk_from_wire(
     wire: pb.GenerateResponse, wants_logprobs: bool, wants_prompt_logprobs: bool
 ) -> Chunk:
-    """A list that is empty on the wire is empty where it was asked for, and None elsewhere."""
+    """Convert a response of the stream into a chunk.
+
+    The wire does not tell an empty list from none: lists that were asked for may be empty, others
+    are None.
+    """
     result = None
     if wire.HasField("completion"):
         result = _completion_from_wire(wire.completion, wants_logprobs, wants_prompt_logprobs)

@@ -1,4 +1,4 @@
-"""What a service offers and how it is doing, between our own values and the wire's messages."""
+"""Converts what a service offers, and how it is doing, to and from the wire's messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _STATE_CODES = {state: code for code, state in _STATES.items()}
 
 
 def models_to_wire(models: Iterable[ModelInfo]) -> pb.GetModelInfoResponse:
+    """Convert the models that a service offers, in its order."""
     return pb.GetModelInfoResponse(models=[_model_to_wire(model) for model in models])
 
 
 def models_from_wire(wire: pb.GetModelInfoResponse) -> tuple[ModelInfo, ...]:
+    """Read the models that a service offers, in its order."""
     return tuple(_model_from_wire(model) for model in wire.models)
 
 
@@ -50,6 +52,7 @@ def _model_from_wire(wire: pb.ModelInfo) -> ModelInfo:
 
 
 def status_to_wire(status: Status) -> pb.GetStatusResponse:
+    """Convert the status of an engine."""
     values = asdict(status) | {
         "ranks": [pb.RankStatus(**asdict(rank)) for rank in status.ranks],
         "state": _STATE_CODES[status.state],
@@ -59,6 +62,7 @@ def status_to_wire(status: Status) -> pb.GetStatusResponse:
 
 
 def status_from_wire(wire: pb.GetStatusResponse) -> Status:
+    """Read the status of an engine."""
     ranks = [
         RankStatus(**{field.name: getattr(rank, field.name) for field in fields(RankStatus)})
         for rank in wire.ranks

@@ -1,4 +1,4 @@
-"""Timelines between our own values and the wire's messages."""
+"""Converts timelines of steps to and from the wire's messages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from cqil_dist.timeline import RankTimeline, Span, SpanKind, StepTimeline
 
 
 def timeline_to_wire(timeline: StepTimeline) -> pb.StepTimeline:
+    """Convert the timeline of one step."""
     return pb.StepTimeline(
         step=timeline.step,
         step_tokens=timeline.step_tokens,
@@ -18,6 +19,7 @@ def timeline_to_wire(timeline: StepTimeline) -> pb.StepTimeline:
 
 
 def timeline_from_wire(wire: pb.StepTimeline) -> StepTimeline:
+    """Read the timeline of one step."""
     return StepTimeline(
         step=wire.step,
         step_tokens=wire.step_tokens,

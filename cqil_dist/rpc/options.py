@@ -1,4 +1,4 @@
-"""Options of gRPC connections, as both ends have them."""
+"""The options of gRPC connections, for servers and clients alike."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DIRECT = (("grpc.enable_http_proxy", 0),)
 
 
 OTHER_CALLS = 32
-"""Calls that a coordinator takes beside its requests: questions, and requests to be refused."""
+"""The calls a coordinator takes beside its requests: questions, and requests to be refused."""
 
 # Initial metadata of a call whose request has been let in: where it breaks, somebody was there.
 LET_IN = ("cqil-let-in", "1")
 
 
 def receiving_up_to(max_bytes: int) -> tuple[tuple[str, int], ...]:
-    """Bound on a message that is received."""
+    """Make the option that bounds the size of a received message."""
     return (("grpc.max_receive_message_length", max_bytes),)
 
 

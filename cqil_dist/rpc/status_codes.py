@@ -1,4 +1,4 @@
-"""Which gRPC status code stands for which of our errors, in both directions."""
+"""Maps the package's errors to gRPC status codes, and codes to errors."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _ERRORS = {code: error for error, code in _CODES.items()}
 
 
 def code_of(error: CqilError) -> grpc.StatusCode:
-    """INTERNAL for an error that is no answer to what was asked."""
+    """Get the code of an error; INTERNAL where the fault is not in what was asked."""
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
 def details_of(error: CqilError) -> str:
-    """An error's message, as far as a call's trailing metadata have room for it."""
+    """Cut an error's message to the length that a call's trailing metadata have room for."""
     return str(error)[:_MOST_CHARACTERS]
 
 
 def error_of(failed: Any, address: str) -> CqilError:
-    """What a failed call (a `grpc.RpcError`) to the service at `address` means."""
+    """Make the error for a failed call (a `grpc.RpcError`) to the service at `address`."""
     details = failed.details() or "no details"
     kind = _ERRORS.get(failed.code(), CqilError)
     if kind is RequestTimeout:
