@@ -47,7 +47,7 @@ def test_what_is_mounted_is_there_and_enough_to_install(name: str) -> None:
     mounts = load(name)["file_mounts"]
     ours = {source for source in mounts.values() if not source.startswith("~")}
     assert all((REPOSITORY / source).exists() for source in ours)
-    assert {"cqil_dist", "pyproject.toml", "README.md", "Makefile"} <= ours
+    assert {"cqil_dist", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= ours
 
 
 def cluster_spec(name: str) -> Any:
