@@ -1,4 +1,4 @@
-"""cqil_dist: low-latency generation by computing quasi-independent layers concurrently.
+"""Low-latency generation: quasi-independent layers of a language model are computed concurrently.
 
 import cqil_dist as cqil
 
@@ -12,82 +12,48 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cqil_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    CqilError,
+    ExchangeError,
+    InsufficientResources,
+    LaunchError,
+    ModelError,
+    ModelNotFound,
+    PeerLost,
+    PlanError,
+    ProtocolError,
+    QueueFull,
+    RankUnavailable,
+    RequestError,
+    RequestTimeout,
+    ServiceError,
+    ServiceUnavailable,
+    TextError,
+    Unauthenticated,
+    UnsupportedModel,
+)
+
 if TYPE_CHECKING:
     from cqil_dist.client import AsyncClient, Client
-    from cqil_dist.errors import (
-        CheckpointError,
-        ConfigError,
-        CqilError,
-        ExchangeError,
-        InsufficientResources,
-        LaunchError,
-        ModelError,
-        ModelNotFound,
-        PeerLost,
-        PlanError,
-        ProtocolError,
-        QueueFull,
-        RankUnavailable,
-        RequestError,
-        RequestTimeout,
-        ServiceError,
-        ServiceUnavailable,
-        TextError,
-        Unauthenticated,
-        UnsupportedModel,
-    )
     from cqil_dist.launching.config import LaunchConfig
     from cqil_dist.launching.running_engine import RunningEngine, launch
-    from cqil_dist.outputs import (
-        Chunk,
-        Completion,
-        Timings,
-        TokenLogprob,
-        Usage,
-    )
+    from cqil_dist.outputs import Chunk, Completion, Timings, TokenLogprob, Usage
     from cqil_dist.plan import Bypass, Group, Plan
     from cqil_dist.sampling_params import SamplingParams
     from cqil_dist.status import ModelInfo, RankStatus, Recovery, Status
 
-# Where each public name lives. They are imported when first used: ranks need neither Ray's driver
-# side nor transformers, and a client needs no torch.
+# The modules of the other public names, which are imported when a name is first used: ranks need
+# neither Ray's driver side nor transformers, and a client needs no torch.
 _HOMES = {
-    "cqil_dist.launching.running_engine": ("RunningEngine", "launch"),
-    "cqil_dist.errors": (
-        "CheckpointError",
-        "ConfigError",
-        "ConfigError",
-        "CqilError",
-        "ExchangeError",
-        "InsufficientResources",
-        "LaunchError",
-        "ModelError",
-        "ModelNotFound",
-        "PeerLost",
-        "PlanError",
-        "ProtocolError",
-        "QueueFull",
-        "RankUnavailable",
-        "RequestError",
-        "RequestTimeout",
-        "ServiceError",
-        "ServiceUnavailable",
-        "TextError",
-        "Unauthenticated",
-        "UnsupportedModel",
-    ),
-    "cqil_dist.outputs": (
-        "Chunk",
-        "Completion",
-        "Timings",
-        "TokenLogprob",
-        "Usage",
-    ),
-    "cqil_dist.status": ("ModelInfo", "RankStatus", "Recovery", "Status"),
     "cqil_dist.client": ("AsyncClient", "Client"),
-    "cqil_dist.plan": ("Bypass", "Group", "Plan"),
     "cqil_dist.launching.config": ("LaunchConfig",),
+    "cqil_dist.launching.running_engine": ("RunningEngine", "launch"),
+    "cqil_dist.outputs": ("Chunk", "Completion", "Timings", "TokenLogprob", "Usage"),
+    "cqil_dist.plan": ("Bypass", "Group", "Plan"),
     "cqil_dist.sampling_params": ("SamplingParams",),
+    "cqil_dist.status": ("ModelInfo", "RankStatus", "Recovery", "Status"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -148,4 +114,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})
