@@ -1,22 +1,22 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises on purpose.
 
 CqilError
 ├── PlanError          a plan that is malformed or does not fit the model
 ├── ModelError         anything about the model's files
-│   ├── ModelNotFound      no such name, directory, file or hub id; or not served
+│   ├── ModelNotFound      no such name, directory, file or hub id; or no such served model
 │   ├── UnsupportedModel   a structure this runtime does not compute
 │   └── CheckpointError    a tensor or file that is missing, misshapen or damaged
 ├── ConfigError        a setting, a device or an output folder that cannot be used
-├── TextError          text or a task to measure with that cannot be used
+├── TextError          a text or a task for measuring cannot be used
 ├── RequestError       one request's prompt or sampling values are wrong; others go on
-├── ServiceError       a service that was asked does not answer the request
+├── ServiceError       a service does not answer a request, through no fault in its values
 │   ├── QueueFull           too many requests wait already
 │   ├── RequestTimeout      the request's deadline has passed
 │   ├── Unauthenticated     the key is missing or wrong
 │   └── ServiceUnavailable  nobody answers, or the service is ending
 ├── LaunchError        the cluster or its actors could not be brought up
 │   └── InsufficientResources   asked for more than the cluster has
-├── RankUnavailable    ranks could not come together in time; the engine has given up
+├── RankUnavailable    the ranks could not be assembled in time; the engine has given up
 └── ExchangeError      the data plane between ranks
     ├── ProtocolError      a peer sent something that is not what the plan expects next
     └── PeerLost           a peer closed its socket or missed the deadline
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 
 class CqilError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class PlanError(CqilError, ValueError):
@@ -36,11 +36,11 @@ class PlanError(CqilError, ValueError):
 
 
 class ModelError(CqilError):
-    """The model's files are absent, unreadable or of an unknown kind."""
+    """A model's files are absent, unreadable or of an unsupported kind."""
 
 
 class ModelNotFound(ModelError):
-    """No model under this name, path or hub id; or none that a service has under it."""
+    """There is no model under this name, path or hub id, or the service has none of that name."""
 
 
 class UnsupportedModel(ModelError):
@@ -48,27 +48,27 @@ class UnsupportedModel(ModelError):
 
 
 class CheckpointError(ModelError):
-    """A tensor or a file of the checkpoint is missing, misshapen or damaged."""
+    """A tensor or a file of a checkpoint is missing, misshapen or damaged."""
 
 
 class ConfigError(CqilError, ValueError):
-    """How to measure or train, where to compute or where to write to cannot be as asked."""
+    """A setting of a measurement or a training, a device, or an output folder cannot be used."""
 
 
 class TextError(CqilError, ValueError):
-    """Text, or an evaluation task, cannot be used: unreadable, too short, or of another form."""
+    """A text or an evaluation task cannot be used: it is unreadable, too short or malformed."""
 
 
 class RequestError(CqilError, ValueError):
-    """A request cannot be served as asked; no other request is touched."""
+    """A request cannot be served as asked; other requests are not affected."""
 
 
 class ServiceError(CqilError):
-    """A service that was asked does not answer the request, through no fault in its values."""
+    """A service does not answer a request, through no fault in the request's values."""
 
 
 class QueueFull(ServiceError):
-    """As many requests wait as may, and later there is room; or one is larger than any may be."""
+    """As many requests wait as may (try again later), or a message is larger than may be sent."""
 
 
 class RequestTimeout(ServiceError):
@@ -76,34 +76,34 @@ class RequestTimeout(ServiceError):
 
 
 class Unauthenticated(ServiceError):
-    """The service's key is missing, or another."""
+    """The service's API key is missing or wrong."""
 
 
 class ServiceUnavailable(ServiceError):
-    """Nobody answers, or the service is ending."""
+    """No service answers, or the one that does is ending."""
 
 
 class LaunchError(CqilError):
-    """The cluster or its actors could not be brought up (or died since)."""
+    """The cluster or its actors could not be started, or have died since."""
 
 
 class InsufficientResources(LaunchError):
-    """The cluster does not have, or does not free in time, what was asked for."""
+    """The cluster has less than what was asked for, or did not free it in time."""
 
 
 class RankUnavailable(CqilError):
-    """Ranks could not come together in time: at launch, or because a lost one was not replaced.
+    """The ranks could not be assembled and connected in time: at launch, or after a loss.
 
-    The message names the rank and, where it is known, its node.
+    Where no actor was found for a rank, the message names the rank and the node it was on.
     """
 
 
 class ExchangeError(CqilError):
-    """The data plane between ranks failed."""
+    """The data plane between ranks has failed."""
 
 
 class ProtocolError(ExchangeError):
-    """A peer sent something other than what the protocol allows next."""
+    """A peer sent something other than what the protocol expects next."""
 
 
 class PeerLost(ExchangeError):
@@ -112,6 +112,7 @@ class PeerLost(ExchangeError):
     Attributes:
         peer: rank of the lost peer (-1 is the coordinator).
         address: "host:port" of the peer as this rank knew it.
+        reason: how the loss was noticed.
     """
 
     def __init__(self, peer: int, address: str, reason: str) -> None:

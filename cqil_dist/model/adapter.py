@@ -1,11 +1,11 @@
-"""LoRA adapters in peft's format, read part by part: what a rank merges into its own tensors.
+"""LoRA adapters (arXiv 2106.09685) in peft's format, read in the parts that a rank needs.
 
-    adapter_config.json         rank, alpha, target modules
-    adapter_model.safetensors   lora_A [r, in] and lora_B [out, r] of each
-    plan.json                   the plan that it was made for
+    adapter_config.json         rank r, alpha, target modules
+    adapter_model.safetensors   lora_A [r, in] and lora_B [out, r] of each module
+    plan.json                   the plan that the adapter was made for
 
-W' = W + (alpha / r) B A. Knows peft's files, nothing of ranks or training; peft itself is needed
-where adapters are trained.
+An adapter changes a weight W into W + (alpha / r) B A. This module knows peft's files and nothing
+of training or of the ranks of a run; peft itself is needed only where adapters are trained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLAN = "plan.json"
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-# What else peft can add to a model; each would change what is computed.
+# Fields of other features of peft, and their neutral values; each would change what is computed.
 _UNSUPPORTED = {
     "bias": "none",
     "use_dora": False,
@@ -53,17 +53,17 @@ _UNSUPPORTED = {
     "target_parameters": None,
 }
 
-# Ways to begin training that leave the base model as it is.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Values of `init_lora_weights` with which training leaves the base model as it is.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The change B A of one weight matrix.
+    """The change B A of one weight matrix [out, in], as two factors of rank r.
 
     Attributes:
-        a_RI: [r, in].
-        b_OR: [out, r].
+        a_RI: the factor A, [r, in].
+        b_OR: the factor B, [out, r], with the scale alpha / r multiplied in.
     """
 
     a_RI: Tensor
@@ -71,15 +71,16 @@ class Lora:
 
     @property
     def rank(self) -> int:
+        """The number r of rows of A and of columns of B."""
         return self.a_RI.shape[0]
 
 
 class Adapter:
-    """The adapter in a directory.
+    """An adapter in a directory, whose factors are read from its file when they are asked for.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        UnsupportedModel: it is not LoRA alone.
+        UnsupportedModel: the adapter is something other than plain LoRA.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +93,7 @@ class Adapter:
 
     @property
     def plan(self) -> dict[str, Any] | None:
-        """The plan that it was made for, as `Plan.parse` takes it; None where it has none."""
+        """What plan.json holds, for `Plan.parse`; None without the file. Raises CheckpointError."""
         try:
             plan: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -103,18 +104,18 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Of its weights and how they are scaled."""
+        """The hex SHA-256 of the weights file and the config together."""
         content = self._file.read_bytes() + (self.path / CONFIG).read_bytes()
         return hashlib.sha256(content).hexdigest()
 
     @classmethod
     def made_for(cls, path: Path, config: ModelConfig, plan: Plan) -> Self:
-        """The adapter in a directory, if it is for this model and plan.
+        """The adapter in a directory, checked to fit a model and a plan.
 
         Raises:
             CheckpointError: a file is missing or damaged, or is for a model of another shape.
-            PlanError: it was made for another plan.
-            UnsupportedModel: it is not LoRA alone.
+            PlanError: the adapter was made for another plan.
+            UnsupportedModel: the adapter is something other than plain LoRA.
         """
         adapter = cls(path)
         adapter.check(config)
@@ -122,7 +123,7 @@ class Adapter:
         return adapter
 
     def check(self, config: ModelConfig) -> None:
-        """Raises CheckpointError where it was made for a model of another shape."""
+        """Raise CheckpointError if the adapter was made for a model of another shape."""
         shapes = config.projection_shapes
         for module, parts in self._modules.items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
@@ -140,7 +141,7 @@ class Adapter:
                 )
 
     def check_plan(self, plan: Plan) -> None:
-        """Raises PlanError where it was made for another plan."""
+        """Raise PlanError if the adapter was made for another plan; one without a plan fits all."""
         if (own := self.plan) is not None and (
             made_for := Plan.parse(own, plan.num_layers)
         ) != plan:
@@ -152,9 +153,9 @@ class Adapter:
     def delta(
         self, name: str, rows: range | None = None, columns: range | None = None
     ) -> Tensor | None:
-        """What it adds to a tensor, or to the part of it in `rows` or `columns`, in float32.
+        """The change of a tensor [out, in], or of its part in `rows` or `columns`, in float32.
 
-        None where it leaves the tensor as it is.
+        None if the adapter leaves the tensor as it is. Raises CheckpointError for a damaged file.
         """
         module = name.removesuffix(".weight")
         if module not in self._modules:
@@ -163,7 +164,7 @@ class Adapter:
         return lora.b_OR @ lora.a_RI
 
     def loras(self) -> dict[str, Lora]:
-        """All of it, by module; scales are in B."""
+        """The factors of every module that the adapter changes, by module name, in float32."""
         return {module: self._lora(module, None, None) for module in self._modules}
 
     def _lora(self, module: str, rows: range | None, columns: range | None) -> Lora:
@@ -202,10 +203,11 @@ class Adapter:
 
 
 def require_adapter_folder(path: Path) -> None:
-    """Make a folder to write an adapter to.
+    """Make the folder that an adapter is to be written to.
 
     Raises:
-        ConfigError: it cannot be written to, or holds another plan, which would be lost.
+        ConfigError: the folder cannot be written to, or holds a plan.json that is no adapter's and
+            would be lost.
     """
     require_folder(path)
     if (path / PLAN).is_file() and not (path / CONFIG).is_file():
@@ -218,14 +220,15 @@ def require_adapter_folder(path: Path) -> None:
 def write_adapter(
     path: Path, loras: Mapping[str, Lora], base_model: str, plan: Mapping[str, Any]
 ) -> None:
-    """Write an adapter for peft and for `Adapter`.
+    """Write an adapter in a form that peft and `Adapter` read.
 
     Args:
-        path: a folder; the weights come last, and whole.
-        loras: by module, as "model.layers.3.mlp.down_proj".
-        plan: that it is for, in the form `Plan.parse` reads.
+        path: the folder to write to; the weights are written last, and whole.
+        loras: the factors by module name, such as "model.layers.3.mlp.down_proj".
+        base_model: the name of the model that the adapter is for, for peft.
+        plan: the plan that the adapter is for, in the form that `Plan.parse` reads.
     """
-    # What is interrupted from here on reads as an adapter without weights, never as another one.
+    # If writing is interrupted from here on, the adapter lacks its weights and is refused.
     (path / WEIGHTS).unlink(missing_ok=True)
     ranks = {module: lora.rank for module, lora in loras.items()}
     usual = mode(ranks.values())
@@ -247,7 +250,7 @@ def write_adapter(
         with whole_file(path / name) as file:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors = {
-        f"{_PREFIX}{module}.lora_{part}.weight": factor.contiguous().clone()  # none may be shared
+        f"{_PREFIX}{module}.lora_{part}.weight": factor.contiguous().clone()  # shares no memory
         for module, lora in loras.items()
         for part, factor in (("A", lora.a_RI), ("B", lora.b_OR))
     }
@@ -267,7 +270,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / CONFIG} is not an adapter's config: {error!r}") from error
     if kind != "LORA":
         raise UnsupportedModel(f"the adapter in {path} is of type {kind}; only LORA can be merged")
-    if (start := config.get("init_lora_weights")) not in _STARTS:
+    if (start := config.get("init_lora_weights")) not in _INITIALISATIONS:
         raise UnsupportedModel(
             f"the adapter in {path} has init_lora_weights = {start!r}, which changes the base "
             "model too; convert it to plain LoRA (peft: path_initial_model_for_weight_conversion)"
@@ -282,7 +285,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str) -> float | None:
-    """A module's own value, as peft matches names."""
+    """The value of the first pattern that matches a module's name, by peft's rule of matching."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

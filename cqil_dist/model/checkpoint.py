@@ -1,7 +1,7 @@
-"""Lazy reading of safetensors checkpoints: only the tensors, and the rows, that are asked for.
+"""Lazy reading of safetensors checkpoints: only the tensors, rows and columns that are asked for.
 
-Knows Hugging Face's file layout and Llama-style tensor names, nothing of ranks. Every damaged,
-missing or misshapen tensor is reported by name.
+This module knows Hugging Face's file layout and Llama's tensor names, and nothing of ranks. Every
+damaged, missing or misshapen tensor is reported by name.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ HEAD = "lm_head.weight"
 
 
 def layer_tensor(layer: int, part: str) -> str:
-    """Name of a layer's tensor, as in `model.layers.3.self_attn.q_proj.weight`."""
+    """The full name of a layer's tensor, such as `model.layers.3.self_attn.q_proj.weight`."""
     return f"model.layers.{layer}.{part}"
 
 
 class Checkpoint:
-    """The safetensors files of a model directory.
+    """The safetensors files of a model directory, with an adapter merged into what is read.
 
     Args:
-        adapter: changes that every tensor is read with.
+        path: the model directory.
+        adapter: a LoRA adapter, whose changes are added to the tensors as they are read.
 
     Raises:
-        CheckpointError: no safetensors file, an unreadable index, or a shard that is missing.
+        CheckpointError: there is no safetensors file, one is missing, or one cannot be read.
     """
 
     def __init__(self, path: Path, adapter: Adapter | None = None) -> None:
@@ -48,16 +49,16 @@ class Checkpoint:
 
     @contextmanager
     def open(self) -> Iterator[SafetensorsReader]:
-        """A reader whose memory maps are released at the end of the block.
+        """A reader of tensors, whose memory maps are released at the end of the block.
 
-        Pages of a mapped file count as the process's memory, so a caller that reads layer by
-        layer opens the checkpoint once per layer and peaks at one layer.
+        Pages of a mapped file count as the process's memory. A caller that reads layer by layer
+        should open the checkpoint once for each, to hold the pages of one layer at most.
         """
         with ExitStack() as stack:
             yield SafetensorsReader(self, stack)
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor. Raises CheckpointError if none does."""
+        """The path of the file that holds a tensor. Raises CheckpointError if none does."""
         try:
             return self._files[name]
         except KeyError:
@@ -68,7 +69,7 @@ class Checkpoint:
 
 
 class SafetensorsReader:
-    """A `TensorReader` of safetensors files while they are open; made by `Checkpoint.open`."""
+    """The `TensorReader` of a checkpoint's files, valid within the block of `Checkpoint.open`."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
         self._checkpoint = checkpoint
@@ -82,16 +83,18 @@ class SafetensorsReader:
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor:
-        """One tensor, or the part of it in `rows` or in `columns`, in the checkpoint's own dtype.
-
-        In float32 where an adapter changes it.
+        """One tensor, or the part of it in `rows` or else in `columns`.
 
         Args:
-            name: full tensor name.
-            shape: the whole tensor's expected shape.
+            name: the tensor's full name.
+            shape: the expected shape of the whole tensor.
+
+        Returns:
+            The tensor in the checkpoint's own dtype, or in float32 if the adapter changes it.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape, or cannot be read.
+            CheckpointError: the tensor is missing, cannot be read, has another shape, or does not
+                hold floating-point numbers of 16 bits or more.
         """
         path = self._checkpoint.file_of(name)
         try:
