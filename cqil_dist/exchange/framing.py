@@ -1,9 +1,9 @@
-"""One frame on a connection: lengths, a msgpack header, a tensor's raw bytes.
+"""The format of a frame on a connection: two lengths, a msgpack header, and a tensor's raw bytes.
 
     u32 header length | u32 payload length | header | payload        (little-endian throughout)
 
-Nothing is pickled, so no bytes a peer can send run code here. This module knows bytes and tensors;
-it knows nothing of sockets, of ranks, or of what a header means.
+Nothing is pickled, so no bytes that a peer sends can run code here. This module knows bytes and
+tensors; it knows nothing of sockets, of ranks, or of what a header means.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 2**32 - 1
 MAX_DIMS = 8
 
-# What a dtype is called on the wire. A code is never reused for another dtype.
+# The codes of dtypes on the wire. A code is never reused for another dtype.
 _DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 3: torch.int64}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The wire code of a dtype. Raises ExchangeError for one that frames do not carry."""
+    """The code of a dtype on the wire. Raises ExchangeError for one that frames do not carry."""
     if dtype not in _CODES:
         carried = ", ".join(str(known) for known in _CODES)
         raise ExchangeError(f"frames do not carry {dtype}; convert the tensor to one of {carried}")
@@ -38,7 +38,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def dtype_from_code(code: object) -> torch.dtype:
-    """The dtype of a wire code. Raises ProtocolError for an unknown one."""
+    """The dtype that a code on the wire stands for. Raises ProtocolError for an unknown code."""
     if type(code) is not int or code not in _DTYPES:
         raise ProtocolError(f"dtype code {code!r} is unknown; known codes: {sorted(_DTYPES)}")
     return _DTYPES[code]
@@ -47,12 +47,12 @@ def dtype_from_code(code: object) -> torch.dtype:
 def encode_head(
     header: object, payload_bytes: int = 0, max_payload_bytes: int = MAX_PAYLOAD_BYTES
 ) -> bytes:
-    """Everything of a frame that precedes its payload.
+    """The part of a frame that precedes its payload.
 
     Args:
-        header: anything msgpack encodes.
+        header: any value that msgpack encodes.
         payload_bytes: length of the payload that follows.
-        max_payload_bytes: the bound that the receiver will apply.
+        max_payload_bytes: the bound on payloads that the receiver will apply.
 
     Raises:
         ExchangeError: the header or the payload is over its bound.
@@ -75,10 +75,10 @@ def encode_head(
 def decode_prefix(
     data: bytes | bytearray | memoryview, max_payload_bytes: int = MAX_PAYLOAD_BYTES
 ) -> tuple[int, int]:
-    """Header and payload length from the first 8 bytes of a frame, before either is read.
+    """The lengths of a frame's header and payload, from the first 8 bytes of the frame.
 
     Raises:
-        ProtocolError: fewer than 8 bytes, or a length over its bound.
+        ProtocolError: there are fewer than 8 bytes, or a length is over its bound.
     """
     if len(data) < PREFIX.size:
         raise ProtocolError(f"a frame starts with {PREFIX.size} bytes of lengths, not {len(data)}")
@@ -95,13 +95,13 @@ def decode_prefix(
 
 
 def decode_header(data: bytes | bytearray | memoryview) -> Any:
-    """The header in exactly these bytes: plain values, lists, and dicts with string keys.
+    """The header that these bytes encode: plain values, lists, and dicts with string keys.
 
     Raises:
-        ProtocolError: not one whole msgpack value, or one with an extension type.
+        ProtocolError: the bytes are not exactly one msgpack value, or it has an extension type.
     """
     try:
-        # Lengths inside the header are bounded by len(data), nesting by msgpack itself.
+        # Lengths inside the header are bounded by len(data), and its nesting by msgpack itself.
         return msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_refuse_extension)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"a frame header is not valid msgpack: {error!r}") from error
@@ -112,17 +112,21 @@ def _refuse_extension(code: int, data: bytes) -> object:
 
 
 def describe_tensor(tensor: Tensor) -> list[int]:
-    """The header entry [dtype code, *shape] that `decode_tensor_entry` reads back."""
+    """The header entry [dtype code, *shape] of a tensor, which `decode_tensor_entry` reads.
+
+    Raises:
+        ExchangeError: frames do not carry the tensor's dtype, or so many dimensions.
+    """
     if tensor.dim() > MAX_DIMS:
         raise ExchangeError(f"frames carry tensors of {MAX_DIMS} dimensions, not {tensor.dim()}")
     return [dtype_code(tensor.dtype), *tensor.shape]
 
 
 def decode_tensor_entry(entry: object, payload_bytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Dtype and shape of a payload from the header entry [dtype code, *shape].
+    """The dtype and shape of a payload, from its header entry [dtype code, *shape].
 
     Raises:
-        ProtocolError: a malformed entry, or one that does not describe `payload_bytes` bytes.
+        ProtocolError: the entry is malformed, or does not describe `payload_bytes` bytes.
     """
     if not isinstance(entry, list) or not 1 <= len(entry) <= 1 + MAX_DIMS:
         raise ProtocolError(
@@ -141,14 +145,14 @@ def decode_tensor_entry(entry: object, payload_bytes: int) -> tuple[torch.dtype,
 
 
 def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes in a contiguous tensor."""
+    """The number of bytes of a contiguous tensor of this dtype and shape."""
     return math.prod(shape) * dtype.itemsize
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor without grad, as writable bytes, without a copy."""
+    """The memory of a contiguous CPU tensor without grad, as writable bytes that are not copied."""
     if not tensor.numel():
-        return memoryview(bytearray())  # what has no elements cannot be cast
+        return memoryview(bytearray())  # an array without elements cannot be cast
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.int16)  # numpy has no bfloat16
     return tensor.numpy().data.cast("B")

@@ -1,16 +1,16 @@
-"""Who is at the other end: mutual proof of a launch's secret, before anything else is read.
+"""The handshake of a connection, in which both ends prove that they know the launch's secret.
 
     acceptor  -> connector   greeting: magic, protocol version, nonce
     connector -> acceptor    answer: its rank, the epoch, a nonce, HMAC("connector", all the above)
     acceptor  -> connector   proof: HMAC("acceptor", all the above)
 
-Every message has a fixed size, so that an unauthenticated peer chooses no length. The role in
-each HMAC keeps one end's proof from being played back to it as the other's, and the nonces keep
-an old conversation from being replayed. Later bytes are neither signed nor encrypted: ranks talk
-over a network that is trusted to deliver, not over one that anybody may join.
+The HMACs are of RFC 2104, over SHA-256. Every message has a fixed size, so that an unauthenticated
+peer chooses no length. The role in each HMAC keeps one end's proof from being played back to it as
+the other's, and the nonces keep an old conversation from being replayed. Later bytes are neither
+signed nor encrypted: the network between ranks must be one that outsiders cannot join.
 
-The same exchange opens rank-to-rank and coordinator-to-rank connections (the coordinator is
-rank -1). This module knows nothing of listening, connecting, or what is sent afterwards.
+Connections between ranks and those from the coordinator to ranks begin with the same handshake (the
+coordinator is rank -1). This module knows nothing of listening, connecting, or what is sent later.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ANSWER_BYTES = _CLAIM.size + _PROOF_BYTES
 class Acceptor:
     """The accepting end of one handshake, as bytes in and bytes out.
 
-    Send `greeting`, read ANSWER_BYTES bytes, and send what `verify` returns. It does no reading
-    of its own so that one loop can serve many pending connections.
+    The caller sends `greeting`, reads ANSWER_BYTES bytes, passes them to `verify`, and sends the
+    proof that it returns. One loop can serve many pending connections in this way.
     """
 
     def __init__(self, secret: bytes, epoch: int, address: str) -> None:
@@ -49,10 +49,10 @@ class Acceptor:
         self.greeting = _GREETING.pack(_MAGIC, _VERSION, secrets.token_bytes(_NONCE_BYTES))
 
     def verify(self, answer: bytes) -> tuple[int, bytes]:
-        """The connector's rank, and the proof to send it.
+        """The connector's rank, and the proof to send to it.
 
         Raises:
-            ProtocolError: the connector does not hold the secret, or belongs to another epoch.
+            ProtocolError: the connector does not know the secret, or belongs to another epoch.
         """
         claim, proof = answer[: _CLAIM.size], answer[_CLAIM.size :]
         if not hmac.compare_digest(proof, _prove(self._secret, b"connector", self.greeting, claim)):
@@ -72,17 +72,19 @@ class Acceptor:
 def introduce(
     sock: socket.socket, secret: bytes, rank: int, epoch: int, address: str, deadline_s: float
 ) -> None:
-    """The connecting end, on a blocking socket: prove who we are, and that the acceptor is ours.
+    """Do the connecting end's part of a handshake: prove the secret, and check the other's proof.
 
     Args:
-        sock: connected to the acceptor; closed if the handshake fails.
+        sock: a blocking socket connected to the acceptor; closed if the handshake fails.
+        secret: the launch's secret, SECRET_BYTES long.
         rank: this end's rank.
+        epoch: the epoch that this end belongs to.
         address: the acceptor's "host:port", for messages.
         deadline_s: seconds for the whole handshake.
 
     Raises:
-        ProtocolError: the acceptor speaks another protocol, does not hold the secret, refused us,
-            or missed the deadline.
+        ProtocolError: the acceptor speaks another protocol, does not know the secret, refused this
+            end, or missed the deadline.
     """
     try:
         deadline = time.monotonic() + deadline_s

@@ -1,6 +1,6 @@
 """Messages between the coordinator and one rank, over one authenticated connection.
 
-A message is a dict of plain values and at most one tensor. This module knows nothing of what the
+A message is a dict of plain values, and one tensor or none. This module knows nothing of what the
 messages mean.
 """
 
@@ -22,7 +22,7 @@ from cqil_dist.exchange import framing
 from cqil_dist.exchange.sockets import prepare, unsent, wait_ready
 
 PAYLOAD_KEY = "payload"
-"""Header entry [dtype code, *shape] that `Link` itself writes and reads."""
+"""The key of the header entry [dtype code, *shape] that `Link` itself writes and reads."""
 
 Message = tuple[dict[str, Any], Tensor | None]
 
@@ -30,7 +30,7 @@ _CLOSED_HERE = "this end closed the connection"
 
 
 class Link:
-    """One connection that carries whole messages in both directions.
+    """A connection that carries whole messages in both directions.
 
     One thread may send while another receives; `close` may come from any thread.
     """
@@ -46,11 +46,11 @@ class Link:
         """Take over an authenticated connection.
 
         Args:
-            sock: closed by `close`.
+            sock: the connection's socket, which `close` closes.
             peer: rank at the other end (-1 is the coordinator).
-            address: "host:port" of the other end, for messages.
-            max_bytes: bound on a tensor in either direction.
-            send_deadline_s: seconds a send may wait for the peer to make room.
+            address: "host:port" of the other end, for errors' messages.
+            max_bytes: most bytes of a tensor in either direction.
+            send_deadline_s: seconds that a send may wait for the peer to make room.
         """
         prepare(sock)
         self.peer = peer
@@ -60,21 +60,21 @@ class Link:
         self._send_deadline_s = send_deadline_s
         self._inbox = _Inbox(max_bytes)
         self._closed = False
-        # Held while the socket is in use, so that its descriptor is not closed and given to
-        # another file meanwhile.
+        # Held while the socket is in use: if it were closed meanwhile, the same descriptor could
+        # already belong to another file.
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
 
     def send(self, header: Mapping[str, Any], payload: Tensor | None = None) -> None:
-        """Send one message and return when the kernel has all of it.
+        """Send one message, and return when the kernel has all of it.
 
         Args:
-            header: plain values under string keys; the key "payload" is taken.
+            header: plain values under string keys other than "payload".
             payload: a contiguous CPU tensor.
 
         Raises:
             PeerLost: the connection is closed, or the peer made no room before the deadline.
-            ExchangeError: the message is over a bound, or the header uses the reserved key.
+            ExchangeError: the message is over a bound, or the header has the key "payload".
         """
         if PAYLOAD_KEY in header:
             raise ExchangeError(f"header key {PAYLOAD_KEY!r} is taken; name the entry otherwise")
@@ -95,30 +95,30 @@ class Link:
         """Wait for the next message.
 
         Args:
-            timeout: seconds; None waits for ever.
+            timeout: seconds to wait; None waits for ever.
 
         Raises:
             PeerLost: the connection is closed, or no whole message came within `timeout`. After
-                a timeout the link is still good: a later receive takes up where this one left.
-            ProtocolError: what came is no message.
+                a timeout the link is still good: the next receive goes on with the same message.
+            ProtocolError: the bytes that came are no message.
         """
         return recv_each([self], timeout)[0]
 
     def check(self) -> None:
-        """Raises PeerLost if the connection is closed, at either end. Does not wait or read."""
+        """Raise PeerLost if either end has closed the connection, without waiting or reading."""
         if self._closed:
             raise self._lost(_CLOSED_HERE)
         if wait_ready({self._sock: select.POLLRDHUP}, deadline=0):
             raise self._lost("it closed the connection")
 
     def close(self) -> None:
-        """Close the connection and wake a blocked send or receive, which raises PeerLost."""
+        """Close the connection, and wake a blocked send or receive, which then raises PeerLost."""
         self.shut_down()
         with self._sending, self._receiving:
             self._sock.close()
 
     def shut_down(self) -> None:
-        """As `close`, but what waits keeps the connection until it has been woken."""
+        """Do as `close`, but leave the socket open for a send or receive that has yet to return."""
         self._closed = True
         with contextlib.suppress(OSError):  # not connected any more
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -139,7 +139,7 @@ class Link:
             raise self._lost(f"sending failed: {error}") from error
 
     def _try_receive(self) -> Message | None:
-        """The next message if all of it has come; never waits. The caller holds `_receiving`."""
+        """The next message if all of it has come. The caller holds the lock `_receiving`."""
         try:
             while not self._closed:
                 if message := self._inbox.take():
@@ -160,19 +160,19 @@ class Link:
 
 
 def recv_each(links: Sequence[Link], timeout: float | None) -> list[Message]:
-    """Wait for one message from every link, all at once.
+    """Wait until one message has come from every link.
 
     Args:
-        links: each at most once.
-        timeout: seconds for all of them together; None waits for ever.
+        links: the links to receive from, each at most once.
+        timeout: seconds to wait for all messages together; None waits for ever.
 
     Returns:
         The messages in the order of `links`.
 
     Raises:
-        PeerLost: at once when a link that still owes its message closes, or at the timeout,
-            naming the first that owes one. Messages that had already come are dropped.
-        ProtocolError: a link brought something that is no message.
+        PeerLost: a link whose message had not come was closed, or not all messages came within
+            `timeout`; the error names one such link. Messages that had come are dropped.
+        ProtocolError: the bytes that came on a link are no message.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     messages: dict[Link, Message] = {}
@@ -192,10 +192,10 @@ def recv_each(links: Sequence[Link], timeout: float | None) -> list[Message]:
 
 
 class _Inbox:
-    """Bytes of the message that is coming in, and perhaps the start of the next.
+    """The bytes that have come of the next message, and perhaps of the one after it.
 
-    Prefix and header go through a small buffer, with as much of the payload as comes in the same
-    read; the rest of a long payload goes straight to its tensor.
+    Prefix and header go through a small buffer, along with the part of the payload that comes in
+    the same read; the rest of a long payload is received straight into its tensor.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -1,7 +1,7 @@
-"""Opening authenticated connections: one end listens, the other connects.
+"""The opening of authenticated connections, for which one end listens and the other connects.
 
-A connection leaves this module as a plain socket whose other end has proved the launch's secret
-and told its rank. What is sent over it is none of this module's business.
+A connection leaves this module as a plain socket, whose other end has proved the launch's secret
+and told its rank. This module knows nothing of what is sent over it then.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from cqil_dist.exchange.handshake import ANSWER_BYTES, Acceptor, introduce
 from cqil_dist.exchange.sockets import format_address, prepare
 
 _BACKLOG = 128  # connections that the kernel holds until they are accepted
-# Strangers get this long to answer, and this many of them may be pending: the oldest makes way.
+# The time for a handshake, and how many may be pending: the oldest is closed to make room.
 _HANDSHAKE_S = 5.0
 _MAX_PENDING = 128
 
 
 class Listener:
-    """Accepts the ranks of one epoch of one launch on a port of its own."""
+    """A port at `address` ("host:port") to which the ranks of one epoch of a launch connect."""
 
     def __init__(self, host: str, secret: bytes, epoch: int) -> None:
         """Listen on a free port of `host`: an address or name of this node, never all of them.
 
         Raises:
             ExchangeError: `host` means every interface.
-            OSError: `host` is not an address of this node, or no port can be had.
+            OSError: `host` is not an address of this node, or no port is free.
         """
         try:
             # An empty name would mean every interface too.
@@ -54,15 +54,14 @@ class Listener:
     def accept_peers(self, expected: set[int], deadline_s: float) -> dict[int, socket.socket]:
         """Wait until each expected rank has connected once.
 
-        Connections that do not prove the secret, claim another epoch, or claim a rank that is not
-        expected are dropped; they neither fail nor delay the others.
+        Connections that do not prove the secret, or that claim another epoch or a rank that is not
+        expected, are closed; the others are neither disturbed nor delayed by them.
 
         Returns:
             A non-blocking socket for each expected rank.
 
         Raises:
-            PeerLost: naming the lowest rank that did not connect in `deadline_s` seconds. No
-                connection is left open.
+            PeerLost: some ranks did not connect within `deadline_s`; no connection is left open.
         """
         deadline = time.monotonic() + deadline_s
         joined: dict[int, socket.socket] = {}
@@ -89,7 +88,7 @@ class Listener:
         return joined
 
     def close(self) -> None:
-        """Stop listening. Connections already accepted stay open."""
+        """Stop listening; connections that were accepted stay open."""
         self._sock.close()
 
     def __enter__(self) -> Self:
@@ -100,9 +99,9 @@ class Listener:
 
 
 class _Pending:
-    """Connections that have not proved themselves yet, all served by one loop.
+    """The connections whose handshake is not complete, all served by one loop.
 
-    A greeting and an answer are far smaller than a socket's buffer, so neither send ever blocks.
+    Greetings and proofs are far smaller than a socket's buffer, so sending them never blocks.
     """
 
     def __init__(self, listening: socket.socket, secret: bytes, epoch: int) -> None:
@@ -111,7 +110,7 @@ class _Pending:
         self._epoch = epoch
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
-        # In order of arrival: acceptor, the answer so far, and when the connection is dropped.
+        # In order of arrival: acceptor, the answer so far, and the time at which it must be whole.
         self._connections: dict[socket.socket, tuple[Acceptor, bytearray, float]] = {}
 
     def __enter__(self) -> Self:
@@ -123,7 +122,7 @@ class _Pending:
             sock.close()
 
     def serve(self, timeout_s: float) -> list[tuple[int, socket.socket]]:
-        """Wait for something to happen and return the connections that proved themselves."""
+        """Wait for events, and return rank and socket of the connections that proved themselves."""
         joined: list[tuple[int, socket.socket]] = []
         self._drop_expired()
         for key, _ in self._selector.select(min(timeout_s, _HANDSHAKE_S)):
@@ -131,7 +130,7 @@ class _Pending:
             assert isinstance(sock, socket.socket)
             if sock is self._listening:
                 self._accept()
-            elif sock in self._connections:  # not dropped a moment ago to make room
+            elif sock in self._connections:  # it was not dropped just now to make room
                 try:
                     rank = self._read(sock)
                 except (ProtocolError, OSError):
@@ -145,7 +144,7 @@ class _Pending:
     def _accept(self) -> None:
         try:
             sock, address = self._listening.accept()
-        except OSError:  # gone again, or out of descriptors until others are dropped
+        except OSError:  # the other end is gone again, or this process has no descriptor left
             return
         if len(self._connections) >= _MAX_PENDING:
             self._drop(next(iter(self._connections)))
@@ -159,7 +158,7 @@ class _Pending:
             self._drop(sock)
 
     def _read(self, sock: socket.socket) -> int | None:
-        """The rank at the other end, once its answer is complete and true."""
+        """The rank at the other end, or None as long as its answer is not complete."""
         acceptor, answer, _ = self._connections[sock]
         data = sock.recv(ANSWER_BYTES - len(answer))
         if not data:
@@ -188,14 +187,14 @@ class _Pending:
 def connect(
     address: str, rank: int, peer: int, secret: bytes, epoch: int, deadline_s: float
 ) -> socket.socket:
-    """Connect `rank` to the listener of rank `peer` at "host:port" and prove who we are.
+    """Connect `rank` to the listener of rank `peer` at "host:port", and go through the handshake.
 
     Returns:
         A non-blocking socket.
 
     Raises:
-        PeerLost: nobody answers at that address.
-        ProtocolError: whoever answers is not a rank of this launch and epoch, or refuses us.
+        PeerLost: nobody answers at the address within `deadline_s`.
+        ProtocolError: whoever answers is not of this launch and epoch, or refuses this rank.
     """
     deadline = time.monotonic() + deadline_s
     host, _, port = address.rpartition(":")
@@ -217,18 +216,18 @@ def connect_mesh(
     deadline_s: float,
     extra: set[int] | None = None,
 ) -> dict[int, socket.socket]:
-    """Every connection of one rank: it connects to lower ranks, and higher ranks connect to it.
+    """All connections of one rank: it connects to lower ranks, and higher ranks connect to it.
 
     Args:
-        listener: this rank's own, at `addresses[rank]`.
-        addresses: the listener of every rank.
-        extra: others that connect here too, such as the coordinator.
+        listener: this rank's own listener, at `addresses[rank]`.
+        addresses: "host:port" of every rank's listener.
+        extra: others that connect to this rank, such as the coordinator.
 
     Returns:
         A non-blocking socket for each other rank and each of `extra`.
 
     Raises:
-        PeerLost, ProtocolError: as `connect` and `Listener.accept_peers`; nothing is left open.
+        PeerLost, ProtocolError: as `connect` and `Listener.accept_peers` do; nothing is left open.
     """
     deadline = time.monotonic() + deadline_s
     sockets: dict[int, socket.socket] = {}

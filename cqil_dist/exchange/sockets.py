@@ -1,4 +1,4 @@
-"""What all connections share: their set-up, waiting for them, and what a partial send leaves.
+"""Helpers for the sockets of all connections: set-up, waiting, and the rest of a partial send.
 
 This module knows nothing of frames, ranks or secrets.
 """
@@ -10,17 +10,17 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
-# Probes after 2 s of silence, one a second, three of them.
+# After 2 s of silence three probes, one a second.
 _KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 
 
 def prepare(sock: socket.socket) -> None:
-    """Set up a connection for small frames: no delay, no blocking, and no silent end.
+    """Set up a connection for small frames: non-blocking, without delay, and with keepalive probes.
 
-    A node that vanishes closes nothing, but its kernel does not answer probes either, which ends an
-    idle connection after some seconds. Where data is under way, the deadline of its step does.
-    (TCP_USER_TIMEOUT would end it sooner, and with it the connection of a peer that is merely too
-    busy to read.)
+    A node that vanishes closes no connection, but neither does its kernel answer probes, which ends
+    an idle connection after some seconds; where data is under way, the step's deadline ends it.
+    (TCP_USER_TIMEOUT would be sooner, but would also end the connection of a peer that is merely
+    too busy to read.)
     """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -37,11 +37,11 @@ def format_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
 
 
 def wait_ready(events: Mapping[socket.socket, int], deadline: float | None) -> bool:
-    """Sleep until one of the sockets is ready for its poll events, or has failed or been closed.
+    """Sleep until one of the sockets is ready for its events, or has failed or been closed.
 
     Args:
-        events: `select.POLLIN` and `select.POLLOUT` masks.
-        deadline: on the clock of `time.monotonic`; None waits for ever.
+        events: a mask of `select.POLLIN` and other events for each socket.
+        deadline: a time of `time.monotonic`; None waits for ever.
 
     Returns:
         False if the deadline came first.
@@ -55,7 +55,7 @@ def wait_ready(events: Mapping[socket.socket, int], deadline: float | None) -> b
 
 
 def unsent(views: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """What remains of byte `views` once their first `sent` bytes are on their way."""
+    """Views of what remains to be sent after the first `sent` bytes of `views`."""
     remaining = []
     for view in views:
         if sent < len(view):
