@@ -28,7 +28,7 @@ from cqil_dist.launching.placement import (
 from cqil_dist.launching.resolve import ResolvedLaunch
 from cqil_dist.model.footprint import footprint
 from cqil_dist.progress import Progress
-from cqil_dist.store.store import BUILTIN_MODELS
+from cqil_dist.store.builtin import BUILTIN_MODELS
 
 Verdict = Literal["ok", "warning", "failure"]
 

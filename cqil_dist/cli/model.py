@@ -24,7 +24,7 @@ def fetch(
     A hub id without a revision stays at the commit it was first fetched at.
     """
     stored = fetch_model(name, ConsoleProgress())
-    typer.echo(f"{stored.name}: {stored.path} ({stored.bytes / 1e6:.1f} MB)")
+    typer.echo(f"{stored.name}: {stored.path} ({stored.size_bytes / 1e6:.1f} MB)")
 
 
 @app.command("list")
@@ -32,6 +32,6 @@ def list_command() -> None:
     """Models in the cache, and those that can be fetched by name."""
     table = Table("name", "size", "source", "path")
     for stored in list_models():
-        size = f"{stored.bytes / 1e6:.1f} MB" if stored.bytes else "not fetched"
+        size = f"{stored.size_bytes / 1e6:.1f} MB" if stored.size_bytes else "not fetched"
         table.add_row(stored.name, size, stored.source, str(stored.path))
     Console().print(table)

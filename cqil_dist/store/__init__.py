@@ -1,5 +1,5 @@
-"""Where models come from: names, directories, GGUF files and hub ids, kept in one cache.
+"""Where models come from: built-in names, directories, GGUF files and hub ids, behind one cache.
 
-Everything that ranks need is a directory of config, safetensors and tokenizer; `resolve` finds or
-makes it. What the tensors mean is the business of `cqil_dist.model`.
+Ranks need a directory of config, safetensors and tokenizer; `store.resolve` in store.py finds or
+makes it. What the tensors in it mean is the business of `cqil_dist.model`.
 """

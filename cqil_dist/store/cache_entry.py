@@ -1,13 +1,11 @@
-"""One finished model directory in the cache: built whole or not at all.
-
-Knows the cache's layout and locks; knows nothing of where models come from. Under the
-cache directory:
+"""The cache of model directories, whose entries are made whole or not at all.
 
     models/<key>/          a finished entry: the model directory's files and the manifest
-    building/<key>/<tmp>/  work in progress, renamed into models/ when complete
-    locks/<key>.lock       held by the process that builds or repairs the entry
+    building/<key>/<tmp>/  an entry in the making, renamed into models/ when it is complete
+    locks/<key>.lock       a lock held by the process that makes or repairs the entry
 
-A process that is killed leaves only a folder under building/, which the next build removes.
+A process that is killed leaves only a folder under building/, which the next build removes. This
+module knows the cache's layout and locks; it knows nothing of where models come from.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from cqil_dist.store.manifest import (
 
 
 def cache_dir() -> Path:
-    """$CQIL_CACHE, else $XDG_CACHE_HOME/cqil_dist, else ~/.cache/cqil_dist."""
+    """The cache's folder: $CQIL_CACHE, else $XDG_CACHE_HOME/cqil_dist, else ~/.cache/cqil_dist."""
     if chosen := os.environ.get("CQIL_CACHE"):
         return Path(chosen).expanduser().absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -43,14 +41,13 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Build:
-    """What a recipe is given to work with.
+    """What `Recipe.make` is given to work with.
 
     Attributes:
-        folder: scratch space, removed afterwards.
-        directory: where the model directory has to be when the recipe returns; in `folder`, and
-            not there yet.
-        damaged: a finished entry was there, and something in it was missing or changed.
-        progress: where to say how far it is.
+        folder: a folder for scratch files, removed afterwards.
+        directory: path inside `folder`, where `make` has to put the model directory.
+        damaged: whether there is a finished entry, in which something is missing or has changed.
+        progress: where progress is reported.
     """
 
     folder: Path
@@ -61,13 +58,13 @@ class Build:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one entry is made.
+    """How one entry of the cache is made.
 
     Attributes:
-        key: the entry's folder name.
-        name: what the user calls the model.
-        source: what it is made from, exactly: an entry that states another is made again.
-        make: makes the model directory, and returns what else the manifest should record.
+        key: name of the entry's folder.
+        name: the model's name, as the user gave it.
+        source: exactly what the entry is made from; an entry with another source is made again.
+        make: makes the model directory, and returns further facts for the manifest to record.
     """
 
     key: str
@@ -77,21 +74,21 @@ class Recipe:
 
 
 def entry_path(key: str) -> Path:
-    """Where the finished entry `key` is, or would be."""
+    """The path of the entry `key`, whether it exists or not."""
     return cache_dir() / "models" / key
 
 
 def ensure(recipe: Recipe, progress: Progress, *, checksums: bool = False) -> Path:
-    """The finished entry of `recipe`, made now if it is not there or not intact.
+    """The path of the finished entry of `recipe`, which is made first if it is missing or damaged.
 
     Args:
-        recipe: how to make it.
-        progress: where to say how far it is.
-        checksums: read every file and compare checksums; otherwise only sizes, which takes
-            a millisecond and no lock.
+        recipe: how to make the entry.
+        progress: where progress is reported.
+        checksums: whether to read every file and compare checksums; otherwise sizes alone are
+            compared, which takes a millisecond and no lock.
 
     Raises:
-        ModelError: it cannot be made, for the recipe's reasons.
+        ModelError: the recipe failed.
         OSError: the cache cannot be written.
     """
     path = entry_path(recipe.key)
@@ -107,14 +104,14 @@ def ensure(recipe: Recipe, progress: Progress, *, checksums: bool = False) -> Pa
 
 
 def finished() -> Iterator[tuple[Path, Manifest]]:
-    """Every finished entry in the cache, in the order of their keys."""
+    """Path and manifest of every finished entry in the cache, in the order of their keys."""
     for path in sorted((cache_dir() / "models").glob(f"*/{MANIFEST_NAME}")):
         if (manifest := read_manifest(path.parent)) is not None:
             yield path.parent, manifest
 
 
 def require_space(needed: int, name: str, place: Path | None = None) -> None:
-    """Raise ModelError where the disk of `place` (the cache) has less than `needed` bytes free."""
+    """Raise ModelError if less than `needed` bytes are free on the disk of `place` or the cache."""
     place = place or cache_dir()
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -139,7 +136,7 @@ def _build(recipe: Recipe, path: Path, reason: str, progress: Progress) -> None:
         origin = recipe.make(Build(folder, directory, damaged, progress))
         write_manifest(directory, recipe.name, recipe.source, origin, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if damaged:  # a directory cannot be renamed over one that holds files
+        if damaged:  # a directory cannot be renamed to the path of one that holds files
             path.rename(folder / "replaced")
         directory.rename(path)
     finally:
@@ -169,7 +166,10 @@ def _lock_path(key: str) -> Path:
 
 
 def _remove_leftovers(building: Path, key: str) -> None:
-    """Remove what killed processes left: ours, whose lock we hold, and all that nobody locks."""
+    """Remove what killed processes left under building/, except for entries that are locked.
+
+    The caller holds the lock of `key`, so that its leftovers are removed in any case.
+    """
     from filelock import FileLock, Timeout
 
     shutil.rmtree(building / key, ignore_errors=True)
@@ -177,5 +177,5 @@ def _remove_leftovers(building: Path, key: str) -> None:
         try:
             with FileLock(_lock_path(folder.name)).acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
-        except Timeout:  # somebody is building it
+        except Timeout:  # another process is making this entry
             continue

@@ -1,8 +1,8 @@
-"""Whether a directory holds a model in Hugging Face's layout.
+"""A check that a directory holds a model in Hugging Face's layout.
 
-Knows the files' names and how they refer to each other, and reads none of the weights: whether
-the structure is one the runtime computes is the configuration's business, and whether a tensor is
-there and well shaped the checkpoint's.
+This module knows the files' names and how they refer to each other, and reads no weights. Whether
+the runtime computes the model's structure is checked by `model/config.py`, and whether every tensor
+is there and well shaped by `model/checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from cqil_dist.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
-# Any one of these sets is a tokenizer that transformers can load.
+# Any one of these sets of files is a tokenizer that transformers can load.
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def check_directory(path: Path) -> None:
-    """Raise CheckpointError, saying what to do, where `path` is not a complete model directory.
+    """Raise CheckpointError, with the way out, if `path` is not a complete model directory.
 
-    Complete is: config.json; a *.safetensors file, or model.safetensors.index.json and every
-    shard it names; a tokenizer.
+    A complete one has config.json; a *.safetensors file, or model.safetensors.index.json and every
+    shard that it names; and a tokenizer.
     """
     _check_config(path)
     _check_weights(path)

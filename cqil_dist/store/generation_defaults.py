@@ -1,4 +1,4 @@
-"""How a model's makers mean it to be sampled from: its generation_config.json."""
+"""A model's own defaults for sampling, read from its generation_config.json."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from cqil_dist.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Those that vLLM takes from it as well. `do_sample` is not among them: it is about `generate`'s
-# own default, and a service samples unless a request says otherwise.
+# The fields that vLLM takes from the file as well. `do_sample` is not among them: it is a default
+# of transformers' `generate`, and a service samples unless a request says otherwise.
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def default_sampling(path: Path) -> dict[str, Any]:
-    """Sampling values in a model directory's generation_config.json; empty where it has none.
+    """The sampling values in a model directory's generation_config.json, by `SamplingParams` field.
 
-    A value that `SamplingParams` refuses is left out, with a warning.
+    Empty if there is no such file. A value that `SamplingParams` refuses is left out, with a
+    warning. Raises ValueError if the file is not JSON.
     """
     file = path / "generation_config.json"
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

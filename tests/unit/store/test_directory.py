@@ -27,7 +27,7 @@ def test_complete_directory_is_used_in_place(directory: Path, cache: Path) -> No
     assert store.resolve(str(directory), SILENT) == directory
     fetched = store.fetch(str(directory), SILENT)
     assert fetched.path == directory
-    assert fetched.bytes == sum(file.stat().st_size for file in directory.iterdir())
+    assert fetched.size_bytes == sum(file.stat().st_size for file in directory.iterdir())
     assert not cache.exists()
 
 

@@ -20,6 +20,7 @@ from helpers.tiny_gguf import TURN_END, TinyGguf, write_tiny_gguf
 from cqil_dist.errors import CheckpointError, ModelError, ModelNotFound, UnsupportedModel
 from cqil_dist.progress import ConsoleProgress, SilentProgress
 from cqil_dist.store import store
+from cqil_dist.store.cache_entry import cache_dir
 
 SILENT = SilentProgress()
 
@@ -265,11 +266,11 @@ def test_list_models_names_builtins_and_what_is_cached(
     tiny_gguf: TinyGguf, filled_cache: Path
 ) -> None:
     smollm, tiny = store.list_models()
-    assert (smollm.name, smollm.bytes) == ("smollm2-135m", 0)
+    assert (smollm.name, smollm.size_bytes) == ("smollm2-135m", 0)
     assert tiny.name == "tiny.gguf"
     assert tiny.path == store.resolve(str(tiny_gguf.path), SILENT)
     on_disk = sum(file.stat().st_size for file in tiny.path.iterdir())
-    assert tiny.bytes == on_disk - (tiny.path / "manifest.json").stat().st_size
+    assert tiny.size_bytes == on_disk - (tiny.path / "manifest.json").stat().st_size
 
 
 def test_full_disk_is_noticed_before_the_work(
@@ -339,4 +340,4 @@ def test_cache_dir(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert str(store.cache_dir()) == expected
+    assert str(cache_dir()) == expected
