@@ -1,1 +1,1 @@
-"""The service that `cqil serve` shows the network: gRPC, the OpenAI API, health and metrics."""
+"""The network service of `cqil serve`: gRPC, the OpenAI API, health checks and metrics."""

@@ -1,4 +1,4 @@
-"""Who is let in, who is within, and how a service empties before it ends."""
+"""Admission of requests: how many may be in progress, and how a service drains before it ends."""
 
 from __future__ import annotations
 
@@ -14,86 +14,87 @@ _ABORTS_AT_ONCE = 8
 
 
 class Admission:
-    """Counts requests in and out, over all the ways they come in.
+    """The requests in progress, over gRPC and HTTP together, and a limit on their number.
 
     Args:
-        capacity: requests that can run and wait where they are served.
-        beyond: most that are let in besides, to be refused there.
+        capacity: requests that the engine can run and queue.
+        beyond: requests admitted besides, for the engine to refuse.
 
     Attributes:
-        capacity: as given.
-        draining: nobody is let in any more.
+        capacity: requests that the engine can run and queue.
+        draining: whether new requests are refused because the service is ending.
     """
 
     def __init__(self, capacity: int, beyond: int = 0) -> None:
         self.draining = False
         self.capacity = capacity
         self._limit = capacity + beyond
-        # By name: one that resumes may come in before its former self is out.
-        self._within: Counter[str] = Counter()
-        self._sent_away = False
+        # Counted by id: a request that is resumed may be admitted before its first call has ended.
+        self._in_progress: Counter[str] = Counter()
+        self._aborted_late = False
 
     @property
-    def within(self) -> int:
-        """How many requests are being served."""
-        return self._within.total()
+    def in_progress(self) -> int:
+        """How many admitted requests have not ended."""
+        return self._in_progress.total()
 
     @contextmanager
     def admitted(self, request_id: str) -> Iterator[None]:
-        """A request that is being served.
+        """Count a request as in progress for the length of the block.
 
         Raises:
-            QueueFull: as many are within as may.
-            ServiceUnavailable: the service drains.
+            QueueFull: as many requests are in progress as may be.
+            ServiceUnavailable: the service is draining.
         """
         if self.draining:
             raise ServiceUnavailable("the server is ending; ask another, or again in a while")
-        if self.within >= self._limit:
+        if self.in_progress >= self._limit:
             raise QueueFull(f"{self._limit} requests run and wait here; try again later")
-        self._within[request_id] += 1
+        self._in_progress[request_id] += 1
         try:
             yield
         finally:
-            self._within[request_id] -= 1
-            self._within += Counter()  # names whose count is 0 go
+            self._in_progress[request_id] -= 1
+            self._in_progress += Counter()  # removes ids whose count is 0
 
-    def check_own_end(self, finish_reason: str | None) -> None:
-        """Raises ServiceUnavailable for a request that was ended because the service ends."""
-        if finish_reason == "abort" and self._sent_away:
+    def check_not_aborted_late(self, finish_reason: str | None) -> None:
+        """Raise ServiceUnavailable where a request ended because `drain` aborted it."""
+        if finish_reason == "abort" and self._aborted_late:
             raise ServiceUnavailable(_GOES_ON)
 
     async def drain(
         self, timeout_s: float, abort: Callable[[str], Awaitable[bool]], grace_s: float = 5.0
     ) -> int:
-        """Let nobody in, and wait until all are out; after the timeout, send them away.
+        """Refuse new requests, wait for those in progress, and abort the ones that are late.
 
         Args:
-            abort: ends a request.
-            grace_s: for those that are sent away to take their leave.
+            timeout_s: seconds that requests in progress have to finish.
+            abort: ends the request of an id.
+            grace_s: seconds for the aborts to be sent, and again for the aborted calls to end.
 
         Returns:
-            How many were sent away.
+            How many requests were aborted.
         """
         self.draining = True
-        if await self._empty(timeout_s):
+        if await self._wait_until_empty(timeout_s):
             return 0
-        self._sent_away = True
-        left = list(self._within)
-        some = asyncio.Semaphore(_ABORTS_AT_ONCE)
+        self._aborted_late = True
+        late = list(self._in_progress)
+        at_once = asyncio.Semaphore(_ABORTS_AT_ONCE)
 
-        async def send_away(request_id: str) -> None:
-            async with some:
+        async def abort_one(request_id: str) -> None:
+            async with at_once:
                 await abort(request_id)
 
-        aborts = (send_away(request_id) for request_id in left)
-        with suppress(TimeoutError):  # the coordinator may be away itself
+        aborts = (abort_one(request_id) for request_id in late)
+        with suppress(TimeoutError):  # the coordinator may not answer
             async with asyncio.timeout(grace_s):
                 await asyncio.gather(*aborts, return_exceptions=True)
-        await self._empty(grace_s)
-        return len(left)
+        await self._wait_until_empty(grace_s)
+        return len(late)
 
-    async def _empty(self, timeout_s: float) -> bool:
+    async def _wait_until_empty(self, timeout_s: float) -> bool:
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._within and asyncio.get_running_loop().time() < deadline:
+        while self._in_progress and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-        return not self._within
+        return not self._in_progress

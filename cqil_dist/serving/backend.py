@@ -1,4 +1,4 @@
-"""The coordinator as the public servers see it: every request goes through here."""
+"""The coordinator as the public servers see it: both pass every request on through a `Backend`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
 _LONGEST_ID = 128
-# Beyond a request's timeout, for what is left of its answer to be read.
-_LATE_S = 10.0
+# Added to a request's timeout, for its client to read the rest of an answer that came just in time.
+_READING_S = 10.0
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves, and how requests get there.
+    """The coordinator's service, and the limits under which requests are passed on to it.
 
     Attributes:
-        client: of the coordinator's service.
-        models: what it serves.
+        client: a client of the coordinator's service.
+        models: the served models; requests that name none get the first.
         timeout_s: most seconds that a request may take.
     """
 
@@ -42,11 +42,11 @@ class Backend:
 
     @property
     def longest_s(self) -> float:
-        """Most seconds that a request may take together with the reading of its answer."""
-        return self.timeout_s + _LATE_S
+        """Most seconds that a call may last, the time its client takes to read it included."""
+        return self.timeout_s + _READING_S
 
     def model(self, name: str) -> ModelInfo:
-        """Raises ModelNotFound."""
+        """The served model of this name, or the first for "". Raises ModelNotFound."""
         return find_model(self.models, name)
 
     async def stream(
@@ -55,14 +55,15 @@ class Backend:
         on_let_in: Callable[[], Awaitable[None]],
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """A request's chunks; they go on when the coordinator is lost and comes back.
+        """The chunks of a request's completion; they go on after a restart of the coordinator.
 
         Args:
-            on_let_in: awaited once, when the coordinator has found nothing wrong with it.
-            timeout_s: the caller's own bound, if that is shorter.
+            request: what to generate; it is given a `request_id` where it has none.
+            on_let_in: awaited once, when the coordinator has accepted the request.
+            timeout_s: the caller's own limit; it counts where it is shorter than the backend's.
 
         Raises:
-            CqilError: as `AsyncClient.stream`; ServiceUnavailable when this service ends first.
+            CqilError: as `AsyncClient.stream` does; ServiceUnavailable if this service is ending.
         """
         if not request.request_id:
             request.request_id = f"gen-{uuid.uuid4().hex}"
@@ -76,18 +77,18 @@ class Backend:
             with self.admission.admitted(request.request_id):
                 async with aclosing(self.client.stream(request, bound_s, on_let_in)) as chunks:
                     async for chunk in chunks:
-                        self.admission.check_own_end(chunk.finish_reason)
+                        self.admission.check_not_aborted_late(chunk.finish_reason)
                         result = chunk.result
                         ending = chunk.finish_reason or ending
                         yield chunk
         except CqilError as error:
-            ending = describe(error)
+            ending = _for_log(error)
             raise
         finally:
-            _log(request, ending, result, time.monotonic() - started)
+            _log_request(request, ending, result, time.monotonic() - started)
 
     async def status(self) -> Status:
-        """By which ranks it is served. Raises ServiceUnavailable if that is not known soon."""
+        """The engine's state, ranks and load. Raises ServiceUnavailable if none come in 5 s."""
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self.client.status()
@@ -97,13 +98,13 @@ class Backend:
             )
 
 
-def describe(error: CqilError) -> str:
-    """An error for the log: what users got wrong may quote what they asked, and is left out."""
+def _for_log(error: CqilError) -> str:
+    """An error's kind and message; of a RequestError its kind alone, as it may quote a prompt."""
     kind = type(error).__name__
     return kind if isinstance(error, RequestError) else f"{kind}: {error}"
 
 
-def _log(
+def _log_request(
     request: pb.GenerateRequest, ending: str, result: Completion | None, seconds: float
 ) -> None:
     fields: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Our metrics, of all nodes: gathered from where Ray exports them."""
+"""This package's metrics from all nodes of the cluster, gathered from Ray's metrics agents."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FRESH_S = 1.0
 
 
 class ClusterMetrics:
-    """What the coordinator and the ranks export, in Prometheus' text format.
+    """A callable that returns the coordinator's and the ranks' metrics in Prometheus' text format.
 
     Ray's agent on each node offers the metrics of that node's processes; they lag behind by Ray's
-    report interval. Whoever asks within a second gets the same answer: asking needs no key.
+    report interval. An answer is reused for a second, because asking for metrics needs no key.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ClusterMetrics:
         self._begun = 0.0
 
     async def __call__(self) -> str:
-        """Raises ServiceUnavailable where Ray's head does not answer."""
+        """The metrics of all nodes that answer. Raises ServiceUnavailable without Ray's head."""
         now = time.monotonic()
         if self._gathering is None or (self._gathering.done() and now > self._begun + _FRESH_S):
             self._gathering, self._begun = asyncio.create_task(_gathered()), now
@@ -46,7 +46,7 @@ async def _gathered() -> str:
         for node in nodes
         if node["Alive"]
     ]
-    # Addresses are of plain HTTP: certificates, which take long to load, are of no use.
+    # All addresses are plain HTTP; without `verify` no certificates are loaded, which takes long.
     async with httpx.AsyncClient(timeout=_ANSWER_S, trust_env=False, verify=False) as client:
         answers = await asyncio.gather(
             *(client.get(address) for address in addresses), return_exceptions=True
@@ -59,7 +59,10 @@ async def _gathered() -> str:
 
 
 def _collect(text: str, families: dict[str, list[str]]) -> None:
-    """Add our families; one that several nodes have gets one head and all samples."""
+    """Add the lines of this package's metric families to those of other nodes.
+
+    A family that several nodes export keeps the HELP and TYPE lines of the first alone.
+    """
     name = ""
     known = False
     for line in text.splitlines():

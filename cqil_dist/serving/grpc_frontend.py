@@ -1,4 +1,4 @@
-"""The public gRPC service: passes requests on to the coordinator, wherever that is now."""
+"""The public gRPC service, which passes calls on to the coordinator, wherever that runs now."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cqil_dist.serving.backend import Backend
 from cqil_dist.serving.serve_config import ServeConfig
 
 GENERATION_SERVICE: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-"""As health checks and reflection know it."""
+"""The service's full name, by which health checks and reflection know it."""
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _END_S = 2.0
 _MOST_WATCHING = 64
 
 
-class FrontServicer(rpc.GenerationServiceServicer):
-    """Answers the calls of protos/cqil_dist/rpc/v1/generation.proto by asking the coordinator."""
+class FrontendServicer(rpc.GenerationServiceServicer):
+    """The calls of protos/cqil_dist/rpc/v1/generation.proto, answered by asking the coordinator."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -46,7 +46,7 @@ class FrontServicer(rpc.GenerationServiceServicer):
                 await context.send_initial_metadata((LET_IN,))
 
             stream = self._backend.stream(request, let_in, context.time_remaining())
-            with _for_at_most(self._backend.longest_s, context):
+            with _time_limit(self._backend.longest_s, context):
                 async with aclosing(stream) as chunks:
                     async for chunk in chunks:
                         yield chunk_to_wire(chunk)
@@ -70,27 +70,27 @@ class FrontServicer(rpc.GenerationServiceServicer):
 
 
 @contextmanager
-def _for_at_most(seconds: float, context: grpc.aio.ServicerContext) -> Iterator[None]:
-    """Ends the call then, also while it waits for a client that does not read."""
+def _time_limit(seconds: float, context: grpc.aio.ServicerContext) -> Iterator[None]:
+    """Abort the call after so many seconds, even while its client does not read the answer."""
     answering = asyncio.current_task()
     assert answering is not None, "calls are answered in tasks"
-    late = False
+    expired = False
 
-    async def end() -> None:
-        nonlocal late
+    async def expire() -> None:
+        nonlocal expired
         await asyncio.sleep(seconds)
-        late = True
+        expired = True
         answering.cancel()
         message = f"the answer was not read within {seconds:g} s"
-        with suppress(Exception):  # it raises what ends a call, or that there is none any more
+        with suppress(Exception):  # abort always raises: to end the call, or because it has ended
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message)
 
-    ending = asyncio.create_task(end())
+    timer = asyncio.create_task(expire())
     try:
         yield
     finally:
-        if not late:
-            ending.cancel()
+        if not expired:
+            timer.cancel()
 
 
 @asynccontextmanager
@@ -102,7 +102,7 @@ async def _errors_as_codes(context: grpc.aio.ServicerContext) -> AsyncIterator[N
 
 
 class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls that do not carry the key; health is open to all."""
+    """An interceptor that refuses calls without the service's key, except for health checks."""
 
     def __init__(self, key: str) -> None:
         self._key = BearerKey(key)
@@ -111,7 +111,7 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             message = "give the service's key as the metadata 'authorization: Bearer <key>'"
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
 
-        # Of a stream of requests none is waited for.
+        # A handler of request streams can refuse before any request has arrived.
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     async def intercept_service(
@@ -124,7 +124,7 @@ class _RequireKey(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """Health, watched by so many at most: watching needs no key and lasts."""
+    """The health service, with a limit on Watch calls, which last and need no key."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
         if self._watching >= _MOST_WATCHING:
-            message = f"{_MOST_WATCHING} watch already; ask with Check"
+            message = f"{_MOST_WATCHING} Watch calls are open, as many as may be; use Check"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         self._watching += 1
         try:
@@ -142,10 +142,13 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 class GrpcServer:
-    """The public gRPC server: generation, health and reflection.
+    """The public gRPC server, with the generation service, health checks and reflection.
+
+    Attributes:
+        port: the port that it is bound to.
 
     Raises:
-        LaunchError: the port cannot be had.
+        LaunchError: the port cannot be bound.
     """
 
     def __init__(self, backend: Backend, config: ServeConfig) -> None:
@@ -155,27 +158,29 @@ class GrpcServer:
             options=(
                 *KEEPALIVE,
                 *receiving_up_to(config.max_body_bytes),
-                ("grpc.so_reuseport", 0),  # else two services could share a port unknowingly
+                ("grpc.so_reuseport", 0),  # else a second service could bind the same port
             ),
         )
-        rpc.add_GenerationServiceServicer_to_server(FrontServicer(backend), self._server)
+        rpc.add_GenerationServiceServicer_to_server(FrontendServicer(backend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (GENERATION_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.port = self._bind(config)
 
     async def start(self) -> None:
+        """Answer calls, and report NOT_SERVING to health checks until told otherwise."""
         await self.set_serving(False)
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What the health service says."""
-        known = health_pb2.HealthCheckResponse
-        state = known.SERVING if serving else known.NOT_SERVING
+        """Make the health service report SERVING or NOT_SERVING."""
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if serving else states.NOT_SERVING
         for name in ("", GENERATION_SERVICE):
             await self._health.set(name, state)
 
     async def stop(self) -> None:
+        """Refuse new calls at once, and cut off the others after 2 s."""
         await self._server.stop(_END_S)
 
     def _bind(self, config: ServeConfig) -> int:

@@ -1,4 +1,4 @@
-"""Is the service fit to be sent requests? Asks the coordinator, and remembers since when not."""
+"""The service's health: whether requests should be sent here, judged by the coordinator's state."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ _ANSWER_S = 2.0
 
 
 class HealthWatch:
-    """Follows the state of the engine.
+    """The health of the service, updated by each call of `look`.
 
     Args:
-        bound_s: seconds that it may recover from a loss and still count as serving: requests wait
-            meanwhile, and most recoveries are done before anybody else could help.
+        client: a client of the coordinator's service.
+        bound_s: seconds that a recovery may take while the service still counts as serving:
+            requests wait meanwhile, and most recoveries end before another server could help.
 
     Attributes:
-        serving: whether requests are well sent here.
-        detail: why not.
-        failed: set once the engine has given up for good.
+        serving: whether requests should be sent to this service.
+        detail: what the engine is waiting for, or why it has failed; "" while it serves.
+        failed: an event that is set once the engine has given up for good.
     """
 
     INTERVAL_S = 0.5
+    """Seconds between two calls of `look`."""
 
     def __init__(self, client: AsyncClient, bound_s: float) -> None:
         self._client = client
@@ -38,21 +40,21 @@ class HealthWatch:
         self.failed = asyncio.Event()
 
     async def look(self) -> None:
-        """Ask; to be done every `INTERVAL_S`."""
+        """Ask the coordinator for its state, and update the attributes. Raises nothing."""
         try:
-            # Not wait_for, which on Python 3.11 may swallow that the watch is cancelled.
+            # Not wait_for, which on Python 3.11 may swallow a cancellation.
             async with asyncio.timeout(_ANSWER_S):
                 status = await self._client.status()
             state, detail = str(status.state), status.state_detail
         except (LaunchError, RankUnavailable) as error:
-            state, detail = "failed", str(error)  # it is gone for good
+            state, detail = "failed", str(error)  # the coordinator is gone for good
         except TimeoutError:
             state, detail = "recovering", "the coordinator does not answer"
-        except Exception as error:  # whatever it is, it may pass, and the watch goes on
+        except Exception as error:  # it may pass, so the service goes on asking
             state, detail = "recovering", f"{type(error).__name__}: {error}"
-        self._note(state, detail)
+        self._update(state, detail)
 
-    def _note(self, state: str, detail: str) -> None:
+    def _update(self, state: str, detail: str) -> None:
         now = time.monotonic()
         if state == "serving":
             self._unwell_since = None

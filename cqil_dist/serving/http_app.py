@@ -1,4 +1,4 @@
-"""The HTTP face: the OpenAI API, health, metrics, status, and the page."""
+"""The HTTP app: the OpenAI API, health, metrics, status, and the page that compares two plans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cqil_dist.serving.serve_config import ServeConfig
 _WEB = Path(__file__).parent / "web"
 _PAGE = {"": "index.html", "page.css": "page.css", "page.js": "page.js", "drawing.js": "drawing.js"}
 _WITH_KEY = ("/v1", "/status")
-# The page loads nothing from elsewhere, and talks to nobody but this service.
+# The page loads nothing from other hosts, and talks to this service alone.
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -37,11 +37,11 @@ def create_app(
     config: ServeConfig,
     metrics: Callable[[], Awaitable[str]],
 ) -> FastAPI:
-    """The app; `metrics` gives them in Prometheus' text format."""
+    """The ASGI app of the HTTP port; `metrics` returns metrics in Prometheus' text format."""
     app = FastAPI(
         title="cqil_dist",
         description="OpenAI-compatible generation over a distributed engine.",
-        docs_url=None,  # its pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages of documentation load scripts from other hosts
         redoc_url=None,
     )
     install_error_handlers(app)
@@ -50,7 +50,7 @@ def create_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=PlainTextResponse, responses=error_responses(503))
     async def is_healthy() -> str:
-        """200 where requests are well sent here."""
+        """Status 200 if requests should be sent to this service."""
         if backend.admission.draining:
             raise ServiceUnavailable("the server is ending")
         if not health.serving:
@@ -59,12 +59,12 @@ def create_app(
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> str:
-        """Metrics of the coordinator and all ranks, in Prometheus' text format."""
+        """The metrics of the coordinator and all ranks, in Prometheus' text format."""
         return await metrics()
 
     @app.get("/status", responses=error_responses(401, 503))
     async def status() -> dict[str, Any]:
-        """Ranks, load and recoveries; and the served models with their plans."""
+        """The engine's ranks, load and recoveries, and the served models with their plans."""
         found = (await backend.status()).to_dict()
         return {**found, "models": [vars(model) for model in backend.models]}
 
@@ -72,7 +72,7 @@ def create_app(
         app.add_api_route(f"/{path}", _file(name), methods=["GET", "HEAD"], include_in_schema=False)
 
     app.openapi_schema = _documented(app, config)
-    # The last one added is the first to see a request.
+    # The middleware that is added last sees a request first.
     app.add_middleware(
         BoundedBody,
         prefix="/v1",
@@ -92,13 +92,13 @@ def _file(name: str) -> Callable[[], Awaitable[Response]]:
 
 
 def _documented(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
-    """The OpenAPI document, with what FastAPI does not know of."""
+    """FastAPI's OpenAPI document, with error bodies, keys and streams as they really are."""
     document = app.openapi()
     for path, methods in document["paths"].items():
         for operation in methods.values():
-            operation["responses"].pop("422", None)  # ours are 400
+            operation["responses"].pop("422", None)  # invalid requests are answered with 400 here
             for status, answer in operation["responses"].items():
-                if status >= "400":  # JSON, also where what is asked for is text
+                if status >= "400":  # errors are JSON even where the endpoint's answer is text
                     (content,) = answer["content"].values()
                     answer["content"] = {"application/json": content}
             if config.api_key is not None and path.startswith(_WITH_KEY):

@@ -1,4 +1,4 @@
-"""Every error over HTTP, in the shape of the OpenAI API's."""
+"""How errors are answered over HTTP: with a status, and a body of the OpenAI API's error shape."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _RETRY_AFTER_S = 1
-_MOST_TOLD = 4
+_MOST_REPORTED = 4
 
 
 class ErrorDetail(BaseModel):
@@ -56,15 +56,17 @@ class ErrorResponse(BaseModel):
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For an endpoint's documentation."""
+    """FastAPI's `responses` of an endpoint that may answer with these error statuses."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def error_body(error: CqilError) -> ErrorResponse:
+    """The body that answers an error of this package; a stream that fails has it as an event."""
     return _body(_status(error), str(error))
 
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """A whole error answer, with Retry-After (429, 503) or WWW-Authenticate (401) where due."""
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else None
     if status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
@@ -72,31 +74,32 @@ def error_response(status: int, message: str, param: str | None = None) -> JSONR
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Have every error of the app's answered in one shape."""
+    """Make the app answer whatever is raised while it handles a request in the API's shape."""
 
     @app.exception_handler(CqilError)
-    async def ours(request: Request, error: CqilError) -> JSONResponse:
+    async def own(request: Request, error: CqilError) -> JSONResponse:
         return error_response(_status(error), str(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Neither the value nor the context: either may hold what JSON cannot.
-        told = [(_place(each, error.body), each["msg"]) for each in error.errors()[:_MOST_TOLD]]
-        message = "; ".join(f"{place or 'the body'}: {why}" for place, why in told)
-        param, _ = told[0]
+        # pydantic's `input` and `ctx` are left out: they may hold values that JSON cannot.
+        first = error.errors()[:_MOST_REPORTED]
+        reported = [(_field_path(each, error.body), each["msg"]) for each in first]
+        message = "; ".join(f"{field or 'the body'}: {why}" for field, why in reported)
+        param, _ = reported[0]
         if not param:
             message += "; send a JSON object, with the header 'Content-Type: application/json'"
         return error_response(400, message, param or None)
 
     @app.exception_handler(HTTPException)
-    async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
+    async def routing(request: Request, error: HTTPException) -> JSONResponse:
         answer = error_response(error.status_code, f"{request.url.path[:200]}: {error.detail}")
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return error_response(499, "the client has hung up")  # nobody reads it
+    async def disconnected(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(499, "the client has hung up")  # for the log; nobody reads it
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -104,8 +107,8 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(500, "the server failed; its log says more")
 
 
-def _place(error: dict[str, Any], value: Any) -> str:
-    """Where in a body an error is, without pydantic's names for the kinds a value may be of."""
+def _field_path(error: dict[str, Any], value: Any) -> str:
+    """The dotted path of a wrong field in a body, without pydantic's names of a union's members."""
     names: list[str] = []
     for part in error["loc"][1:]:
         if isinstance(value, dict) and (part in value or error["type"] == "missing"):

@@ -1,6 +1,6 @@
-"""What stands between the network and the app: a log, keys, and bounds on what clients send.
+"""ASGI middleware between the network and the app: a log, API keys, and bounds on request bodies.
 
-ASGI middleware, so that a request is refused before anything of it is parsed.
+A request that middleware refuses is never parsed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from cqil_dist.serving.http_errors import error_response
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_PATH = 200  # in the log
+_LONGEST_PATH = 200  # characters of a path that are logged
 
 
 class RequireKey:
-    """Refuses requests under `prefixes` that do not carry the key."""
+    """Middleware that answers 401 to requests for certain paths that do not carry the API key.
+
+    Args:
+        app: the app that gets the other requests.
+        key: the API key; with None all requests pass.
+        prefixes: what the paths begin with that need the key.
+    """
 
     def __init__(self, app: ASGIApp, key: str | None, prefixes: tuple[str, ...]) -> None:
         self._app = app
@@ -41,12 +47,13 @@ class RequireKey:
 
 
 class BoundedBody:
-    """Reads a request's whole body before the app sees it, within bounds.
+    """Middleware that reads a request's whole body, within bounds, before the app sees the request.
 
     Args:
-        prefix: of the paths that take bodies; others' are not read.
-        max_bytes: of a body.
-        timeout_s: for all of it to come.
+        app: the app that gets the request, with its body in one message.
+        prefix: what the paths begin with that take bodies; the bodies of others are not read.
+        max_bytes: most bytes of a body; larger ones are answered with 413.
+        timeout_s: seconds for the whole body to arrive; slower ones are answered with 408.
     """
 
     def __init__(self, app: ASGIApp, prefix: str, max_bytes: int, timeout_s: float) -> None:
@@ -78,7 +85,7 @@ class BoundedBody:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None where it is too large; what has come where the client hangs up."""
+        """The body; None if it is too large, and only its beginning if the client hangs up."""
         stated = dict(scope["headers"]).get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > self._max_bytes:
             return None
@@ -97,7 +104,7 @@ class BoundedBody:
 
 
 class RequestLog:
-    """Logs every request: what was asked, how it ended, how long it took. No bodies, no keys."""
+    """Middleware that logs each request's method, path, status and duration, no bodies or keys."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -109,14 +116,14 @@ class RequestLog:
         started = time.monotonic()
         status = 0
 
-        async def noting(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_note)
         finally:
             logger.info(
                 "%s %r %s %.0f ms",

@@ -1,9 +1,8 @@
-"""uvicorn as this service runs it: in a loop of ours, and patient with nobody for ever."""
+"""The HTTP server: uvicorn in the service's event loop, with limits on waiting for clients."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +20,10 @@ _LATE_ANSWER_S = 5
 
 
 class TimedProtocol(H11Protocol):
-    """Hangs up on a client whose request's headers do not come in time.
+    """An HTTP/1.1 connection that closes when a request's headers do not arrive in time.
 
-    uvicorn itself waits for ever for the rest of a request that has begun, and for the first one of
-    a connection.
+    uvicorn alone waits for ever for the first request of a connection, and for the rest of a
+    request that has begun.
     """
 
     _headers_timer: asyncio.TimerHandle | None = None
@@ -35,27 +34,30 @@ class TimedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        waits = self.cycle is None or self.cycle.response_complete
-        if waits and self._headers_timer is None and not self.transport.is_closing():
+        awaits_headers = self.cycle is None or self.cycle.response_complete
+        if awaits_headers and self._headers_timer is None and not self.transport.is_closing():
             self._expect_headers()
-        elif not waits:
-            self._forget_headers()
+        elif not awaits_headers:
+            self._cancel_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Where it is not too late for that: a request may be answered before its body has come."""
+        """Answer bytes that are no valid HTTP with status 400, or close if that is too late.
+
+        It is too late where the request was answered before its whole body had come.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_headers()
+        self._cancel_timer()
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:
         self._headers_timer = self.loop.call_later(_HEADERS_S, self._hang_up)
 
-    def _forget_headers(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
@@ -67,7 +69,7 @@ class TimedProtocol(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Serves an app on a socket until `stop`."""
+    """A uvicorn server for one app; `serve(sockets=[...])` runs it until `stop`."""
 
     def __init__(self, app: ASGIApp, tls: Tls | None) -> None:
         config = uvicorn.Config(
@@ -87,12 +89,9 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the whole service's, which ends in an order of its own."""
+        """Leave signals alone: the service handles them, and stops its servers in its own order."""
         yield
 
-    async def run_on(self, sock: socket.socket) -> None:
-        await self.serve(sockets=[sock])
-
     def stop(self) -> None:
-        """Answer what has been asked, and end."""
+        """Make `serve` return once the requests in progress are answered, or after 5 s."""
         self.should_exit = True

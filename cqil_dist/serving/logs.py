@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time (ISO 8601, UTC), level, logger, message, exception."""
+    """A formatter that writes a JSON object a line: time (ISO 8601, UTC), level, logger, message.
+
+    It adds the record's own `fields`, and the traceback of an exception, where there are any.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -24,11 +27,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(as_json: bool) -> None:
-    """Show this package's logs from INFO on, and other libraries' warnings."""
+    """Show this package's log records from INFO up, and other libraries' from WARNING up."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonFormatter() if as_json else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("cqil_dist").setLevel(logging.INFO)
-    # It warns of what clients send, which is theirs to mend.
+    # Its warnings are about malformed requests, which only their senders can mend.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""How a service faces the network: addresses, keys, TLS and bounds. Plain, checked values."""
+"""How a service faces the network, as plain, checked values: addresses, keys, TLS and bounds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Tls:
-    """A certificate and its key, in PEM files."""
+    """The PEM files of a certificate chain and of its private key."""
 
     cert: Path
     key: Path
 
     def pair(self) -> tuple[bytes, bytes]:
-        """Key and certificate chain, as gRPC takes them.
+        """The contents of the key file and of the certificate file, in gRPC's order.
 
         Raises:
-            LaunchError: they cannot be read, or do not belong together.
+            LaunchError: a file cannot be read, or the two do not belong together.
         """
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
@@ -89,14 +89,15 @@ class ServeConfig:
             )
 
     def address(self, port: int) -> str:
-        """The "host:port" to bind."""
+        """A port of this service as "host:port", with brackets around an IPv6 host."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     def url(self, port: int) -> str:
+        """The URL of the HTTP server on this port."""
         return f"{'https' if self.tls else 'http'}://{self.address(port)}"
 
     def listen(self, port: int) -> socket.socket:
-        """A socket that listens there. Raises LaunchError where it cannot."""
+        """A listening socket on this port (0 takes a free one). Raises LaunchError if it fails."""
         both = ":" in self.host and socket.has_dualstack_ipv6()  # as gRPC does
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
@@ -106,15 +107,15 @@ class ServeConfig:
         except OSError as error:
             address = self.address(port)
             raise LaunchError(f"cannot serve at {address}: {error}; is the port taken?") from error
-        # asyncio turns Nagle's algorithm off for sockets that name their protocol, and only those.
-        # With it what is small, as events are, waits 40 ms for what was before to be acknowledged.
+        # asyncio turns Nagle's algorithm off only for sockets that name their protocol. With it a
+        # small packet, such as an event, waits 40 ms for the one before it to be acknowledged.
         return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, sock.detach())
 
     def check(self) -> None:
-        """Better before a model is loaded than after: that ports are free, and TLS files good.
+        """Check that the ports are free and the TLS files good, before a model is loaded.
 
         Raises:
-            LaunchError: naming the port or the files.
+            LaunchError: a port is taken, or a TLS file cannot be used.
         """
         for port in (self.grpc_port, self.http_port):
             self.listen(port).close()
@@ -123,5 +124,5 @@ class ServeConfig:
 
     @property
     def is_public(self) -> bool:
-        """Whether other machines can reach it."""
+        """Whether other machines can reach the service."""
         return self.host not in (LOOPBACK, "localhost", "::1")

@@ -1,4 +1,4 @@
-"""A generation service on the network, from warm-up to drained: gRPC and HTTP in one event loop."""
+"""The public service from start to end: gRPC and HTTP servers in one event loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import logging
 import resource
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cqil_dist.client import AsyncClient
@@ -23,29 +24,31 @@ from cqil_dist.serving.serve_config import ServeConfig
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 8
-# Requests on their way to the engine, which refuses what it has no room for. Beyond them the front
-# refuses itself, so that its own questions to the coordinator are always answered.
-_TO_BE_REFUSED = OTHER_CALLS // 2
-_MOST_FILES = 65536
+# The engine refuses requests that its queue has no room for. The frontend passes on so many of
+# those and refuses the rest itself, so that the coordinator, which takes OTHER_CALLS calls beside
+# its requests, always has some left for the frontend's own questions.
+_PASSED_ON_BEYOND_QUEUE = OTHER_CALLS // 2
+_MOST_OPEN_FILES = 65536
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a service can be reached: "host:port", and a URL."""
+    """Where a service can be reached: its gRPC port as "host:port", its HTTP port as a URL."""
 
     grpc: str
     http: str
 
 
 class Service:
-    """The public servers in front of a coordinator.
+    """The public frontend of a coordinator: its gRPC and HTTP servers, admission and health.
 
     Args:
-        client: of the coordinator's own service.
-        metrics: gives them in Prometheus' text format.
+        client: a client of the coordinator's own service.
+        config: addresses, keys, TLS and limits.
+        metrics: returns the cluster's metrics in Prometheus' text format.
 
     Attributes:
-        health: whether it serves, and if not, why.
+        health: whether requests should be sent here, and if not, why.
     """
 
     def __init__(
@@ -61,51 +64,51 @@ class Service:
 
     @property
     def requests(self) -> int:
-        """How many are being served."""
-        return self._admission.within
+        """How many requests are being served."""
+        return self._admission.in_progress
 
     async def start(self) -> Addresses:
-        """Listen, warm up, and only then say so.
+        """Listen and warm up; health checks report "serving" from the end of the warm-up on.
 
         Raises:
-            LaunchError: a port cannot be had.
-            CqilError: the coordinator does not generate.
+            LaunchError: a port cannot be bound.
+            CqilError: the coordinator does not answer, or its first request fails.
         """
         config = self._config
         models = await self._client.models()
         status = await self._client.status()
-        self._admission = Admission(status.slots + status.max_waiting, _TO_BE_REFUSED)
+        self._admission = Admission(status.slots + status.max_waiting, _PASSED_ON_BEYOND_QUEUE)
         backend = Backend(self._client, models, self._admission, config.request_timeout_s)
         self._grpc = GrpcServer(backend, config)
         self._http = HttpServer(create_app(backend, self.health, config, self._metrics), config.tls)
         sock = config.listen(config.http_port)
         await self._grpc.start()
-        self._serving = asyncio.create_task(self._http.run_on(sock))
+        self._serving = asyncio.create_task(self._http.serve(sockets=[sock]))
         await _warm_up(backend)
-        await self._look()
+        await self._update_health()
         self._watching = asyncio.create_task(self._watch())
         return Addresses(config.address(self._grpc.port), config.url(sock.getsockname()[1]))
 
     async def drain(self) -> None:
-        """Let nobody in, have what runs finish, and send away what is late."""
+        """Admit no more requests, let those in progress finish, and abort those that are late."""
         self._admission.draining = True
         await self._grpc.set_serving(False)
         logger.info("ending: running requests have %g s to finish", self._config.drain_timeout_s)
-        sent_away = await self._admission.drain(self._config.drain_timeout_s, self._client.abort)
-        if sent_away:
-            logger.warning("%d requests were not done and have been handed back", sent_away)
+        aborted = await self._admission.drain(self._config.drain_timeout_s, self._client.abort)
+        if aborted:
+            logger.warning("%d requests were not done and have been handed back", aborted)
 
     async def stop(self) -> None:
-        """Close the servers; what still runs is cut off."""
+        """Close the servers, and with them the connections of requests still in progress."""
         self._watching.cancel()
         self._http.stop()
         await asyncio.gather(self._serving, self._grpc.stop(), return_exceptions=True)
 
     async def ended(self) -> None:
-        """Wait until the engine has given up, or a server has ended by itself.
+        """Wait until the engine has failed for good.
 
         Raises:
-            LaunchError: the HTTP server has ended.
+            LaunchError: the HTTP server has ended by itself.
         """
         failed = asyncio.create_task(self.health.failed.wait())
         await asyncio.wait([failed, self._serving], return_when=asyncio.FIRST_COMPLETED)
@@ -116,39 +119,40 @@ class Service:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.health.INTERVAL_S)
-            await self._look()
+            await self._update_health()
 
-    async def _look(self) -> None:
-        """Have the health service say what the coordinator does."""
+    async def _update_health(self) -> None:
+        """Make the gRPC health service report the state of the coordinator."""
         await self.health.look()
         await self._grpc.set_serving(self.health.serving and not self._admission.draining)
 
 
 async def serve(service: Service, on_ready: Callable[[Addresses], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is running; a second signal ends at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal skips the rest of draining.
+
+    Args:
+        service: a service that has not been started.
+        on_ready: called with the service's addresses once it is warm.
 
     Raises:
-        LaunchError: a port cannot be had.
+        LaunchError: a port cannot be bound.
         RankUnavailable: the engine has given up waiting for a lost rank.
     """
     _allow_many_connections()
-    signals = _Signals()
-    try:
+    with _signals() as (first, second):
         starting = asyncio.create_task(service.start())
-        if not await _first_of(starting, signals.arrived(1)):
+        if not await _first_of(starting, first.wait()):
             return
         on_ready(starting.result())
-        if not await _first_of(service.ended(), signals.arrived(1)):
-            await _first_of(service.drain(), signals.arrived(2))
+        if not await _first_of(service.ended(), first.wait()):
+            await _first_of(service.drain(), second.wait())
         await service.stop()
-    finally:
-        signals.close()
     if service.health.failed.is_set():
         raise RankUnavailable(service.health.detail)
 
 
 async def _first_of(wanted: Awaitable[object], otherwise: Awaitable[object]) -> bool:
-    """Wait for either; whether it was `wanted`. The other is cancelled."""
+    """Wait until one of the two is done and cancel the other. True if `wanted` is done."""
     tasks = [asyncio.ensure_future(each) for each in (wanted, otherwise)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -161,7 +165,7 @@ async def _first_of(wanted: Awaitable[object], otherwise: Awaitable[object]) -> 
 
 
 async def _warm_up(backend: Backend) -> None:
-    """The first request touches memory and code that later ones find in place."""
+    """Send each model a request, so that memory and code have been touched before users ask."""
     for model in backend.models:
         await backend.client.generate(
             [0] * min(_WARM_UP_TOKENS, model.max_len - 1),
@@ -173,32 +177,21 @@ async def _warm_up(backend: Backend) -> None:
 
 
 def _allow_many_connections() -> None:
-    """As many open sockets as the system lets this process have, within reason."""
+    """Raise this process's limit of open files as far as the system allows, to 65536 at most."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
-class _Signals:
-    """Counts SIGTERM and SIGINT, in place of what they do otherwise."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._changed = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+@contextmanager
+def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Two events that the first and the second SIGTERM or SIGINT set, and do nothing else."""
+    first, second = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+    try:
+        yield first, second
+    finally:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._note)
-
-    async def arrived(self, count: int) -> None:
-        """Wait until so many have come."""
-        while self._count < count:
-            self._changed.clear()
-            await self._changed.wait()
-
-    def close(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.remove_signal_handler(number)
-
-    def _note(self) -> None:
-        self._count += 1
-        self._changed.set()
+            loop.remove_signal_handler(number)

@@ -1,5 +1,5 @@
 """The OpenAI API's completions and chat completions, over a generation service.
 
-schema.py says what may be asked and what is answered, requests.py turns what is asked into the
-service's requests, answers.py turns what comes back into answers, routes.py joins them.
+schema.py has the bodies of requests and responses, requests.py turns a request into the service's
+own requests, answers.py turns their chunks and completions into responses, routes.py joins them.
 """

@@ -1,4 +1,4 @@
-"""From what the service gives back to the OpenAI API's answers, whole or in events."""
+"""Responses of the OpenAI API, whole or as events of a stream, made from the service's answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cqil_dist.serving.openai_api import schema
 
 @dataclass(frozen=True)
 class Head:
-    """What every part of an answer says of it."""
+    """The fields that every event of a response repeats."""
 
     id: str
     created: int
@@ -21,27 +21,30 @@ class Head:
 
 
 class Answerer(Protocol):
-    """Puts one endpoint's answers together."""
+    """What makes one endpoint's response: whole, or as the events of a stream."""
 
     def whole(self, completions: Sequence[Completion], usage: schema.Usage) -> Any:
-        """The answer, of one completion for each choice."""
+        """The whole response, with one completion for each choice, in order."""
         ...
 
     def opening(self, index: int) -> Any | None:
-        """What a choice's stream begins with, before its first token; None for nothing."""
+        """The event that begins a choice's stream before its first token; None if there is none."""
         ...
 
     def event(self, index: int, chunk: Chunk) -> Any:
-        """What is new of a choice."""
+        """The event that carries the next chunk of a choice."""
         ...
 
     def closing(self, usage: schema.Usage) -> Any:
-        """The usage, after all choices have ended."""
+        """The event that carries the usage, after all choices have ended."""
         ...
 
 
 def usage_of(counts: Iterable[TokenCounts], choices_per_prompt: int) -> schema.Usage:
-    """Tokens of all choices, in order; a prompt counts once however many choices it has."""
+    """The usage of a response with these token counts of its choices, in order.
+
+    A prompt counts once, however many choices it has.
+    """
     counts = list(counts)
     prompt = sum(count.prompt_tokens for count in counts[::choices_per_prompt])
     completion = sum(count.completion_tokens for count in counts)
@@ -50,17 +53,23 @@ def usage_of(counts: Iterable[TokenCounts], choices_per_prompt: int) -> schema.U
     )
 
 
-def _ending(of: Chunk | Completion) -> dict[str, Any]:
-    return {"finish_reason": of.finish_reason, "stop_reason": of.stop_reason}
+def _common(part: Chunk | Completion, wants_token_ids: bool) -> dict[str, Any]:
+    """The fields of a choice that completions and chat completions have in common."""
+    fields: dict[str, Any] = {"finish_reason": part.finish_reason, "stop_reason": part.stop_reason}
+    if wants_token_ids:
+        fields["token_ids"] = list(part.token_ids)
+    if isinstance(part, Chunk) and part.timeline is not None:
+        fields["timeline"] = part.timeline.to_dict()
+    return fields
 
 
 @dataclass
 class CompletionAnswerer:
-    """Of /v1/completions."""
+    """What makes the responses of /v1/completions."""
 
     head: Head
     wants_token_ids: bool
-    # How long the text of each choice is so far, in its tokens' own texts.
+    # By choice: the characters in the texts of its tokens so far.
     _offsets: dict[int, int] = field(default_factory=dict)
 
     def whole(
@@ -70,16 +79,14 @@ class CompletionAnswerer:
         return schema.CompletionResponse(choices=choices, usage=usage, **vars(self.head))
 
     def opening(self, index: int) -> None:
-        """Nothing comes before the first token."""
+        """None: no event precedes a completion's first token."""
 
     def event(self, index: int, chunk: Chunk) -> schema.CompletionResponse:
         choice = schema.CompletionChoice(
             index=index,
             text=chunk.text,
             logprobs=self._logprobs(index, chunk.logprobs),
-            token_ids=list(chunk.token_ids) if self.wants_token_ids else None,
-            timeline=None if chunk.timeline is None else chunk.timeline.to_dict(),
-            **_ending(chunk),
+            **_common(chunk, self.wants_token_ids),
         )
         return schema.CompletionResponse(choices=[choice], **vars(self.head))
 
@@ -94,8 +101,7 @@ class CompletionAnswerer:
             index=index,
             text=(completion.prompt_text or "") + completion.text,
             logprobs=self._logprobs(index, logprobs),
-            token_ids=list(completion.token_ids) if self.wants_token_ids else None,
-            **_ending(completion),
+            **_common(completion, self.wants_token_ids),
         )
 
     def _logprobs(
@@ -118,9 +124,9 @@ class CompletionAnswerer:
 
 
 def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
-    """The most likely tokens, and the one that was taken; of several with one text, the likeliest.
+    """Log probabilities of the most likely tokens and of the chosen one, by the tokens' texts.
 
-    None for a prompt's first token.
+    Where tokens share a text, the likeliest counts. None for a prompt's first token.
     """
     if entry.logprob is None:
         return None
@@ -133,7 +139,7 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
 
 @dataclass
 class ChatAnswerer:
-    """Of /v1/chat/completions."""
+    """What makes the responses of /v1/chat/completions."""
 
     head: Head
     wants_token_ids: bool
@@ -153,9 +159,7 @@ class ChatAnswerer:
             index=index,
             delta=schema.Delta(content=chunk.text) if chunk.text else schema.Delta(),
             logprobs=_chat_logprobs(chunk.logprobs),
-            token_ids=list(chunk.token_ids) if self.wants_token_ids else None,
-            timeline=None if chunk.timeline is None else chunk.timeline.to_dict(),
-            **_ending(chunk),
+            **_common(chunk, self.wants_token_ids),
         )
         return self._chunk([choice])
 
@@ -172,8 +176,7 @@ class ChatAnswerer:
             index=index,
             message=schema.AnswerMessage(content=completion.text),
             logprobs=_chat_logprobs(completion.logprobs),
-            token_ids=list(completion.token_ids) if self.wants_token_ids else None,
-            **_ending(completion),
+            **_common(completion, self.wants_token_ids),
         )
 
 
@@ -191,7 +194,7 @@ def _chat_logprobs(entries: tuple[TokenLogprob, ...] | None) -> schema.ChatLogpr
 
 
 def _described(entry: TokenLogprob) -> dict[str, Any]:
-    # Of a part of a character only the replacement is known, not the bytes.
+    # A token that is a part of a character shows as the replacement character; its bytes are lost.
     known = "\N{REPLACEMENT CHARACTER}" not in entry.token
     return {
         "token": entry.token,

@@ -1,4 +1,4 @@
-"""From a request of the OpenAI API to the service's requests, one for each choice."""
+"""Requests of the OpenAI API, turned into requests of the service: one for each choice."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from cqil_dist.serving.openai_api.schema import (
     Message,
 )
 
-# Characters, token ids and messages that all choices of a request together may begin with: each is
-# a request of its own, with its prompt.
-_MAX_PROMPTS = 1 << 24
+# A bound on the characters, token ids and messages of the prompts of all choices together: each
+# choice is a request of its own, with a copy of its prompt.
+_MAX_PROMPT_SIZE = 1 << 24
 
 _GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids")
 
 
 def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.GenerateRequest]:
-    """One request a choice: prompt by prompt, `n` each.
+    """The service's requests for the choices of /v1/completions, `n` for each prompt in turn.
+
+    Their ids are made from `response_id`.
 
     Raises:
-        RequestError: what is asked is not supported, or a value is out of range.
+        RequestError: a value is unsupported or out of range.
     """
     prompts = _prompts(body.prompt)
     if body.best_of not in (None, body.n):
@@ -55,10 +57,10 @@ def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.Ge
 def chat_requests(
     body: ChatCompletionRequest, response_id: str, max_len: int
 ) -> list[pb.GenerateRequest]:
-    """One request a choice. Raises RequestError as `completion_requests` does.
+    """The service's requests for the `n` choices of /v1/chat/completions.
 
-    Args:
-        max_len: the model's context, which is the default limit.
+    Their ids are made from `response_id`; `max_len`, the model's context in tokens, is the default
+    of `max_tokens`. Raises RequestError if a value is unsupported or out of range.
     """
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:
@@ -82,12 +84,12 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Promp
     if not given:
         raise RequestError("the prompt is an empty list; give a text, token ids, or a list of them")
     if isinstance(given[0], int):
-        return [[id for id in given if isinstance(id, int)]]
+        return [[token_id for token_id in given if isinstance(token_id, int)]]
     return [prompt for prompt in given if not isinstance(prompt, int)]
 
 
 def _sampling(body: GenerationRequest) -> dict[str, Any]:
-    """The values that were given; the service fills in the model's defaults."""
+    """The sampling values that a request gives; the service fills in the model's defaults."""
     sampling = {name: value for name in _GIVEN if (value := getattr(body, name)) is not None}
     if body.stop is not None:
         sampling["stop"] = body.stop
@@ -99,8 +101,8 @@ def _sampling(body: GenerationRequest) -> dict[str, Any]:
 def _requests(
     body: GenerationRequest, prompts: Sequence[Prompt], sampling: dict[str, Any], response_id: str
 ) -> list[pb.GenerateRequest]:
-    """One a choice: of each prompt `n`, alike but for id and seed."""
-    if body.n > 1 and body.n * sum(map(_size, prompts)) > _MAX_PROMPTS:
+    """`n` requests for each prompt, which differ in their ids and seeds alone."""
+    if body.n > 1 and body.n * sum(map(_size, prompts)) > _MAX_PROMPT_SIZE:
         raise RequestError(
             f"{body.n} choices of so long a prompt are too much for one request; send several"
         )
@@ -118,7 +120,7 @@ def _requests(
             request = pb.GenerateRequest(request_id=f"{response_id}-{len(requests)}")
             request.MergeFrom(first)
             if body.seed is not None:
-                # Of the 64 bits that a seed has, without a sign bit that carries over.
+                # A seed has 64 bits and a sign: seed + choice wraps around.
                 seed = (body.seed + choice + 2**63) % 2**64 - 2**63
                 request.sampling_params.seed = seed
             requests.append(request)
@@ -131,7 +133,7 @@ def _size(prompt: Prompt) -> int:
 
 
 def _role(message: Message) -> str:
-    # The newer name; chat templates know the older.
+    # "developer" is the newer name for "system", which chat templates do not know.
     return "system" if message.role == "developer" else message.role
 
 

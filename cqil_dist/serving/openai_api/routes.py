@@ -1,4 +1,4 @@
-"""The endpoints under /v1, over any number of choices that stream side by side."""
+"""The endpoints under /v1, whose choices are requests that stream side by side."""
 
 from __future__ import annotations
 
@@ -38,30 +38,26 @@ _READ_AHEAD = 1024
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One call of an endpoint: its choices' requests, and who answers them."""
+class _Call:
+    """One call of an endpoint: its body, its choices' requests, and what makes the response."""
 
     body: schema.GenerationRequest
     requests: Sequence[pb.GenerateRequest]
     answerer: Answerer
 
-    @property
-    def wants_usage(self) -> bool:
-        options = self.body.stream_options
-        return options is not None and options.include_usage
-
 
 def openai_routes(backend: Backend) -> APIRouter:
-    """/v1/models, /v1/completions and /v1/chat/completions."""
+    """The endpoints /v1/models, /v1/completions and /v1/chat/completions over a backend."""
     router = APIRouter(prefix="/v1", tags=["openai"])
 
     @router.get("/models", responses=error_responses(401))
     async def models() -> schema.ModelList:
-        """The served models: one model, under one plan or two."""
+        """The served models: one model, under one plan or under two."""
         return schema.ModelList(data=[_model(model) for model in backend.models])
 
     @router.get("/models/{model:path}", responses=error_responses(401, 404))
     async def model(model: str) -> schema.Model:
+        """One of the served models."""
         return _model(backend.model(model))
 
     @router.post(
@@ -70,12 +66,12 @@ def openai_routes(backend: Backend) -> APIRouter:
         responses=error_responses(400, 401, 404, 408, 413, 429, 503, 504),
     )
     async def completions(body: schema.CompletionRequest, request: Request) -> Any:
-        """Continue one prompt or several."""
+        """Complete one prompt or several."""
         backend.model(body.model)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
         answerer = CompletionAnswerer(head, body.return_token_ids)
-        asked = _Asked(body, completion_requests(body, head.id), answerer)
-        return await _answer(backend, asked, request)
+        call = _Call(body, completion_requests(body, head.id), answerer)
+        return await _answer(backend, call, request)
 
     @router.post(
         "/chat/completions",
@@ -83,12 +79,12 @@ def openai_routes(backend: Backend) -> APIRouter:
         responses=error_responses(400, 401, 404, 408, 413, 429, 503, 504),
     )
     async def chat_completions(body: schema.ChatCompletionRequest, request: Request) -> Any:
-        """Answer a conversation, laid out by the model's chat template."""
+        """Answer a conversation, formatted by the model's chat template."""
         info = backend.model(body.model)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
         answerer = ChatAnswerer(head, body.return_token_ids)
-        asked = _Asked(body, chat_requests(body, head.id, info.max_len), answerer)
-        return await _answer(backend, asked, request)
+        call = _Call(body, chat_requests(body, head.id, info.max_len), answerer)
+        return await _answer(backend, call, request)
 
     return router
 
@@ -97,17 +93,17 @@ def _model(info: ModelInfo) -> schema.Model:
     return schema.Model(id=info.name, created=info.created, max_model_len=info.max_len)
 
 
-async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response:
-    if len(asked.requests) > (capacity := backend.admission.capacity):
+async def _answer(backend: Backend, call: _Call, request: Request) -> Response:
+    if len(call.requests) > (capacity := backend.admission.capacity):
         raise RequestError(
-            f"{len(asked.requests)} choices are more than the {capacity} requests "
+            f"{len(call.requests)} choices are more than the {capacity} requests "
             "that run and wait here at most; send several requests"
         )
-    if not asked.body.stream:
-        return await until_disconnected(request, _whole(backend, asked))
-    events = _events(backend, asked)
-    # What is wrong with a request shows before its first event: then it has a status of its own.
-    first = await until_disconnected(request, anext(events))
+    if not call.body.stream:
+        return await _until_disconnected(request, _whole(backend, call))
+    events = _events(backend, call)
+    # A request that is refused fails before its first event, so its answer can have a status.
+    first = await _until_disconnected(request, anext(events))
 
     async def text() -> AsyncIterator[str]:
         async with aclosing(events):
@@ -124,10 +120,10 @@ async def _answer(backend: Backend, asked: _Asked, request: Request) -> Response
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, for so many seconds at most, also to a client that does not read."""
+    """Server-sent events that end after `timeout_s`, even if the client does not read them."""
 
     def __init__(self, events: AsyncIterator[str], timeout_s: float) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass it on
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._timeout_s = timeout_s
 
@@ -137,53 +133,52 @@ class _Events(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _whole(backend: Backend, asked: _Asked) -> Response:
+async def _whole(backend: Backend, call: _Call) -> Response:
     completions: dict[int, Completion] = {}
-    async with aclosing(_merged(backend, asked.requests)) as merged:
+    async with aclosing(_merged(backend, call.requests)) as merged:
         async for index, chunk in merged:
             assert chunk.result is not None, "the only chunk is the last"
             completions[index] = chunk.result
-    in_order = [completions[index] for index in range(len(asked.requests))]
-    usage = usage_of((completion.usage for completion in in_order), asked.body.n)
-    return JSONResponse(_plain(asked.answerer.whole(in_order, usage)))
+    in_order = [completions[index] for index in range(len(call.requests))]
+    usage = usage_of((completion.usage for completion in in_order), call.body.n)
+    return JSONResponse(_plain(call.answerer.whole(in_order, usage)))
 
 
-async def _events(backend: Backend, asked: _Asked) -> AsyncGenerator[BaseModel, None]:
-    """The events of all choices as they come."""
+async def _events(backend: Backend, call: _Call) -> AsyncGenerator[BaseModel, None]:
+    """The events of a streamed response, those of all choices in the order they come."""
     usages: dict[int, Usage] = {}
     opened: set[int] = set()
-    async with aclosing(_merged(backend, asked.requests)) as merged:
+    async with aclosing(_merged(backend, call.requests)) as merged:
         async for index, chunk in merged:
             if index not in opened:
                 opened.add(index)
-                if (opening := asked.answerer.opening(index)) is not None:
+                if (opening := call.answerer.opening(index)) is not None:
                     yield opening
-            yield asked.answerer.event(index, chunk)
+            yield call.answerer.event(index, chunk)
             if chunk.result is not None:
                 usages[index] = chunk.result.usage
-    if asked.wants_usage:
-        in_order = (usages[index] for index in range(len(asked.requests)))
-        yield asked.answerer.closing(usage_of(in_order, asked.body.n))
+    if (options := call.body.stream_options) is not None and options.include_usage:
+        in_order = (usages[index] for index in range(len(call.requests)))
+        yield call.answerer.closing(usage_of(in_order, call.body.n))
 
 
 async def _merged(
     backend: Backend, requests: Sequence[pb.GenerateRequest]
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks of all requests as they come, each with its request's index.
+    """The chunks of all requests as they come, each with its request's index.
 
-    The first comes when all have been let in: what is wrong with any of them is raised before.
-    Where one fails, or nobody reads on, the others end.
+    The first comes when all requests have been accepted; the error of one that is refused is raised
+    before. Where one fails, or the caller stops reading, the others are cancelled.
     """
-    # Bounded: who reads slowly slows the reading here, not the engine, whose chunks wait there.
+    # Bounded, so that a slow client slows down the reading here; the engine's chunks wait there.
     arrived: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(_READ_AHEAD)
-
-    entries = [asyncio.get_running_loop().create_future() for _ in requests]
+    accepted = [asyncio.get_running_loop().create_future() for _ in requests]
 
     async def read(index: int, request: pb.GenerateRequest) -> None:
         end: Exception | None = None
 
         async def let_in() -> None:
-            entries[index].set_result(None)
+            accepted[index].set_result(None)
 
         try:
             async with aclosing(backend.stream(request, let_in)) as chunks:
@@ -191,13 +186,13 @@ async def _merged(
                     await arrived.put((index, chunk))
         except Exception as error:
             end = error
-            if not entries[index].done():
-                entries[index].set_exception(error)
+            if not accepted[index].done():
+                accepted[index].set_exception(error)
         await arrived.put((index, end))
 
     reading = [asyncio.create_task(read(*numbered)) for numbered in enumerate(requests)]
     try:
-        await asyncio.gather(*entries)
+        await asyncio.gather(*accepted)
         ended = 0
         while ended < len(reading):
             index, item = await arrived.get()
@@ -213,8 +208,12 @@ async def _merged(
         await asyncio.gather(*reading, return_exceptions=True)
 
 
-async def until_disconnected(request: Request, answering: Coroutine[Any, Any, _Result]) -> _Result:
-    """What a coroutine returns; it is cancelled when the caller hangs up."""
+async def _until_disconnected(request: Request, answering: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of a coroutine, which is cancelled if the client disconnects before.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
     task = asyncio.create_task(answering)
     gone = asyncio.create_task(_disconnection(request))
     try:
@@ -230,7 +229,7 @@ async def until_disconnected(request: Request, answering: Coroutine[Any, Any, _R
 
 async def _disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
-        """The body has been read; nothing else comes."""
+        """The body has been read, so nothing else is of interest."""
 
 
 def _sse(event: BaseModel) -> str:
@@ -238,7 +237,10 @@ def _sse(event: BaseModel) -> str:
 
 
 def _plain(answer: BaseModel) -> dict[str, Any]:
-    """As JSON has it: what is None is left out, but for what readers of the API look up unasked."""
+    """A response as JSON values, without the fields that are None.
+
+    Two of those stay in every choice, because programs read them without looking for them first.
+    """
     values = answer.model_dump(exclude_none=True)
     for choice in values.get("choices", ()):
         choice.setdefault("finish_reason", None)

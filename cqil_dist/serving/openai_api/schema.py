@@ -1,9 +1,9 @@
-"""Requests and responses of the OpenAI API, as far as they are supported here.
+"""The bodies of requests and responses of the OpenAI API, as far as they are supported here.
 
-Field names and meaning are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`stop_token_ids` and `return_token_ids` are vLLM's additions, `return_timeline` is ours. A field
-that stands for something unsupported is accepted at the value that turns it off, and refused
-otherwise.
+The fields' names and meanings are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
+`stop_token_ids` and `return_token_ids` are vLLM's additions, and `return_timeline` is an addition
+of this package. A field of an unsupported feature is accepted at the value that turns the feature
+off, and refused otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MAX_CHOICES = 128
 
 _Off = Annotated[float, Field(ge=0, le=0)]
 
-# A list fails at its first wrong item: errors of a million of them take a minute and gigabytes.
+# A list fails at its first wrong item: reporting a million of them takes a minute and gigabytes.
 _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
-# Nor is each of a million wrong entries of an object told.
+# Objects cannot fail fast, so their size is bounded instead.
 _MAX_ENTRIES = 64
 
 
@@ -42,28 +42,28 @@ class _Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, given: Any) -> Any:
-        """As in OpenAI's API: clients write null for what they leave open."""
+        """Drop fields that are null: OpenAI's clients send null for what they leave unset."""
         if not isinstance(_few(given), dict):
             return given
         return {name: value for name, value in given.items() if value is not None}
 
 
 class StreamOptions(_Request):
-    include_usage: bool = Field(default=False, description="A last event brings the usage.")
+    include_usage: bool = Field(default=False, description="Send the usage in a last event.")
     include_obfuscation: bool | None = Field(default=None, description="Without effect.")
 
 
 class GenerationRequest(_Request):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions have in common."""
 
-    model: str = Field(description="One of /v1/models.")
+    model: str = Field(description="The name of one of the models that /v1/models lists.")
     temperature: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="0 is greedy. Default: the model's generation_config.json, or 1."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     stop: str | Annotated[_List[str], Field(max_length=MAX_STOP)] | None = Field(
-        default=None, description="Texts that end the completion."
+        default=None, description="One text or several that end the completion."
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
         default=None, description="Makes sampling repeatable; choice i of n is drawn with seed + i."
@@ -77,9 +77,9 @@ class GenerationRequest(_Request):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool = Field(default=False, description="Go on past the end-of-sequence token.")
     stop_token_ids: Annotated[_List[_TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    return_token_ids: bool = Field(default=False, description="Choices bring their token ids.")
+    return_token_ids: bool = Field(default=False, description="Add token ids to the choices.")
     return_timeline: bool = Field(
-        default=False, description="Streamed choices bring the timelines of their steps."
+        default=False, description="Add the timelines of their steps to streamed choices."
     )
     user: str | None = Field(default=None, description="Without effect.")
     metadata: Annotated[dict[str, str], _FEW] | None = Field(
@@ -103,14 +103,14 @@ class CompletionRequest(GenerationRequest):
     )
     echo: bool = Field(
         default=False,
-        description="The choice begins with the prompt, whose tokens have log probabilities where "
-        "`logprobs` asks for them. Not together with `stream`.",
+        description="Begin the choice with the prompt, with log probabilities of its tokens if "
+        "`logprobs` is set. Not supported together with `stream`.",
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        default=None, description="Log probabilities of the tokens and of so many alternatives."
+        default=None, description="Return log probabilities of each token and so many alternatives."
     )
     best_of: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Not supported: as `n` only."
+        default=None, description="Not supported: equal to `n` only."
     )
     suffix: Annotated[str, Field(max_length=0)] | None = Field(
         default=None, description="Not supported: empty only."
@@ -248,7 +248,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "cqil_dist"
-    max_model_len: int = Field(description="Most tokens of a prompt and its completion.")
+    max_model_len: int = Field(description="Most tokens of a prompt and its completion together.")
 
 
 class ModelList(BaseModel):

@@ -106,11 +106,11 @@ def test_two_of_one_name_are_two() -> None:
     admission = Admission(2)
     with admission.admitted("mine"):
         with admission.admitted("mine"):
-            assert admission.within == 2
+            assert admission.in_progress == 2
             with pytest.raises(QueueFull), admission.admitted("another"):
                 raise AssertionError("it was let in")
-        assert admission.within == 1
-    assert admission.within == 0
+        assert admission.in_progress == 1
+    assert admission.in_progress == 0
 
 
 def test_draining_ends_though_nobody_can_be_sent_away() -> None:
