@@ -28,9 +28,9 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Generates text with one model, under one plan or several.
 
-    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
-    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
-    and server reflection.
+    If the server has a key, calls must carry it as the metadata "authorization: Bearer <key>", or
+    fail with UNAUTHENTICATED. `cqil serve` also has grpc.health.v1.Health, which needs no key, and
+    server reflection, on the same port.
     """
 
     def __init__(self, channel):
@@ -64,21 +64,21 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Generates text with one model, under one plan or several.
 
-    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
-    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
-    and server reflection.
+    If the server has a key, calls must carry it as the metadata "authorization: Bearer <key>", or
+    fail with UNAUTHENTICATED. `cqil serve` also has grpc.health.v1.Health, which needs no key, and
+    server reflection, on the same port.
     """
 
     def Generate(self, request, context):
-        """Streams a completion. Cancelling the call ends the request and frees its slot within a step, and
-        so does its deadline.
+        """Streams a completion. When the call is cancelled or its deadline passes, the request ends and
+        its slot is free within a step.
 
         INVALID_ARGUMENT: the prompt or a sampling value is wrong; the message names the rule.
-        NOT_FOUND: `model` is none that is served.
-        RESOURCE_EXHAUSTED: the queue is full; try again later.
-        UNAVAILABLE: the server is gone, or ends; the same request with `resume_token_ids` goes on where
-        the stream ended, here or on another server of the same model and plan.
-        DEADLINE_EXCEEDED: the call's deadline, or the server's own for a request, has passed.
+        NOT_FOUND: there is no served model of the name `model`.
+        RESOURCE_EXHAUSTED: the queue is full (try again later), or the request is too large.
+        UNAVAILABLE: the server is gone or ending; the same request with `resume_token_ids` continues
+        the stream, here or on another server of the same model and plan.
+        DEADLINE_EXCEEDED: the call's deadline, or the server's own limit for a request, has passed.
         INTERNAL: the engine failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -93,14 +93,14 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Says what models are served, and what they take.
+        """Tells which models are served, and what requests they take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Says by which ranks, and how busy they are.
+        """Tells the engine's state, its ranks, and how busy they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,9 +140,9 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Generates text with one model, under one plan or several.
 
-    Where the server has a key, calls carry it as the metadata "authorization: Bearer <key>"
-    (UNAUTHENTICATED otherwise). Beside this service stand grpc.health.v1.Health, which needs no key,
-    and server reflection.
+    If the server has a key, calls must carry it as the metadata "authorization: Bearer <key>", or
+    fail with UNAUTHENTICATED. `cqil serve` also has grpc.health.v1.Health, which needs no key, and
+    server reflection, on the same port.
     """
 
     @staticmethod
