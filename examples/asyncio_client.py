@@ -1,4 +1,4 @@
-"""Many requests at the same time with the asyncio client.
+"""Run many requests at the same time with the asyncio client.
 
 Start a service first: cqil serve smollm2-135m --plan "P2 S12 E28 D1" --ranks 2
 """
@@ -22,9 +22,9 @@ async def stream(client: AsyncClient, prompt: str) -> str:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", default="localhost:50051", help="of the gRPC port")
+    parser.add_argument("--address", default="localhost:50051", help="address of the gRPC port")
     async with AsyncClient(parser.parse_args().address) as client:
-        # They share steps, so that three take less than three times as long as one.
+        # The requests share steps, so three take less than three times as long as one.
         for text in await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS)):
             print(text)
         reply = await client.chat([{"role": "user", "content": "hi"}], max_tokens=16, seed=1)
