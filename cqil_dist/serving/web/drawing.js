@@ -1,4 +1,4 @@
-// What the page shows of what page.js knows: plans, timelines, numbers, and what is pointed at.
+// The drawing of the state in page.js: plans, timelines, numbers, and what is pointed at.
 "use strict";
 
 // ---- Plans and timelines.
@@ -69,7 +69,7 @@ function drawTraces() {
   $("#traces").replaceChildren(...traces, axis);
 }
 
-/** Places for four to nine ticks between 0 and `end`, 0 among them. */
+/** The places of four to nine ticks between 0 and `end`, 0 among them. */
 function ticks(end) {
   const rough = end / 8;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -77,7 +77,7 @@ function ticks(end) {
   return Array.from({ length: Math.floor(end / step) + 1 }, (_, index) => index * step);
 }
 
-/** As many children of `parent` with this tag as wanted, those that are there first. */
+/** `count` children of `parent` with this tag; those that are there are used first. */
 function pooled(parent, tag, count) {
   const found = [...parent.querySelectorAll(tag)];
   while (found.length > count) found.pop().remove();
@@ -168,7 +168,7 @@ function paint() {
   painting = 0;
   if (!page.sides.length) return;
   const medians = page.sides.map((side) => side.durations.length ? median(side.durations) : 0);
-  // One scale for both sides; a hiccup of a step is cut off, so that it does not flatten the rest.
+  // One scale for both sides. A step that takes unusually long is cut off, to not flatten the rest.
   const top = 1.7 * Math.max(...medians);
   page.sides.forEach((side, index) => paintMeters(side, medians[index], top));
   if (page.sides.length === 2) paintComparison(medians);

@@ -1,12 +1,12 @@
-// What the page knows: the service, its models, the answers as they stream. drawing.js shows it.
+// The page's state: the service, its models, and the answers as they stream. drawing.js draws it.
 "use strict";
 
 const KINDS = ["attention", "feed forward", "attention exchange", "output exchange", "head"];
 const KEY = "cqil.api-key";
 const PAINT_EVERY_MS = 120;  // the browser may share its cores with the ranks
 const SPARK_STEPS = 100;
-const TIMELINES = 500;  // of so many tokens are kept; each has more than a hundred spans
-const DENSE = 48;  // more columns than this have no room for layer numbers
+const TIMELINES = 500;  // timelines that are kept, each with more than a hundred spans
+const DENSE = 48;  // a plan with more columns has no room for layer numbers
 const STEP_HINT =
   "Time of this side's own steps, from sending a step to the ranks until all have answered. Not " +
   "the time between arrivals: both sides take turns on the same ranks, and that would count the " +
@@ -85,7 +85,7 @@ async function* events(response) {
     }
     if (!done) throw new Error("the stream broke off");
   } finally {
-    reader.cancel().catch(() => {});  // hangs up, where the stream goes on
+    reader.cancel().catch(() => {});  // hangs up if the stream goes on
   }
 }
 
@@ -144,13 +144,13 @@ class Side {
     this.state = "streaming";
     const ids = choice.token_ids ?? [];
     const timeline = choice.timeline;
-    // Steps that compute the prompt, or compute lost tokens again, have more than one token.
+    // A step that computes the prompt, or lost tokens again, has several tokens and is left out.
     if (timeline && ids.length && this.tokens.length && timeline.request_tokens === 1) {
       this.durations.push(timeline.duration_ms);
       this.last = timeline;
     }
     ids.forEach((id, index) => {
-      // Text may be held back and come with a later token, so it is the event's, not the tokens'.
+      // An event's text is not its tokens' text: some may be held back and come with a later token.
       const text = index === ids.length - 1 ? choice.text : "";
       const { tokens, token_logprobs } = choice.logprobs ?? {};
       this.add({ id, text, piece: tokens?.[index], logprob: token_logprobs?.[index], timeline });
@@ -179,7 +179,7 @@ class Side {
     this.state = state;
   }
 
-  /** The step that is drawn: the latest, or that of the token that was clicked. */
+  /** The timeline of the step that is drawn: the latest, or that of the token that was clicked. */
   get shown() {
     return selected === null ? this.last : this.tokens[selected]?.timeline ?? null;
   }
@@ -188,8 +188,8 @@ class Side {
 const isSequential = (model) => model.plan.groups.every((group) => group.layers.length === 1);
 
 const page = { sides: [], ranks: [], running: null, steps: SPARK_STEPS };
-let selected = null;  // index of the token that was clicked
-let lit = null;  // {side, group} under the pointer
+let selected = null;  // the index of the token that was clicked
+let lit = null;  // the {side, group} under the pointer
 
 const other = (side) => page.sides.find((each) => each !== side);
 
@@ -245,7 +245,7 @@ $("#key-form").addEventListener("submit", (event) => {
   look();
 });
 
-// ---- The service's state, looked at often while it changes, and rarely or not at all otherwise.
+// ---- The service's state, asked for often while it changes, and rarely or not at all otherwise.
 
 const BUSY_MS = 2000;
 const IDLE_MS = 20000;
@@ -278,7 +278,7 @@ async function look() {
     show($("#notice"), error.message);
     if (!$("#key-form").hidden) return;  // the next look follows the key
   }
-  if (looking) return;  // somebody wants to know earlier
+  if (looking) return;  // an earlier look has been arranged meanwhile
   lookSoon(page.running || place.dataset.state !== "serving" ? BUSY_MS : IDLE_MS);
 }
 
@@ -308,7 +308,7 @@ function setUp(status) {
   }
 }
 
-/** A plan for so many layers: pairs, but for the first and last ones, which take it badly. */
+/** A plan of pairs, except for the first and last layers, which tolerate that badly. */
 function examplePlan(layers) {
   const start = 2 * Math.round(0.2 * layers);
   const end = start + 2 * Math.floor((layers - 2 - start) / 2);
