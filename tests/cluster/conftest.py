@@ -1,4 +1,4 @@
-"""A local Ray cluster, started once."""
+"""A local Ray cluster, started once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from cqil_dist.launching.placement import connected
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Claims 8 CPUs, so that several launches fit at the same time on 2 cores."""
+    """A cluster that claims to have 8 CPUs, so that several launches fit at once on 2 cores."""
     with connected(None, local_cpus=8, verbose=False):
         yield

@@ -1,4 +1,4 @@
-"""The command as a user runs it."""
+"""The `cqil` command, run as users run it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_generate_prints_one_json_object(model: TinyModel) -> None:
 
 
 def test_generate_streams_text_to_standard_output_alone(model: TinyModel) -> None:
-    """Also when a rank is lost on the way: Ray likes to tell that there."""
+    """Nothing else is written there even when a rank is lost, which Ray likes to report."""
     prompt_ids = model.tokenizer("The capital of")["input_ids"]
     expected = model.original.generate(
         torch.tensor([prompt_ids]), max_new_tokens=100, do_sample=False, eos_token_id=None

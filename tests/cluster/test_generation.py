@@ -1,4 +1,4 @@
-"""Generation through real actors, sockets and gRPC, against transformers and the reference."""
+"""Generation through real actors, sockets and gRPC gives what transformers and the reference do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tiny_model: TinyModelFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def engine(cluster: None, model: TinyModel) -> Iterator[cqil.RunningEngine]:
-    """Fewer ranks than the group has layers, and prefill in chunks."""
+    """An engine with fewer ranks than its groups have layers, which computes prompts in chunks."""
     with cqil.launch(
         str(model.path), PLAN, ranks=2, slots=3, max_len=96, prefill_tokens=8
     ) as engine:
@@ -40,7 +40,7 @@ def engine(cluster: None, model: TinyModel) -> Iterator[cqil.RunningEngine]:
 
 @pytest.fixture(scope="module")
 def greedy(model: TinyModel) -> Callable[[list[int], int], list[int]]:
-    """The reference's greedy continuation under PLAN."""
+    """The greedy continuation that the reference computes under PLAN."""
     reference = ReferenceModel(model.config, model.checkpoint, model.plan(PLAN))
     return reference.greedy
 
@@ -91,7 +91,7 @@ def test_an_adapter_runs_on_every_rank_and_the_other_plan_without(
 
 
 def layer_bytes(model: TinyModel) -> int:
-    """Bytes of all layers' tensors but the norms, whose gains are folded into what follows."""
+    """The bytes of all layers' tensors but the norms, whose gains are folded into what follows."""
     weights = load_file(model.path / "model.safetensors")
     return sum(w.nbytes for name, w in weights.items() if ".layers." in name and "norm" not in name)
 
@@ -184,7 +184,7 @@ def test_a_bad_request_says_why_and_harms_no_other(
 
 
 def test_values_are_also_checked_by_the_coordinator(engine: cqil.RunningEngine) -> None:
-    """A client in another language sends what it likes."""
+    """Clients in other languages may send any values."""
     from cqil_dist.rpc.v1 import generation_pb2 as pb
 
     connection: Any = engine.client._connections[-1]

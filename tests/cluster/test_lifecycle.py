@@ -1,4 +1,4 @@
-"""Nothing is left behind: not after an ordinary end, a failure half way, or Ctrl-C."""
+"""Nothing is left behind after an ordinary end, after a failure half way, or after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def model(tiny_model: TinyModelFactory) -> TinyModel:
 
 
 def test_a_local_launch_leaves_no_process(model: TinyModel) -> None:
-    """However it ends. Two at once, since starting Ray is a matter of waiting for the most part;
-    with more, Ray may give up its own waits on a machine of few cores."""
+    """No process is left, however the launch ends.
+
+    Two launches run at a time, because starting Ray is mostly waiting; with more, Ray may give up
+    its own waits on a machine with few cores."""
     endings = ("fail", "interrupt", "kill")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(partial(check_a_local_launch_leaves_no_process, model), endings))
@@ -87,7 +89,7 @@ def check_a_local_launch_leaves_no_process(model: TinyModel, ending: str) -> Non
 def test_a_failure_half_way_leaves_no_actor(
     cluster: None, model: TinyModel, tmp_path: Path
 ) -> None:
-    """One layer's tensor is misshapen: other ranks load well, then everything is taken down."""
+    """A tensor of one layer is misshapen: other ranks load well, then everything is taken down."""
     broken = tmp_path / "broken"
     shutil.copytree(model.path, broken)
     tensors = load_file(broken / "model.safetensors")

@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def url(browser: Browser, smollm2_path: Path) -> Iterator[str]:
-    """Of `cqil serve` with both plans. Needs a browser: without one nobody would look at it."""
+    """The URL of a `cqil serve` with both plans, started only if there is a browser."""
     with cqil_serve(
         *(CONCURRENT, "--plan", "P2 S12 E28 D1", "--ranks", str(RANKS), "--compare", "sequential")
     ) as service:
@@ -56,7 +56,7 @@ def tab(browser: Browser, url: str) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def answered(browser: Browser, url: str) -> Iterator[Tab]:
-    """A page after one prompt has been answered on both sides. Tests leave it as it is."""
+    """A page on which both sides have answered one prompt; tests leave it as it is."""
     viewport = ViewportSize(width=1280, height=760)
     with browser.new_page(viewport=viewport, device_scale_factor=1) as page:
         tab = Tab(page, url)
@@ -239,7 +239,7 @@ def test_stop_ends_both_streams_and_frees_their_slots(tab: Tab, url: str) -> Non
 
 
 def test_markup_in_a_prompt_is_text(tab: Tab) -> None:
-    """And Enter asks, as the button does."""
+    """Pressing Enter asks, as the button does."""
     tab.open()
     tab.page.fill("#max-tokens", "4")
     tab.page.fill("#prompt", MARKUP)
@@ -252,7 +252,7 @@ def test_markup_in_a_prompt_is_text(tab: Tab) -> None:
 
 
 def test_what_a_model_says_is_text_and_a_broken_stream_tells_why(tab: Tab) -> None:
-    """Texts that come late, without a token or with several, stay in order too."""
+    """Texts that come late, without a token or with several, stay in order."""
     said: list[dict[str, Any]] = [
         {"text": "", "token_ids": []},  # a part of the prompt
         {"text": MARKUP, "token_ids": [5]},

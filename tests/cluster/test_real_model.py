@@ -1,4 +1,4 @@
-"""smollm2-135m, trained weights: reference == transformers, distributed == reference."""
+"""smollm2-135m with its trained weights: the reference agrees with transformers, ranks with it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_demo_plan_keeps_the_answer(cluster: None, smollm2_path: Path) -> No
 def test_a_rank_needs_little_more_than_its_weights_and_cache(
     cluster: None, smollm2_path: Path
 ) -> None:
-    """300 MB hold Python, torch, Ray's worker, activations and what loading needs for a moment."""
+    """Beside them, 300 MB are enough for Python, torch, Ray's worker, activations and loading."""
     with cqil.launch("smollm2-135m", "P2 S12 E28 D0", ranks=2, slots=1, max_len=512) as engine:
         engine.complete("word " * 400, max_tokens=2)
         for rank in engine.status().ranks:

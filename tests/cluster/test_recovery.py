@@ -1,4 +1,4 @@
-"""Processes are killed and stopped while requests stream; the streams do not show it."""
+"""Processes are killed and stopped while requests stream, and the streams do not show it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_LEN = 400
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModelFactory) -> TinyModel:
-    """Room for streams that last long enough to be disturbed."""
+    """A model with a context for streams that last long enough to be disturbed."""
     return tiny_model(tiny_config(max_position_embeddings=MAX_LEN))
 
 
@@ -62,7 +62,7 @@ def stream(
 
 
 def check(chunks: list[Chunk], expected: Completion) -> None:
-    """Nothing lost, nothing doubled, nothing else: in the chunks, and in the whole."""
+    """Check that chunks and completion have every expected token once, and nothing else."""
     result = chunks[-1].result
     assert result is not None
     assert tuple(id for chunk in chunks for id in chunk.token_ids) == expected.token_ids
@@ -77,7 +77,7 @@ def check(chunks: list[Chunk], expected: Completion) -> None:
 
 
 def disturb(engine: cqil.RunningEngine, fault: Callable[[], None]) -> None:
-    """Stream all requests, with the fault in the midst of them, and compare with without it."""
+    """Stream all requests with a fault in their midst, and compare them with undisturbed ones."""
     expected = [stream(engine, request)[-1].result for request in REQUESTS]
     under_way = threading.Barrier(len(REQUESTS) + 1)
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
@@ -154,7 +154,7 @@ def test_a_killed_coordinator_takes_over_the_ranks_as_they_are(engine: cqil.Runn
 def test_a_rank_that_answers_but_can_do_nothing_is_started_again(
     engine: cqil.RunningEngine,
 ) -> None:
-    """As after an error that stays with its process; here it has no file left to open."""
+    """An error may stay with a process; here the process cannot open any more files."""
     ranks = ranks_of(engine)
     broken = psutil.Process(ranks[1].pid)
 
@@ -168,7 +168,7 @@ def test_a_rank_that_answers_but_can_do_nothing_is_started_again(
 
 
 def test_a_spare_takes_over_without_reading_weights(cluster: None, model: TinyModel) -> None:
-    """Where a rank is killed, and where it is stuck. Whoever is replaced is the next spare."""
+    """A spare replaces a killed rank and a stuck one; the replaced actor is the next spare."""
     with launch(model, spares=1, step_deadline_s=5) as engine:
         for fault in (signal.SIGKILL, signal.SIGSTOP):
             wait_for_a_spare(engine)

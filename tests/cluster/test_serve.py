@@ -1,4 +1,4 @@
-"""`cqil serve` as its users meet it: one service, asked, disturbed, traced and ended."""
+"""One service of `cqil serve`, which users ask, disturb, trace and end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def client_of(service: Serving) -> Client:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModelFactory) -> TinyModel:
-    """Room for streams that last long enough to be disturbed."""
+    """A model with a context for streams that last long enough to be disturbed."""
     return tiny_model(tiny_config(max_position_embeddings=MAX_LEN))
 
 
@@ -88,7 +88,7 @@ def test_status_tells_plans_ranks_and_load(service: Serving) -> None:
 
 @pytest.mark.parametrize("victim", ["ray::Coordinator", "ray::LayerActor"])
 def test_streams_of_any_kind_outlive_what_computes_them(service: Serving, victim: str) -> None:
-    """Over HTTP as well, whose clients could not take a stream up again."""
+    """That holds over HTTP as well, where clients cannot resume a stream themselves."""
     with openai_of(service) as http_client, client_of(service) as client:
         expected = http_client.completions.create(
             model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}
@@ -108,7 +108,7 @@ def test_streams_of_any_kind_outlive_what_computes_them(service: Serving, victim
 
 
 def test_the_dashboard_shows_metrics_that_there_are(service: Serving) -> None:
-    """After a recovery, so that there is something of everything."""
+    """This comes after a recovery, so that every metric has a value."""
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     shown = {
         name
@@ -180,7 +180,7 @@ def test_the_log_is_json_and_keeps_secrets(service: Serving) -> None:
 
 
 def test_on_sigterm_it_finishes_what_runs_and_leaves_nothing(service: Serving) -> None:
-    """The last test of this service."""
+    """This is the last test of the service, which it ends."""
     with openai_of(service) as client:
         events = client.completions.create(
             model="tiny", prompt=PROMPT, **LONG, extra_body={"ignore_eos": True}, stream=True
@@ -226,7 +226,7 @@ def test_a_taken_port_is_said_before_anything_starts(model: TinyModel, option: s
 
 
 def test_an_empty_key_is_no_open_door(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret that did not arrive is not the wish to let everybody in."""
+    """A secret that did not arrive is not taken for the wish to let everybody in."""
     monkeypatch.setenv("CQIL_API_KEY", "")
     result = CliRunner().invoke(app, ["serve", str(model.path)])
     assert result.exit_code == 1

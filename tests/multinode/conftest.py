@@ -1,4 +1,4 @@
-"""A cluster over hosts of their own: see tests/faults/hosts.py."""
+"""A Ray cluster over several hosts, which tests/faults/hosts.py makes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model(tiny_model: TinyModelFactory) -> TinyModel:
-    """Room for streams that last long enough to be disturbed."""
+    """A model with a context for streams that last long enough to be disturbed."""
     return tiny_model(tiny_config(max_position_embeddings=MAX_LEN))
 
 
@@ -32,6 +32,6 @@ def cabled() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def network(cabled: Network) -> Network:
-    """A head, which has no room for ranks, and three nodes that have room for one each."""
+    """A network of a head, which has no room for ranks, and three nodes with room for one each."""
     cabled.start_ray()
     return cabled

@@ -1,4 +1,4 @@
-"""A short run of bench/chaos.py: random faults, and not a token other than it should be."""
+"""A short run of bench/chaos.py: random faults change no token."""
 
 from __future__ import annotations
 

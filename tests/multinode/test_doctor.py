@@ -1,4 +1,4 @@
-"""`cqil doctor` over several nodes: what is well, and each thing that is not, by name."""
+"""`cqil doctor` over several nodes, which names each thing that is not well."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def failures(findings: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
 
 
 def test_a_cluster_that_is_well(network: Network, model: TinyModel) -> None:
-    """Every node, and every link in both directions."""
+    """Every node and every link, in both directions, is reported to be well."""
     code, findings = doctor(
         network, "--model", str(model.path), "--plan", PLAN, "--strategy", "STRICT_SPREAD"
     )

@@ -19,10 +19,10 @@ _RAY_S_OWN = 1  # every worker of Ray's has one such port, for calls
 
 
 def test_a_short_cut_ends_where_it_began(network: Network, model: TinyModel) -> None:
-    """Too short for Ray to call the node dead; the rank starts anew on it all the same.
+    """The cut is too short for Ray to call the node dead; the rank starts anew on it all the same.
 
-    Asked of an engine whose deadline is shorter than the cut, and which ends before that of the
-    other tests starts: there is no room for both.
+    This engine's deadline is shorter than the cut. The engine ends before that of the other tests
+    starts, because there is no room for both.
     """
     with launch(network, model.path, step_deadline_s=3) as engine:
         ranks = engine.status()["ranks"]
@@ -42,7 +42,7 @@ def test_a_short_cut_ends_where_it_began(network: Network, model: TinyModel) -> 
 
 
 def kill_idle_nodes(network: Network, ranks: list[dict[str, Any]]) -> None:
-    """So that there is no other to move to."""
+    """Kill the nodes without a rank, so that a rank has no other node to move to."""
     for idle in {host.address for host in network.hosts[1:]} - {r["address"] for r in ranks}:
         network.host_at(idle).kill_ray()
 
@@ -66,7 +66,7 @@ def read_all(engine: RemoteEngine) -> list[RemoteStream]:
 def disturb(
     engine: RemoteEngine, undisturbed: list[RemoteStream], fault: Callable[[], None]
 ) -> dict[str, Any]:
-    """The streams are what they were without the fault; returns the status afterwards."""
+    """Check that a fault does not change the streams, and return the status afterwards."""
     running = [stream(engine, sampling).read(tokens=20) for sampling in SAMPLINGS]
     fault()
     for got, expected in zip(running, undisturbed, strict=True):
@@ -94,7 +94,7 @@ def test_ranks_are_on_nodes_of_their_own_and_compute_the_reference(
 def test_nobody_listens_for_longer_or_wider_than_need_be(
     network: Network, engine: RemoteEngine
 ) -> None:
-    """Ranks only while they connect; the coordinator on its node's address alone."""
+    """Ranks listen only while they connect, and the coordinator on its node's address alone."""
     head = network.hosts[0]
     (coordinator,) = head.processes("ray::Coordinator")
     assert {address for address, _ in listening(head, coordinator)} == {head.address}
@@ -105,7 +105,7 @@ def test_nobody_listens_for_longer_or_wider_than_need_be(
 
 
 def listening(host: Host, pid: int) -> list[tuple[str, str]]:
-    """Addresses and ports on which a process listens, without those on every interface."""
+    """The addresses and ports on which a process listens, except on every interface."""
     return [pair for pair in _sockets(host, pid) if pair[0] not in _EVERYWHERE]
 
 
@@ -149,7 +149,7 @@ def test_a_rank_moves_when_its_node_is_cut_off(
 def test_the_engine_waits_for_a_node_to_come_back(
     network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
 ) -> None:
-    """No node is left: the status says what is waited for until there is one."""
+    """While no node is left, the status tells what is waited for."""
     ranks = engine.status()["ranks"]
     host = host_of(network, ranks[1])
     kill_idle_nodes(network, ranks)
@@ -170,7 +170,7 @@ def test_the_engine_waits_for_a_node_to_come_back(
 def test_a_flood_of_strangers_disturbs_nobody(
     network: Network, engine: RemoteEngine, undisturbed: list[RemoteStream]
 ) -> None:
-    """Garbage, huge lengths, half messages and silence, at every port of the coordinator's."""
+    """Strangers send garbage, huge lengths, half messages or nothing to the coordinator's ports."""
     epoch = engine.status()["epoch"]
     head, stranger = network.hosts[0], network.hosts[-1]
     (coordinator,) = head.processes("ray::Coordinator")

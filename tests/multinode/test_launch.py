@@ -1,4 +1,4 @@
-"""Launches that end otherwise than hoped: each ends with an error that names what is missing."""
+"""Launches that fail: each ends with an error that names what is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import cqil_dist as cqil
 
 
 def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyModel) -> None:
-    """Three ranks fill the nodes: there is no other to move to."""
+    """Three ranks fill the nodes, so that a lost one has no other to move to."""
     network.start_ray()
     with launch(network, model.path, ranks=3, recovery_timeout_s=4) as engine:
         running = [stream(engine, sampling).read(tokens=20) for sampling in SAMPLINGS]
@@ -34,7 +34,7 @@ def test_giving_up_names_the_rank_and_its_node(network: Network, model: TinyMode
 
 
 def test_a_node_without_the_model_is_named(network: Network, model: TinyModel) -> None:
-    """The model lies on the head alone."""
+    """The model is on the head alone."""
     head = network.hosts[0]
     private = f"/dev/shm/{model.path.name}_model"
     head.run("cp", "-r", str(model.path), private)
@@ -44,7 +44,7 @@ def test_a_node_without_the_model_is_named(network: Network, model: TinyModel) -
 
 
 def test_a_spare_stands_in_for_a_node_without_the_model(network: Network, model: TinyModel) -> None:
-    """Whichever node the ranks are placed on first, they end on those that can read the model."""
+    """Wherever ranks are placed first, they end up on the nodes that can read the model."""
     head, first, _, third = network.hosts
     private = f"/dev/shm/{model.path.name}_on_two"
     for host in (head, first, third):

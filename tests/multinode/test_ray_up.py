@@ -1,4 +1,4 @@
-"""`ray up cluster/local.yaml` on three hosts with sshd, as its users run it; and `ray down`."""
+"""`ray up cluster/local.yaml` and `ray down` on three hosts with sshd, run as users run them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 class Operator:
-    """Where `ray up` is run: on the hosts' network, with a home directory of its own."""
+    """The machine that runs `ray up`, on the hosts' network and with a home of its own."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -54,7 +54,7 @@ class Operator:
         self.config.write_text(yaml.safe_dump(self._rendered()), encoding="utf-8")
 
     def _rendered(self) -> dict[str, Any]:
-        """The shipped file, with its lines marked EDIT edited."""
+        """The shipped configuration, with the lines marked EDIT changed for these hosts."""
         shipped = (REPOSITORY / "cluster" / "local.yaml").read_text(encoding="utf-8")
         config: dict[str, Any] = yaml.safe_load(shipped)
         head, *workers = self.network.hosts
@@ -87,9 +87,9 @@ class Operator:
 
 
 def start_sshd(host: Host, operator: Operator) -> None:
-    """With the operator's key, and a home like that of a machine where the package is installed.
+    """Start sshd with the operator's key and the home directory of a machine with the package.
 
-    What `make install` and `cqil model fetch` would bring is there, so they find nothing to do.
+    What `make install` and `cqil model fetch` would install is there, so they have nothing to do.
     """
     (host.home / ".ssh").mkdir()
     shutil.copy(f"{operator.key}.pub", host.home / ".ssh" / "authorized_keys")

@@ -73,7 +73,7 @@ def test_the_acceptor_names_the_address_of_a_wrong_secret() -> None:
 def test_a_connector_refuses_an_acceptor_that_is_not_ours(
     greet: Callable[[], bytes], reason: str
 ) -> None:
-    """An impostor sends a greeting, then a proof made of nothing."""
+    """An impostor sends a greeting, and then a proof made without the secret."""
 
     def pretend() -> None:
         sock, _ = server.accept()
@@ -94,7 +94,7 @@ def test_a_connector_refuses_an_acceptor_that_is_not_ours(
 
 
 def test_a_proof_cannot_be_played_back_to_its_maker() -> None:
-    """A stranger with no secret relays a rank's own answer to that rank as the acceptor's proof."""
+    """A stranger without the secret returns a rank's own answer to it as the acceptor's proof."""
 
     def reflect() -> None:
         sock, _ = server.accept()

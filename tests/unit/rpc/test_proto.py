@@ -1,4 +1,4 @@
-"""The generated wire code belongs to the proto file beside it."""
+"""The generated code in cqil_dist/rpc/v1 belongs to the proto file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_everything_in_it_is_documented(tmp_path: Path) -> None:
 
 
 def _everything(proto: FileDescriptorProto) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Paths (as in SourceCodeInfo.Location) and names."""
+    """The paths, as in SourceCodeInfo.Location, and the names of all that is defined."""
     for i, message in enumerate(proto.message_type):
         yield (4, i), message.name
         for j, field in enumerate(message.field):

@@ -51,7 +51,7 @@ def paced(model: TinyModel) -> PacedModel:
 
 @pytest.fixture
 def slow(model: TinyModel, paced: PacedModel) -> Iterator[Served]:
-    """Two slots, and one more may wait; everything takes a while."""
+    """A service with two slots and room for one more to wait, in which everything takes a while."""
     with (
         serving(model, paced, slots=2, max_waiting=1) as engine,
         served(engine, drain_timeout_s=20) as service,

@@ -1,4 +1,4 @@
-"""Metrics are gathered once for all who ask at the same time."""
+"""The cluster's metrics are gathered once for all who ask at the same time."""
 
 from __future__ import annotations
 

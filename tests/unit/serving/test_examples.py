@@ -1,4 +1,4 @@
-"""Every example runs against a service and shows what the service says."""
+"""Every example runs against a service, and prints what the service answers."""
 
 from __future__ import annotations
 

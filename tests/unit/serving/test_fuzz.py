@@ -1,4 +1,4 @@
-"""Requests that nobody means, and callers that vanish at any moment: the service goes on as before.
+"""Random requests, and callers that vanish at any moment, after which the service works as before.
 
 Everything random is drawn from fixed seeds.
 """
@@ -75,13 +75,13 @@ def service(model: TinyModel, steps: PacedModel) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def own_tasks(service: Served) -> int:
-    """Of the service, while it serves nobody."""
+    """The number of tasks that the service has while it serves nobody."""
     return tasks_of(service)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(service: Served, own_tasks: int) -> Iterator[None]:
-    """No request, no task, no connection; and whoever comes next is served."""
+    """Check after each test that no request, task or connection is left and others are served."""
     yield
     assert ask(service, completion())[0] == 200
     wait_for(lambda: service.idle, "no request is left")
@@ -103,7 +103,7 @@ def ports_of(service: Served) -> list[int]:
 
 
 def connections_to(service: Served) -> list[Any]:
-    """This process is at both ends; these are the service's."""
+    """The service's ends of connections; the other ends are in this process, too."""
     return [
         each
         for each in psutil.Process().net_connections("tcp")
@@ -116,7 +116,7 @@ def connections_to(service: Served) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def document(service: Served) -> Any:
-    """The service's own, narrowed to what a tiny model has: else next to nothing were generated."""
+    """The service's OpenAPI document, narrowed so that generated requests suit a tiny model."""
     found = httpx.get(f"{service.addresses.http}/openapi.json").json()
     schemas = found["components"]["schemas"]
     for name in ("CompletionRequest", "ChatCompletionRequest"):
@@ -148,7 +148,7 @@ def test_the_document_tells_of_every_path(document: Any) -> None:
 def test_answers_are_as_the_document_says(
     service: Served, document: Any, path: str, mode: GenerationMode
 ) -> None:
-    """To requests that follow it, and to those that do not."""
+    """Answers follow the document for requests that follow it and for those that do not."""
     cases = operation(service, document, "POST", path).as_strategy(generation_mode=mode)
     statuses: Counter[int] = Counter()
 
@@ -183,7 +183,7 @@ def test_what_is_looked_up_is_as_the_document_says(
 
 @pytest.fixture
 def unhurried(steps: PacedModel) -> Iterator[None]:
-    """So that callers leave before all has been computed."""
+    """Slow steps, so that callers leave before everything has been computed."""
     steps.pace_s = 0.003
     yield
     steps.pace_s = 0
@@ -196,7 +196,7 @@ def channel(service: Served) -> Iterator[grpc.Channel]:
 
 
 def outcome(channel: grpc.Channel, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
-    """Of a call that sends these bytes."""
+    """Status code and details of a call that sends these bytes."""
     call = channel.unary_stream(f"{SERVICE}/{method}")(data, timeout=20)
     with suppress(grpc.RpcError):
         for _ in call:
@@ -205,7 +205,7 @@ def outcome(channel: grpc.Channel, method: str, data: bytes) -> tuple[grpc.Statu
 
 
 def check_answer(channel: grpc.Channel, data: bytes, method: str = "Generate") -> None:
-    """It is answered, or refused for what it is: never by a failure of the server's."""
+    """Check that these bytes are answered or refused, and do not make the server fail."""
     code, details = outcome(channel, method, data)
     known = grpc.StatusCode
     if code is known.UNKNOWN:  # gRPC's own word for what it cannot read
@@ -296,7 +296,7 @@ def test_other_protocols_harm_nobody(service: Served, port: str, data: bytes) ->
 
 
 def vanish(sock: Connection, number: int) -> None:
-    """In one of two ways."""
+    """Close a connection in one of two ways."""
     if number % 2:
         sock.reset()
     else:
@@ -304,7 +304,7 @@ def vanish(sock: Connection, number: int) -> None:
 
 
 def test_http_callers_vanish_before_all_is_said(service: Served) -> None:
-    """After every byte of a request."""
+    """A caller vanishes after each byte of a request."""
     data = completion(stream=True, n=2)
     for sent in range(len(data) + 1):
         with Connection(service) as sock:
@@ -339,7 +339,7 @@ def test_http_callers_vanish_at_any_point_of_a_stream(service: Served, path: str
 
 
 def test_http_callers_vanish_while_they_wait(service: Served, steps: PacedModel) -> None:
-    """For an answer in one piece, for the first of a stream, or for a slot."""
+    """Callers vanish while they wait for a whole answer, for a stream to begin, or for a slot."""
     with steps.held(), ExitStack() as stack:
         waiting = [stack.enter_context(Connection(service)) for _ in range(12)]
         for number, sock in enumerate(waiting):
@@ -352,7 +352,7 @@ def test_http_callers_vanish_while_they_wait(service: Served, steps: PacedModel)
 
 @pytest.mark.usefixtures("unhurried")
 def test_grpc_callers_vanish_at_any_point_of_a_stream(service: Served) -> None:
-    """By a cancelled call, and by a connection that closes."""
+    """A call is cancelled, or its connection is closed."""
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     with service.client() as client:
         count = len(list(client.generate("x", stream=True, **asked)))

@@ -46,7 +46,7 @@ PACE_S = 0.1  # so that a caller who acts in the midst of `LONG` has seconds for
 
 @pytest.fixture
 def steps(tiny_model: TinyModelFactory) -> PacedModel:
-    """As fast as it can be, unless a test sets a pace."""
+    """Steps that are as fast as they can be, unless a test sets a pace."""
     return PacedModel(tiny_model(), 2, 0)
 
 
@@ -186,7 +186,7 @@ def test_an_aborted_request_ends_with_what_it_has(service: Served, steps: PacedM
 def test_a_request_under_a_name_in_use_ends_the_earlier_one(
     service: Served, steps: ObservedModel
 ) -> None:
-    """As when a stream is taken up again before the service has noticed that it broke."""
+    """This happens if a stream is resumed before the service has noticed that it broke."""
     with service.client() as client:
         with steps.held():
             first = client.generate("x", **LONG, stream=True, request_id="mine")
@@ -230,7 +230,7 @@ def test_draining_lets_nobody_in_and_lets_what_runs_finish(
 def test_what_is_late_when_the_service_ends_goes_on_elsewhere(
     tiny_model: TinyModelFactory, steps: ObservedModel
 ) -> None:
-    """A client that finds a successor loses no token and gets none twice."""
+    """A client that finds a successor misses no token and gets none twice."""
     model = tiny_model()
     with (
         serving(model, steps, slots=2) as engine,
@@ -254,7 +254,7 @@ def test_what_is_late_when_the_service_ends_goes_on_elsewhere(
 
 
 def test_a_long_recovery_is_not_serving_and_a_short_one_is(tiny_model: TinyModelFactory) -> None:
-    """Requests wait all the while, and go on."""
+    """Requests wait until the recovery has ended, and then go on."""
     model = tiny_model()
     found = threading.Event()
 
@@ -329,7 +329,7 @@ def test_tls_is_spoken_and_the_certificate_checked(
 
 
 def check_https(url: str, tls: Tls, other: Tls) -> None:
-    """The HTTP port speaks TLS as well, streams included, and nothing else."""
+    """Check that the HTTP port speaks TLS, for streams as well, and nothing else."""
     body = {"model": "tiny", "prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}
     trusted = ssl.create_default_context(cafile=str(tls.cert))
     with httpx.stream("POST", f"{url}/v1/completions", json=body, verify=trusted) as answer:

@@ -56,7 +56,7 @@ def test_a_conversation_is_laid_out_by_the_template(client: OpenAI, model: TinyM
 
 
 def test_a_conversation_goes_on_with_the_message_that_was_answered(client: OpenAI) -> None:
-    """As programs do: the message object goes back as it came."""
+    """Programs send back the message object as it came."""
     asked: list[Any] = [{"role": "user", "content": "Hi"}]
     message = chat(client, asked, temperature=0, max_tokens=4).choices[0].message
     plain = {"role": "assistant", "content": message.content}
@@ -151,7 +151,7 @@ def test_a_repetition_penalty_is_the_engine_s(client: OpenAI, engine: Engine) ->
 def test_the_end_of_sequence_token_ends_unless_it_is_ignored(
     model: TinyModel, client: OpenAI
 ) -> None:
-    """And so does any token that a request names, and then its answer says which."""
+    """Any token that a request names ends it, too, and the answer tells which."""
     options: dict[str, Any] = {"temperature": 0, "return_token_ids": True, "max_tokens": 10}
     whole = ids_of(complete(client, TEXT, **options).choices[0])
     eos = whole[4]
@@ -187,7 +187,7 @@ def test_a_stream_brings_timelines_of_its_steps_where_they_are_asked_for(
 
 
 def test_what_a_request_leaves_open_is_as_the_model_s_makers_say(engine: Engine) -> None:
-    """In its generation_config.json; what a request says goes before that."""
+    """Values of generation_config.json apply where a request gives none."""
     defaults = {"temperature": 0.0, "repetition_penalty": 2.0}
     with (
         served(engine, info={"default_sampling": defaults}) as service,
@@ -207,7 +207,7 @@ def test_what_a_request_leaves_open_is_as_the_model_s_makers_say(engine: Engine)
 
 
 def test_null_is_as_good_as_nothing(client: OpenAI) -> None:
-    """Programs hand on what they were not given as None."""
+    """Programs pass on values that they were not given as null."""
     expected = complete(client, TEXT, temperature=0).choices[0].text
     nothing: dict[str, Any] = dict.fromkeys((*OPTIONAL, *EXTRAS))
     assert complete(client, TEXT, temperature=0, **nothing).choices[0].text == expected

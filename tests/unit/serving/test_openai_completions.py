@@ -1,4 +1,4 @@
-"""Completions as users of the `openai` package meet them: what they ask for is what they get."""
+"""Completions through the `openai` package, whose users get what they ask for."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_16_tokens_are_generated_where_nothing_is_said(client: OpenAI) -> None:
 def test_choices_are_in_order_and_a_prompt_counts_once(
     client: OpenAI, model: TinyModel, kind: str
 ) -> None:
-    """Several prompts, several choices of each: as if each had been asked for by itself."""
+    """Each choice of several prompts is as if it had been asked for by itself."""
     prompts = [TEXT, *OTHERS]
     ids = [prompt_ids(model, text) for text in prompts]
     options = {"max_tokens": 9, "return_token_ids": True}
@@ -128,7 +128,7 @@ def test_choices_differ_and_a_seed_repeats_them(client: OpenAI) -> None:
 def test_a_stop_text_ends_the_completion_and_is_no_part_of_it(
     client: OpenAI, model: TinyModel, stop: Any
 ) -> None:
-    """It begins within one token and ends within the next."""
+    """The stop text begins within one token and ends within the next."""
     whole = complete(client, TEXT, temperature=0).choices[0].text
     assert "ng" in whole
     asked = {"stop": stop, "temperature": 0, "return_token_ids": True}
@@ -149,7 +149,7 @@ def test_a_stop_text_ends_the_completion_and_is_no_part_of_it(
 def check_logprobs(
     given: Any, model: TinyModel, rows: Tensor, ids: Sequence[int], alternatives: int
 ) -> None:
-    """Entries are those of these tokens, each the model's row before it."""
+    """Check that entries are of these tokens, with the model's log probabilities of them."""
     texts = [model.tokenizer.decode([token_id]) for token_id in range(VOCAB)]
     assert given.tokens == [texts[token_id] for token_id in ids]
     of_ids = [float(row[token_id]) for row, token_id in zip(rows, ids, strict=True)]
@@ -170,7 +170,7 @@ def check_logprobs(
 def test_log_probabilities_are_the_model_s(
     client: OpenAI, model: TinyModel, name: str, sampling: dict[str, Any]
 ) -> None:
-    """The reference's under the plan and transformers' otherwise; sampling does not touch them."""
+    """They are the reference's under a plan and transformers' otherwise; sampling changes none."""
     options = {"max_tokens": 12, "logprobs": 3, "return_token_ids": True, **sampling}
     (choice,) = complete(client, TEXT, model=name, **options).choices
     assert choice.logprobs is not None
@@ -190,7 +190,7 @@ def test_log_probabilities_are_the_model_s(
 def test_an_echoed_prompt_is_scored(
     client: OpenAI, model: TinyModel, prompt: str, name: str, max_tokens: int
 ) -> None:
-    """As evaluations ask: the first token follows nothing, the others what is before them."""
+    """Evaluations ask for this; the first token has no log probability, as it follows nothing."""
     ids = prompt_ids(model, TEXT)
     answer = complete(
         client,
@@ -264,7 +264,7 @@ def test_a_stream_is_the_whole_answer_in_parts(client: OpenAI, options: dict[str
 
 
 def test_a_stream_comes_as_it_is_generated(slow: Served) -> None:
-    """And not all at once in the end."""
+    """Its events do not come all at once in the end."""
     with openai_of(slow) as client:
         asked = arguments({"max_tokens": 45})
         events = client.completions.create(prompt=TEXT, stream=True, **asked)
@@ -274,7 +274,7 @@ def test_a_stream_comes_as_it_is_generated(slow: Served) -> None:
 
 
 def test_asyncio_programs_get_the_same(client: OpenAI, service: Served) -> None:
-    """Of the asynchronous client, many at a time."""
+    """Many calls of the asynchronous client run at a time."""
 
     async def gather() -> list[str]:
         async with AsyncOpenAI(

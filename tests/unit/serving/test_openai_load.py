@@ -1,4 +1,4 @@
-"""Keys, bounds, losses and callers that go, as users of the `openai` package meet them."""
+"""Keys, bounds, losses and callers that leave, through the `openai` package."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_a_body_that_is_too_large_is_refused(engine: Engine) -> None:
 
 
 def unfinished(service: Served) -> tuple[int, int]:
-    """Requests that run, and that wait."""
+    """The number of requests that run, and of those that wait."""
     status = service.engine.status()
     return status.running_requests, status.waiting_requests
 
 
 def test_beyond_the_queue_requests_are_told_to_come_back(slow: Served, paced: PacedModel) -> None:
-    """Those within are answered all the same; and the package comes back by itself."""
+    """The others are answered all the same, and the package tries again by itself."""
     with openai_of(slow) as client, ThreadPoolExecutor(4) as pool:
         with paced.held():
             asked = [
@@ -112,7 +112,7 @@ def test_beyond_the_queue_requests_are_told_to_come_back(slow: Served, paced: Pa
 
 
 def test_more_choices_than_can_ever_be_let_in_are_a_mistake(slow: Served) -> None:
-    """To come back, as with a full queue, would be of no use."""
+    """Unlike with a full queue, it would be useless to try again."""
     with openai_of(slow) as client:
         with pytest.raises(openai.BadRequestError, match="4 choices are more than the 3 requests"):
             complete(client, TEXT, n=4)
@@ -146,7 +146,7 @@ def health(service: Served) -> int:
 def test_a_request_that_takes_too_long_ends_and_frees_its_slot(
     model: TinyModel, paced: PacedModel
 ) -> None:
-    """With a status of its own before it has begun to answer, and with an error event after."""
+    """The error is a status before the answer has begun, and an event of the stream after."""
     paced.pace_s = 0.05  # 50 tokens take longer than the timeout, and the first far less
     with (
         serving(model, paced, slots=2) as engine,
@@ -176,7 +176,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_slot(
 
 
 def test_a_loss_in_the_middle_of_a_stream_does_not_show(client: OpenAI, model: TinyModel) -> None:
-    """But for a pause: with new ranks it has the tokens that it would have had."""
+    """After a pause, new ranks give the tokens that the stream would have had."""
 
     def rebuild(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
         return ObservedModel(model, model.plan(PLAN), 4), {}
@@ -193,7 +193,7 @@ def test_a_loss_in_the_middle_of_a_stream_does_not_show(client: OpenAI, model: T
 
 
 def test_an_engine_that_gave_up_is_said(model: TinyModel) -> None:
-    """With a status of its own, or in the stream; and health asks for no more."""
+    """The error is a status or in the stream, and the health check asks for no more requests."""
     with (
         serving(model, LostInStep(model, 20)) as engine,
         served(engine) as service,
@@ -232,7 +232,7 @@ def test_a_stream_that_is_closed_midway_frees_its_slots(slow: Served, paced: Pac
 
 
 def test_a_call_that_is_cancelled_frees_its_slot(slow: Served, paced: PacedModel) -> None:
-    """Whether it runs, or waits for a slot; those beside it stay."""
+    """The call may run or wait for a slot; those beside it stay."""
     paced.pace_s = 0.2  # none of them ends by itself before the last has been cancelled
 
     async def calls() -> None:
@@ -273,7 +273,7 @@ def test_a_call_that_is_cancelled_frees_its_slot(slow: Served, paced: PacedModel
 
 
 def test_a_caller_that_gives_up_frees_its_slot(slow: Served, paced: PacedModel) -> None:
-    """Its own timeout closes the connection while nothing has been answered."""
+    """The caller's timeout closes the connection before anything has been answered."""
     with openai_of(slow, timeout=0.3) as client, paced.held():
         for call in (complete, stream):
             with pytest.raises(openai.APITimeoutError):
@@ -283,7 +283,7 @@ def test_a_caller_that_gives_up_frees_its_slot(slow: Served, paced: PacedModel) 
 
 
 def test_many_come_and_go_together(slow: Served) -> None:
-    """Whatever they meet: an answer, a full queue, their own end."""
+    """Callers get an answer, find a full queue, or leave."""
     outcomes: list[str] = []
 
     def one(number: int) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a request is named in the OpenAI API's shape, and harms no other."""
+"""Wrong requests are refused in the OpenAI API's shape, and harm no other request."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ OF_CHAT: list[tuple[str, Any]] = [
 
 
 def refusal(client: OpenAI, path: str, body: dict[str, Any]) -> Any:
-    """What a request is refused with."""
+    """The error that a request is refused with."""
     with pytest.raises(openai.BadRequestError) as caught:
         client.post(path, body=body, cast_to=httpx.Response)
     error = caught.value
@@ -178,5 +178,5 @@ def test_values_of_a_chat_that_do_not_go_together_are_named(
 
 
 def test_after_all_of_them_a_good_one_is_answered(client: OpenAI) -> None:
-    """The last test of this module."""
+    """This is the last test of the module, after all the refusals."""
     assert len(ids_of(complete(client, TEXT, max_tokens=3, return_token_ids=True).choices[0])) > 0

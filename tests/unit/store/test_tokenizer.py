@@ -1,4 +1,4 @@
-"""The quick way to a tokenizer gives the one that AutoTokenizer gives."""
+"""The quick way to a tokenizer gives the same one as AutoTokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = "  The harbour\n\nlies by the sea: 3 boats <|endoftext|> été."
 def test_it_is_auto_tokenizer_s(
     tiny_model: TinyModelFactory, tmp_path: Path, family: str, declared: str | None
 ) -> None:
-    """Whatever class tokenizer_config.json names, or none."""
+    """The tokenizer is the same whichever class tokenizer_config.json names, if any."""
     path = tmp_path / "model"
     shutil.copytree(tiny_model(tiny_config(family)).path, path)
     config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The HTTP port of a service over a tiny engine, which each test must leave as it was."""
+"""A service over a tiny engine, whose HTTP port each test must leave as it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def service(engine: Engine) -> Iterator[Served]:
 
 @pytest.fixture(autouse=True)
 def nothing_unexpected(service: Served, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """After whatever came, a good request is answered; and no error was logged."""
+    """Check after each test that a good request is answered, and that no error was logged."""
     yield
     assert ask(service, completion())[0] == 200
     logged = caplog.get_records("call")

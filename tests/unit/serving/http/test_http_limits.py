@@ -1,4 +1,4 @@
-"""What the HTTP port puts up with from clients that are slow or send too much."""
+"""The HTTP port's limits on clients that are slow or send too much."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRIBBLE_S = 0.05
 
 
 def dribbled(service: Served, data: bytes, seconds: float) -> tuple[float, bytes]:
-    """Send a byte now and then until the service hangs up: after how long, and its last words."""
+    """Send a byte now and then until the service hangs up; the seconds until then, its answer."""
     began = time.monotonic()
     with Connection(service, timeout_s=DRIBBLE_S) as sock:
         for byte in data:
@@ -45,7 +45,7 @@ def dribble_on(sock: Connection, part: bytes) -> None:
 
 
 def test_an_answer_does_not_wait_for_acknowledgements(service: Served) -> None:
-    """Headers and body go out as they come: TCP would hold the second back for 40 ms."""
+    """Headers and body are sent at once; with Nagle's algorithm the body would wait 40 ms."""
     times: list[float] = []
     with Connection(service) as sock:
         for _ in range(20):
@@ -58,7 +58,7 @@ def test_an_answer_does_not_wait_for_acknowledgements(service: Served) -> None:
 
 
 def test_headers_must_come_in_time(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others are served meanwhile, also one whose headers are slow, but not too slow."""
+    """Others are served meanwhile, also one whose headers are slow but not too slow."""
     monkeypatch.setattr(http_server, "_HEADERS_S", 2.0)
     slow = request("GET", "/health", b"", "X-Slow: " + "x" * 1000)
     with Connection(service, timeout_s=10) as silent:
@@ -83,7 +83,7 @@ def test_headers_must_come_in_time(service: Served, monkeypatch: pytest.MonkeyPa
 def test_bodies_must_come_in_time(
     engine: Engine, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dribbled, or not at all; and what comes after the answer is not listened to for long."""
+    """A body that comes too slowly or not at all is refused, and its rest is not read for long."""
     monkeypatch.setattr(http_server, "_HEADERS_S", 1.5)
     begun = posted(b"", kind, JSON)
     part = b"1\r\n{\r\n" if kind == CHUNKED else b"{"
@@ -105,7 +105,7 @@ def test_bodies_must_come_in_time(
 
 
 def test_many_idle_connections_keep_nobody_out(service: Served) -> None:
-    """Some have said nothing, some the half of a request, some have been answered."""
+    """Some connections have sent nothing, some half a request, and some have been answered."""
     with ExitStack() as stack:
         for number in range(150):
             sock = stack.enter_context(Connection(service))
@@ -131,7 +131,7 @@ def test_a_body_that_says_it_is_too_large_is_not_read(service: Served) -> None:
 
 
 def test_a_body_that_turns_out_too_large_is_refused(service: Served) -> None:
-    """The rest of it may come, and then the next request."""
+    """The rest of the body may still come, and then the next request."""
     chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
     for path in ("/v1/completions", "/v1/nowhere"):
         with Connection(service) as sock:
@@ -147,7 +147,7 @@ def test_a_body_that_turns_out_too_large_is_refused(service: Served) -> None:
 
 
 def test_what_does_not_go_on_as_it_began_is_hung_up_on(service: Served) -> None:
-    """Also where it has been answered already."""
+    """That also holds if the request has been answered already."""
     with Connection(service) as sock:
         sock.sendall(posted(b"8000\r\n" + b"x" * 0x8000 + b"\r\nno number\r\n", CHUNKED, JSON))
         assert sock.answer()[0] == 400
@@ -170,7 +170,7 @@ def test_a_body_just_within_the_bound_is_read(service: Served) -> None:
 
 
 def test_usual_clients_read_the_refusal_of_what_they_send(service: Served) -> None:
-    """They send all of it first."""
+    """Usual clients send the whole request before they read."""
     with httpx.Client(base_url=service.addresses.http, timeout=20) as client:
         for content in (b"x" * 3_000_000, (b"x" * 10_000 for _ in range(300))):
             assert client.post("/v1/completions", content=content).status_code == 413
@@ -188,7 +188,7 @@ def test_usual_clients_read_the_refusal_of_what_they_send(service: Served) -> No
     ids=["numbers", "objects", "stop tokens", "stops"],
 )
 def test_very_many_mistakes_are_one(engine: Engine, mistakes: str) -> None:
-    """Telling them all apart would take a megabyte of them some 20 s, and all others with it."""
+    """To report each of a megabyte of mistakes would take some 20 s, in which all others wait."""
     with served(engine) as service:
         began = time.monotonic()
         body = f'{{"model": "{MODEL}", {mistakes}}}'.encode()

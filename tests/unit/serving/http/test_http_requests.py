@@ -1,4 +1,4 @@
-"""What the HTTP port answers to requests that are odd, wrong, or meant to harm it."""
+"""The HTTP port's answers to requests that are odd, wrong, or meant to harm it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_prompt_may_hold_any_character(service: Served) -> None:
     "kind", ["text/plain", "application/x-www-form-urlencoded", "nonsense", "multipart/form-data"]
 )
 def test_another_content_type_is_refused_with_a_hint(service: Served, kind: str) -> None:
-    """curl sends the second unless it is told otherwise."""
+    """curl sends application/x-www-form-urlencoded unless it is told otherwise."""
     _, _, body = completion().partition(b"\r\n\r\n")
     status, error = ask(service, posted(body, f"Content-Type: {kind}"))
     assert status == 400
@@ -111,7 +111,7 @@ def test_what_is_not_http_is_refused_and_hung_up_on(service: Served, data: bytes
 
 
 def test_headers_have_a_bound(service: Served) -> None:
-    """Of 64 KiB, as they come."""
+    """Headers of more than 64 KiB are refused while they come."""
     assert (
         ask(service, request("GET", "/health", b"", *[f"X-{i}: {i}" for i in range(500)]))[0] == 200
     )
@@ -152,7 +152,7 @@ def test_a_client_that_waits_to_be_asked_for_the_body_is_asked(service: Served) 
 
 
 def test_requests_in_a_row_are_answered_in_order(service: Served) -> None:
-    """Sent all at once, a stream among them."""
+    """The requests are sent all at once, and one of them is for a stream."""
     seeds = (1, 2, 3)
     alone = [ask(service, completion(seed=seed, max_tokens=9))[1]["choices"] for seed in seeds]
     with Connection(service) as sock:
@@ -201,7 +201,7 @@ def test_an_answer_to_head_has_no_body_that_the_next_one_would_be_taken_for(
 def test_logs_tell_neither_keys_nor_prompts(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was asked shows, by method, path and status; whatever went wrong with it."""
+    """Whatever goes wrong with a request, its method, path and status are all that is logged."""
     key, wrong, secret = "open-sesame-4711", "open-sesamf-4712", "mellon"
     named: dict[str, Any] = {secret: 1}
     caplog.set_level(logging.DEBUG)
