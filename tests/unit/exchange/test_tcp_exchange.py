@@ -40,12 +40,12 @@ def run(
 
 
 def hand_over(index: int = 0) -> Round:
-    """Rank 0 gives rank 1 a tensor, and has no use for it itself."""
+    """A round in which rank 0 gives rank 1 a tensor, and has no use for it itself."""
     return Round(index, ((), (0,)), (1, 0))
 
 
 def taken_from_1(index: int = 0, tensors: int = 1) -> Round:
-    """Rank 0 takes what rank 1 has."""
+    """A round in which rank 0 takes tensors from rank 1."""
     return Round(index, ((1,), ()), (0, tensors))
 
 
@@ -89,7 +89,7 @@ def test_without_a_round_a_rank_has_what_it_had() -> None:
 
 
 def test_a_sum_stays_valid_when_the_next_round_overwrites_the_buffer() -> None:
-    """Also of a single part, which is what was received."""
+    """Even the sum of a single part is a copy of what was received."""
 
     def walk(exchange: TcpExchange) -> None:
         exchange.begin_step(0, 1)
@@ -120,7 +120,7 @@ def test_any_number_of_tokens_and_width_arrives(tokens: int, width: int) -> None
 
 
 def test_rounds_of_a_bypass_plan_where_each_rank_needs_others_and_shapes_differ() -> None:
-    """Distance bypass on ranks that hold different numbers of members of the group."""
+    """The rounds of a bypass by distance, on ranks with different numbers of a group's members."""
     plan = Plan.span(5, 0, 5, Bypass.parse(2), num_layers=6)
     stage = assign(plan, 3, ModelShape(WIDTH, 2, 2, 8, 16, 99)).stages[0]
     attention = stage.attention_round
@@ -142,7 +142,7 @@ def test_rounds_of_a_bypass_plan_where_each_rank_needs_others_and_shapes_differ(
 
 
 def test_a_sender_runs_ahead_and_its_frames_wait_their_turn() -> None:
-    """A hand-over: rank 0 has no use for the result, so it does not wait for rank 1."""
+    """In a hand-over rank 0 has no use for the result, so it does not wait for rank 1."""
     done = threading.Event()
 
     def send(exchange: TcpExchange) -> None:
@@ -327,7 +327,7 @@ def test_bytes_that_are_no_frame_are_refused() -> None:
 
 
 def test_a_frame_that_comes_in_pieces_is_put_together_and_never_read_past() -> None:
-    """Every byte alone, and the next frame right behind."""
+    """Every byte comes alone, and the next frame right after the last one."""
     frames = b"".join(
         framing.encode_head([0, 0, index, 0, 1, 1, 4], 16) + bytes(framing.memory_of(torch.ones(4)))
         for index in range(2)

@@ -23,8 +23,10 @@ WIDTH = 64
 
 
 def free_address() -> str:
-    """With a port that nobody is given before the ranks have loaded torch and listen at it: none
-    that the kernel chooses (32768 and up), or Ray for its workers (10002 to 19999)."""
+    """An address whose port is still free when the ranks have loaded torch and listen at it.
+
+    The kernel chooses ports from 32768 on, and Ray those from 10002 to 19999 for its workers.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -32,7 +34,7 @@ def free_address() -> str:
 
 
 def run(world: int, body: Callable[[int, int, str], Any]) -> list[Any]:
-    """`body(rank, world, init_address)` in a process of its own for each rank."""
+    """The results of `body(rank, world, init_address)`, run in a process for each rank."""
     address = free_address()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(world, spawn, torch.set_num_threads, (1,)) as pool:
@@ -56,7 +58,7 @@ def part(source: int, step: int, tensors: int) -> torch.Tensor:
 
 
 def walk(rank: int, world: int, address: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Steps of a symmetric round, a bypass round, a hand-over, and one of unequal shapes."""
+    """Walk steps with a symmetric round, a bypass round, a hand-over and one of unequal shapes."""
     everyone = tuple(range(world))
     unequal = tuple(1 + source for source in everyone)
     rounds = [
