@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from cqil_dist.errors import PlanError
 
@@ -69,9 +69,6 @@ class Bypass:
 
 
 NO_BYPASS = Bypass("distance", 0)
-
-PlanSource = Union["Plan", str, Path, Mapping[str, Any], list[Any]]
-"""Every form in which `Plan.parse` takes a plan."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +277,10 @@ class Plan:
         named = [g for g in self.groups if g.size > 1 or g.bypass != NO_BYPASS]
         runs = [f"{g.layers[0]}-{g.layers[-1]}:{g.bypass}" for g in named]
         return f"{self.depth} groups ({', '.join(runs)})"
+
+
+PlanSource = Plan | str | Path | Mapping[str, Any] | list[Any]
+"""Every form in which `Plan.parse` takes a plan."""
 
 
 def _check_group(index: int, group: Group, num_layers: int) -> None:

@@ -170,12 +170,12 @@ def _memory(
 ) -> Finding:
     config, model, assignments = wanted.config, wanted.model, wanted.assignments
     world = assignments[0].world
-    tokens = config.slots * config.max_len_for(model)
+    engine = wanted.engine(on_gpu)
     precision = config.precision_for(model, on_gpu)
     free = (facts.gpu_free_bytes or 0) if on_gpu else facts.free_bytes
     sizes = sorted(
         footprint(assignments, rank, model, precision, adapted=wanted.adapter is not None).total(
-            tokens
+            engine.cache_tokens
         )
         for rank in range(world)
     )
@@ -183,7 +183,7 @@ def _memory(
     needed = sum(_PROCESS_BYTES + size for size in sizes[-together:])
     detail = (
         f"{free / 1e9:.1f} GB free; {together} ranks may come here and take {needed / 1e9:.1f} GB "
-        f"({precision.weights}, {config.slots} slots of {config.max_len_for(model)} tokens)"
+        f"({precision.weights}, {engine.slots} slots of {engine.max_len} tokens)"
     )
     if free >= needed:
         return Finding(host, "memory", "ok", detail)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from cqil_dist.assignment import Assignment, assign, follow
+from cqil_dist.engine.config import EngineConfig
 from cqil_dist.errors import PlanError
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.model.adapter import Adapter
@@ -19,12 +20,14 @@ from cqil_dist.store.store import resolve
 
 @dataclass(frozen=True)
 class ResolvedLaunch:
-    """What is to run where.
+    """A launch whose model and plan are known: what is to run where.
 
     Attributes:
+        config: what the user asked for.
+        model: the model's own numbers.
         path: the model's directory on this machine.
         adapter: the adapter's directory, or None.
-        assignments: of the plan and, where there is one, of that to compare it with.
+        assignments: one of the plan and, where there is another to compare it with, one of that.
     """
 
     config: LaunchConfig
@@ -35,7 +38,7 @@ class ResolvedLaunch:
 
     @property
     def assignment(self) -> Assignment:
-        """Of the plan that requests run under where they name none."""
+        """The assignment of the plan that requests run under where they name none."""
         return self.assignments[0]
 
     @property
@@ -47,8 +50,12 @@ class ResolvedLaunch:
 
     @property
     def actors(self) -> int:
-        """Ranks and spares."""
+        """Number of ranks and spares."""
         return self.assignment.world + self.config.spares
+
+    def engine(self, on_gpu: bool) -> EngineConfig:
+        """The engine's numbers, for ranks on GPUs or on CPUs."""
+        return self.config.resolved(self.model.max_positions, on_gpu)
 
     @classmethod
     def of(cls, config: LaunchConfig, progress: Progress) -> Self:
@@ -56,9 +63,11 @@ class ResolvedLaunch:
 
         Raises:
             ModelError, PlanError: the model or the plan cannot be used.
+            LaunchError: requests are to be longer than the model's positions.
         """
         path = resolve(config.model, progress)
         model = ModelConfig.from_directory(path)
+        config.max_len_for(model.max_positions)
         plan = plan_for(config.plan, config.model, model.num_layers)
         adapter = None if config.adapter is None else Path(config.adapter).expanduser().resolve()
         if adapter is None:

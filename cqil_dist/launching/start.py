@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -97,7 +97,6 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
     """
     config, model = resolved.config, resolved.model
     world = resolved.assignment.world
-    max_len = config.max_len_for(model)
     with progress.task("Starting Ray"):
         cpus = resolved.actors * config.threads_per_rank
         local = stack.enter_context(connected(config.address, cpus, config.verbose))
@@ -112,15 +111,10 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         assignments=resolved.assignments,
         adapter=resolved.adapter,
         precision=config.precision_for(model, on_gpu),
-        slots=config.slots,
-        max_len=max_len,
-        prefill_tokens=config.prefill_tokens_for(on_gpu),
-        max_waiting=config.max_waiting,
+        **asdict(resolved.engine(on_gpu)),
         threads=config.threads_per_rank,
         on_gpu=on_gpu,
         pin=_pin(config, local, on_gpu),
-        step_deadline_s=config.step_deadline_s,
-        recovery_timeout_s=config.recovery_timeout_s,
     )
     secret = secrets.token_bytes(SECRET_BYTES)
     with progress.task("Starting actors"):
