@@ -96,7 +96,7 @@ class Coordinator:
             model=self._spec.names[0],
             plan=self._spec.assignments[0].plan.to_json(),
             ranks=self._ranks.descriptions,
-            max_len=self._spec.max_len,
+            max_len=self._spec.engine.max_len,
             epoch=self._ranks.epoch,
             ready_spares=self._pool.ready_spares(),
             **vars(engine),
@@ -137,7 +137,7 @@ class Coordinator:
         spec = self._spec
         self._ranks = ranks
         self._group = RankGroup(
-            spec.assignments, self._embedding, ranks.links, spec.step_deadline_s
+            spec.assignments, self._embedding, ranks.links, spec.engine.step_deadline_s
         )
         return self._group
 
@@ -148,10 +148,7 @@ class Coordinator:
             tokenizer,
             spec.config.eos_token_ids,
             spec.config.vocab_size,
-            max_len=spec.max_len,
-            slots=spec.slots,
-            prefill_tokens=spec.prefill_tokens,
-            max_waiting=spec.max_waiting,
+            spec.engine,
             rebuild=self._rebuild,
             on_recovery=self._metrics.note_recovery,
         )
@@ -161,7 +158,7 @@ class Coordinator:
             EngineServicer(self._engine, models, self.status, self._metrics.note_completion),
             host_addresses()[ray.get_runtime_context().get_node_id()],
             self._secret.hex(),
-            spec.slots + spec.max_waiting + OTHER_CALLS,
+            spec.engine.max_requests + OTHER_CALLS,
         )
         return address
 
@@ -173,7 +170,7 @@ class Coordinator:
                 name=name,
                 plan=assignment.plan.to_json(),
                 exchanges_per_token=assignment.rounds,
-                max_len=spec.max_len,
+                max_len=spec.engine.max_len,
                 vocab_size=spec.config.vocab_size,
                 dtype=spec.precision.weights,
                 default_sampling=defaults,

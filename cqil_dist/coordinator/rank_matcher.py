@@ -104,7 +104,7 @@ class RankMatcher:
 
     def _wait(self, views: Sequence[MemberView], deadline: float) -> None:
         replace_stuck(self._members, _ANSWER_S)
-        world, timeout_s = self._spec.world, self._spec.recovery_timeout_s
+        world, timeout_s = self._spec.world, self._spec.engine.recovery_timeout_s
         self.waiting_for = unmatched(world, views, self._indices)
         self._check_open()
         check_enough_actors(world, views, self.waiting_for, time.monotonic() > deadline, timeout_s)

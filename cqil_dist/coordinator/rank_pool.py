@@ -89,7 +89,7 @@ class RankPool:
         with self._using_members:
             for rank in ended:
                 self._matcher.member(rank).note(Event.ENDED)
-            tries = _Tries(time.monotonic() + self._spec.recovery_timeout_s)
+            tries = _Tries(time.monotonic() + self._spec.engine.recovery_timeout_s)
             while True:
                 self._check_open()
                 try:

@@ -130,7 +130,7 @@ def _link(spec: EngineSpec, mesh: MeshSpec) -> Link:
     sock = connect(
         address, COORDINATOR, mesh.rank, mesh.secret, mesh.epoch, deadline_s=mesh.deadline_s
     )
-    return Link(sock, mesh.rank, address, spec.max_message_bytes, spec.step_deadline_s)
+    return Link(sock, mesh.rank, address, spec.max_message_bytes, spec.engine.step_deadline_s)
 
 
 def _descriptions(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from cqil_dist.engine.config import EngineConfig
 from cqil_dist.engine.prompts import PromptEncoder
 from cqil_dist.engine.request import Request
 from cqil_dist.engine.scheduler import Scheduler
@@ -118,10 +119,7 @@ class Engine:
     """Continuous batching of requests over one model.
 
     Args:
-        max_len: most tokens a prompt and its completion may have together.
-        slots: requests that run at the same time; more wait.
-        prefill_tokens: most prompt tokens a step computes beside the decoding requests' tokens.
-        max_waiting: most requests that wait for a slot; more are refused.
+        config: the numbers that bound it.
         rebuild: called where the model fails.
         on_recovery: told of each recovery.
     """
@@ -132,25 +130,22 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Collection[int],
         vocab_size: int,
+        config: EngineConfig,
         *,
-        max_len: int,
-        slots: int,
-        prefill_tokens: int,
-        max_waiting: int,
         rebuild: Rebuild,
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
     ) -> None:
-        self.max_len = max_len
-        self.max_waiting = max_waiting
+        self.max_len = config.max_len
+        self.max_waiting = config.max_waiting
         self._rebuild = rebuild
         self._on_recovery = on_recovery
         self._model = model
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._prompts = PromptEncoder(tokenizer, vocab_size, max_len)
+        self._prompts = PromptEncoder(tokenizer, vocab_size, config.max_len)
         self._steps = 0
-        self._slots = SlotPool(slots)
-        self._scheduler = Scheduler(self._slots, prefill_tokens)
+        self._slots = SlotPool(config.slots)
+        self._scheduler = Scheduler(self._slots, config.prefill_tokens)
         self._unreleased: list[Request] = []  # used by the engine's thread alone, as is:
         self._computing: list[Request] = []  # the requests of the step under way
         self._changed = threading.Condition()  # guards the scheduler, its slots and what follows

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -111,7 +111,7 @@ def bring_up(resolved: ResolvedLaunch, stack: ExitStack, progress: Progress) -> 
         assignments=resolved.assignments,
         adapter=resolved.adapter,
         precision=config.precision_for(model, on_gpu),
-        **asdict(resolved.engine(on_gpu)),
+        engine=resolved.engine(on_gpu),
         threads=config.threads_per_rank,
         on_gpu=on_gpu,
         pin=_pin(config, local, on_gpu),

@@ -113,7 +113,7 @@ class LayerActor:
                     spec.precision,
                     adapted=spec.adapter is not None,
                 )
-                needed = int(_HEADROOM * share.total(spec.slots * spec.max_len))
+                needed = int(_HEADROOM * share.total(spec.engine.cache_tokens))
                 free = available_bytes(self._device)
                 if free < needed:
                     if not self._told_of_memory:
@@ -240,7 +240,7 @@ class _Mesh:
     ) -> None:
         self._program = program
         self._threads = spec.threads
-        self._end_s = spec.step_deadline_s + _THREAD_END_S
+        self._end_s = spec.engine.step_deadline_s + _THREAD_END_S
         self._cores = mesh.cores
         self._metrics = RankMetrics(program.clock, mesh.rank, spec.names)
         with listener, ExitStack() as on_failure:
@@ -258,7 +258,11 @@ class _Mesh:
             coordinator = sockets.pop(COORDINATOR)
             address = format_address(coordinator.getpeername())
             self._link = Link(
-                coordinator, COORDINATOR, address, spec.max_message_bytes, spec.step_deadline_s
+                coordinator,
+                COORDINATOR,
+                address,
+                spec.max_message_bytes,
+                spec.engine.step_deadline_s,
             )
             self.exchange = _exchange(spec, mesh, sockets, device)
             on_failure.pop_all()
@@ -320,7 +324,7 @@ def _exchange(
             device,
             max_bytes=spec.max_exchange_bytes,
             epoch=mesh.epoch,
-            deadline_s=spec.step_deadline_s,
+            deadline_s=spec.engine.step_deadline_s,
             spin_s=mesh.spin_s,
         )
     for sock in sockets.values():
@@ -333,5 +337,5 @@ def _exchange(
         spec.config.hidden_size,
         spec.precision.wire_dtype,
         device,
-        spec.step_deadline_s,
+        spec.engine.step_deadline_s,
     )

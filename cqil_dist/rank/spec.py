@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cqil_dist.assignment import Assignment
+from cqil_dist.engine.config import EngineConfig
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.precision import Precision
 from cqil_dist.rank.program import CacheShape
@@ -22,15 +23,10 @@ class EngineSpec:
         precision: the numbers that it is computed, stored, cached and sent in.
         assignments: one for each plan, over the same ranks.
         adapter: directory of the first plan's adapter, on every node; the others have none.
-        slots: requests that run at the same time.
-        max_waiting: most requests that wait for a slot.
-        max_len: most tokens of a prompt and its completion.
-        prefill_tokens: most prompt tokens a step computes.
+        engine: the numbers that bound it.
         threads: compute threads of a rank on a CPU.
         on_gpu: ranks compute on GPUs.
         pin: bind ranks to cores: "never", "always", or "if_possible": where nodes have enough.
-        step_deadline_s: seconds a step, or an exchange, may take before a peer counts as lost.
-        recovery_timeout_s: seconds to wait for a lost rank before giving up.
     """
 
     model: str
@@ -40,15 +36,10 @@ class EngineSpec:
     assignments: tuple[Assignment, ...]
     adapter: Path | None
     precision: Precision
-    slots: int
-    max_len: int
-    prefill_tokens: int
-    max_waiting: int
+    engine: EngineConfig
     threads: int
     on_gpu: bool
     pin: str
-    step_deadline_s: float
-    recovery_timeout_s: float
 
     @property
     def world(self) -> int:
@@ -57,20 +48,15 @@ class EngineSpec:
 
     @property
     def cache_shape(self) -> CacheShape:
-        return CacheShape(self.slots, self.max_len)
-
-    @property
-    def step_tokens(self) -> int:
-        """Most tokens of a step: every slot decodes, and a prompt is computed beside."""
-        return self.slots + self.prefill_tokens
+        return CacheShape(self.engine.slots, self.engine.max_len)
 
     @property
     def max_message_bytes(self) -> int:
         """Bound on a message between coordinator and rank: hidden states or logits, float32."""
-        return 4 * self.step_tokens * max(self.config.hidden_size, self.config.vocab_size)
+        return 4 * self.engine.step_tokens * max(self.config.hidden_size, self.config.vocab_size)
 
     @property
     def max_exchange_bytes(self) -> int:
         """Bound on one partial result: the attention outputs of a whole group, float32."""
         members = max(group.size for plan in self.assignments for group in plan.plan.groups)
-        return 4 * self.step_tokens * members * self.config.hidden_size
+        return 4 * self.engine.step_tokens * members * self.config.hidden_size

@@ -10,6 +10,7 @@ from typing import Any
 from helpers.tiny_models import VOCAB, LocalModel, TinyModel, random_tokens
 from torch import Tensor
 
+from cqil_dist.engine.config import EngineConfig
 from cqil_dist.engine.engine import Engine, Rebuild, StepModel
 from cqil_dist.engine.request import Request
 from cqil_dist.errors import CqilError, ExchangeError, PeerLost
@@ -97,10 +98,9 @@ def serving(
         model.tokenizer,
         eos,
         VOCAB,
-        max_len=max_len,
-        slots=slots,
-        prefill_tokens=prefill_tokens,
-        max_waiting=max_waiting,
+        EngineConfig(
+            slots=slots, max_len=max_len, prefill_tokens=prefill_tokens, max_waiting=max_waiting
+        ),
         rebuild=rebuild,
         **options,
     )
