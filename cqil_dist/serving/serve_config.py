@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cqil_dist.errors import LaunchError
+from cqil_dist.settings import check_settings, number, setting, whole
 
 LOOPBACK = "127.0.0.1"
+
+_PORT = whole(0, 65535)
 
 
 @dataclass(frozen=True)
@@ -37,49 +39,47 @@ class Tls:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How a service faces the network.
+    """How a service faces the network; docs/serving.md has a table of the fields.
 
     Attributes:
-        host: address to listen on; the default is this machine alone.
-        grpc_port, http_port: 0 takes a free one.
-        api_key: that every request must carry; None lets everybody in.
-        tls: None serves unencrypted.
-        request_timeout_s: most seconds that a request may take.
-        drain_timeout_s: seconds that running requests have to finish when the service ends.
-        recovery_bound_s: seconds that the ranks may take to recover from a loss before the service
-            calls itself unhealthy. Requests are let in all the while.
-        max_body_bytes: of a request.
-        body_timeout_s: for the whole of a request's body to come.
+        tls: the certificate to serve with; None serves unencrypted.
 
     Raises:
-        LaunchError: naming the value and the rule.
+        LaunchError: naming the field, its value and the rule.
     """
 
-    host: str = LOOPBACK
-    grpc_port: int = 50051
-    http_port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    host: str = setting(LOOPBACK, "Address to listen on; 0.0.0.0 lets other machines in.")
+    grpc_port: int = setting(50051, "Port of the gRPC service; 0 takes a free one.", _PORT)
+    http_port: int = setting(8000, "Port of the HTTP service; 0 takes a free one.", _PORT)
+    api_key: str | None = setting(
+        None,
+        "Key that every request must carry; the environment hides it from process lists.",
+        unset="everybody is let in",
+        envvar="CQIL_API_KEY",
+        secret=True,
+    )
     tls: Tls | None = None
-    request_timeout_s: float = 600.0
-    drain_timeout_s: float = 30.0
-    recovery_bound_s: float = 10.0
-    max_body_bytes: int = 4 << 20
-    body_timeout_s: float = 20.0
+    request_timeout_s: float = setting(600.0, "Most seconds that a request may take.", number())
+    drain_timeout_s: float = setting(
+        30.0,
+        "Seconds that running requests have to finish when the service ends.",
+        number(zero=True),
+    )
+    recovery_bound_s: float = setting(
+        10.0,
+        "Seconds that a recovery may take before the service calls itself unhealthy; requests are "
+        "let in all the while.",
+        number(),
+    )
+    max_body_bytes: int = setting(4 << 20, "Most bytes of a request's body.", whole(1))
+    body_timeout_s: float = setting(
+        20.0, "Seconds that a request's body may take to come.", number(), is_option=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("grpc_port", "http_port"):
-            if not 0 <= (port := getattr(self, name)) < 65536:
-                raise LaunchError(f"{name} is {port} but must be a port, 0 to 65535")
+        check_settings(self, LaunchError)
         if self.grpc_port and self.grpc_port == self.http_port:
             raise LaunchError(f"grpc_port and http_port are both {self.http_port}; give two")
-        for name in ("request_timeout_s", "recovery_bound_s", "max_body_bytes", "body_timeout_s"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise LaunchError(f"{name} is {value!r} but must be a finite number above 0")
-        if not 0 <= self.drain_timeout_s < math.inf:
-            raise LaunchError(
-                f"drain_timeout_s is {self.drain_timeout_s!r} but must be a finite number, 0 or "
-                "more"
-            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise LaunchError("api_key holds characters that a header cannot carry; use ASCII")
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):

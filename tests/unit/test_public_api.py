@@ -70,12 +70,18 @@ def test_importing_the_package_costs_nothing() -> None:
         "status",
         "timeline",
         "recommended",
+        "settings",
+        "engine.config",
+        "launching.config",
+        "serving.serve_config",
+        "benchmarks.serve.load",
         "planning.recover.training_config",
         "rank.mesh_spec",
         "coordinator.lifecycle",
         "coordinator.rank_matching",
         "coordinator.supervision",
         "coordinator.core_binding",
+        "planning.search.goal",
     ],
 )
 def test_plain_values_need_neither_torch_nor_a_cluster(module: str) -> None:

@@ -12,19 +12,23 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from cqil_dist.errors import CqilError
+from cqil_dist.settings import check_settings, number, setting, whole
 
 if TYPE_CHECKING:
     import httpx
 
+_AT_ONCE = whole(1)
+
 
 class Endpoint(StrEnum):
-    """Where prompts go: as they are, or as a user's message through the chat template."""
+    """The endpoint that takes prompts: as they are, or as messages for the chat template."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
 
     @property
     def path(self) -> str:
+        """The endpoint's path in the OpenAI API."""
         return "/v1/chat/completions" if self is Endpoint.CHAT else "/v1/completions"
 
 
@@ -33,58 +37,51 @@ class Load:
     """What is asked of a server, and how fast.
 
     Attributes:
-        model: None for the first one it lists.
-        num_prompts: requests of a run.
-        request_rate: requests per second; infinity sends all at once.
-        burstiness: shape of the gaps between arrivals (`arrivals`).
-        max_concurrency: one run each in every repeat; None for no bound.
-        output_len: most tokens of an answer.
-        ignore_eos: go on after the end token (vLLM's field and ours).
-        usage: ask for token counts with the last event; without them, events are counted.
-        seed: of the order of prompts and of the arrivals.
-        num_warmups: requests before the first run, counted nowhere.
-        unique_prompts: begin every prompt with a number drawn anew each time, so that no server has
-            it in a prefix cache from an earlier request.
-        timeout_s: most seconds of one answer.
+        max_concurrency: most requests under way at once, one run each in every repeat; None for no
+            bound.
 
     Raises:
-        CqilError: naming the value and the rule.
+        CqilError: naming the field, its value and the rule.
     """
 
-    endpoint: Endpoint = Endpoint.COMPLETIONS
-    model: str | None = None
-    num_prompts: int = 48
-    request_rate: float = math.inf
-    burstiness: float = 1.0
+    endpoint: Endpoint = setting(
+        Endpoint.COMPLETIONS, "Where prompts go: as they are, or as chat messages."
+    )
+    model: str | None = setting(
+        None, "Model to ask.", unset="the first that the server lists", short="-m"
+    )
+    num_prompts: int = setting(48, "Number of requests of a run.", whole(1))
+    request_rate: float = setting(
+        math.inf, "Requests per second; inf sends all at once.", number(infinity=True)
+    )
+    burstiness: float = setting(
+        1.0, "Shape of arrivals: 1 is a Poisson process, less comes in bursts.", number()
+    )
     max_concurrency: tuple[int | None, ...] = (None,)
-    repeats: int = 1
-    output_len: int = 64
-    ignore_eos: bool = False
-    usage: bool = True
-    temperature: float = 0.0
-    seed: int = 0
-    num_warmups: int = 3
-    unique_prompts: bool = False
-    timeout_s: float = 600.0
+    repeats: int = setting(1, "Number of interleaved repeats.", whole(1))
+    output_len: int = setting(64, "Most tokens of an answer.", whole(1))
+    ignore_eos: bool = setting(False, "Go on after the end token, if the server can.")
+    usage: bool = setting(True, "Ask for token counts; without them, events are counted.")
+    temperature: float = setting(
+        0.0, "Temperature that tokens are sampled at; 0 is greedy.", number(zero=True)
+    )
+    seed: int = setting(0, "Seed of the prompts' order and of arrivals.", whole(0))
+    num_warmups: int = setting(
+        3, "Number of requests before the first run, which are not counted.", whole(0)
+    )
+    unique_prompts: bool = setting(
+        False, "Begin every prompt with a new number, which keeps it out of prefix caches."
+    )
+    timeout_s: float = setting(600.0, "Most seconds of one answer.", number())
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "repeats", "output_len"):
-            if (value := getattr(self, name)) < 1:
-                raise CqilError(f"{name} is {value} but must be 1 or more")
+        check_settings(self, CqilError)
         for bound in self.max_concurrency:
-            if bound is not None and bound < 1:
-                raise CqilError(f"max_concurrency is {bound} but must be 1 or more")
-        for name in ("num_warmups", "temperature"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise CqilError(f"{name} is {value} but must be 0 or more, and finite")
-        for name in ("burstiness", "timeout_s"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise CqilError(f"{name} is {value} but must be above 0, and finite")
-        if not self.request_rate > 0:
-            raise CqilError(f"request_rate is {self.request_rate} but must be above 0")
+            if bound is not None and not _AT_ONCE.admits(bound):
+                raise CqilError(f"max_concurrency is {bound} but must be {_AT_ONCE}")
 
     def request(self, client: httpx.AsyncClient, model: str, prompt: str) -> httpx.Request:
-        """A streaming request, ready to be sent."""
+        """Make a streaming request for one prompt."""
         chat = [{"role": "user", "content": prompt}]
         fields: dict[str, Any] = {
             "model": model,

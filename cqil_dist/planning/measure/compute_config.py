@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cqil_dist.errors import ConfigError
-
-_VALUES = {
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "matmul_precision": ("highest", "high", "medium"),
-}
+from cqil_dist.settings import check_settings, one_of, setting
 
 # torch takes 64 bits, and runs add numbers of their own: of a batch, of an epoch.
 MAX_SEED = 2**32
@@ -18,20 +13,28 @@ MAX_SEED = 2**32
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How to compute.
+    """How a model is computed in one process.
 
-    Attributes:
-        device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
-        dtype: of the model: "float32", "bfloat16", or "auto": float32 on a CPU, bfloat16 on a GPU.
-        matmul_precision: of float32 products: "highest", "high" or "medium", as
-            `torch.set_float32_matmul_precision` takes it.
+    Raises:
+        ConfigError: naming the field, its value and the rule.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    matmul_precision: str = "highest"
+    device: str = setting(
+        "auto",
+        "Device to compute on; auto takes CUDA where there is a GPU.",
+        one_of("auto", "cpu", "cuda"),
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of the model's weights; auto is float32 on a CPU, bfloat16 on a GPU.",
+        one_of("auto", "float32", "bfloat16"),
+    )
+    matmul_precision: str = setting(
+        "highest",
+        "Precision of float32 products, as torch names it; high and medium are faster where the "
+        "processor has TF32 (GPUs) or bfloat16 (CPUs with AMX).",
+        one_of("highest", "high", "medium"),
+    )
 
     def __post_init__(self) -> None:
-        for name, values in _VALUES.items():
-            if (value := getattr(self, name)) not in values:
-                raise ConfigError(f"{name} {value!r} is not one of {', '.join(values)}")
+        check_settings(self, ConfigError)

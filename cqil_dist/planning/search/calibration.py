@@ -1,10 +1,14 @@
-"""On which text plans are chosen, and how: what `analyze` and `search` have in common."""
+"""How groups of layers are measured, and on which text: what `analyze` and `search` share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cqil_dist.errors import ConfigError
+from cqil_dist.planning.measure.compute_config import MAX_SEED
+from cqil_dist.settings import check_settings, setting, whole
 
 if TYPE_CHECKING:
     from cqil_dist.planning.measure.measured_model import MeasuredModel
@@ -17,27 +21,37 @@ _LARGEST_GROUP = 3
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How to measure. The same values let a search go on from an analysis.
+    """How groups of layers are measured. The same values let a search go on from an analysis.
 
-    Attributes:
-        text: files; none for text that the model itself says.
-        tokens: how much text to measure on.
-        window: tokens of a window of it.
-        seed: of the text that is sampled or chosen.
-        max_group: layers of the largest groups; None for 3, or as many as ranks are to share them.
-        fit_tokens: other text that compensation is fitted on before anything is measured; 0 to
-            measure groups and plans as they are.
+    Raises:
+        ConfigError: naming the field, its value and the rule.
     """
 
-    text: list[Path] | None = None
-    tokens: int = 2048
-    window: int = 256
-    seed: int = 0
-    max_group: int | None = None
-    fit_tokens: int = 0
+    text: list[Path] | None = setting(
+        None, "Text file to measure on; again for more.", unset="text that the model itself says"
+    )
+    tokens: int = setting(2048, "Tokens of text to measure on.", whole(1))
+    window: int = setting(256, "Tokens of a window of text.", whole(2))
+    seed: int = setting(0, "Seed of the text that is sampled or chosen.", whole(0, MAX_SEED))
+    max_group: int | None = setting(
+        None,
+        "Layers of the largest groups.",
+        whole(2),
+        unset=f"{_LARGEST_GROUP}, or 2 in a search for 2 ranks",
+    )
+    fit_tokens: int = setting(
+        0,
+        "Tokens of other text on which compensation (cqil plan compensate) is fitted before each "
+        "group and plan is measured, such as 16384 for a model 576 wide; 0 measures them as they "
+        "are.",
+        whole(0),
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, ConfigError)
 
     def largest_group(self, ranks: int | None) -> int:
-        """Layers of the largest groups to measure: more than there are ranks would share a rank."""
+        """The most layers of a group to measure: of more than there are ranks, some share one."""
         if self.max_group is not None:
             return self.max_group
         return _LARGEST_GROUP if ranks is None else max(2, min(_LARGEST_GROUP, ranks))
@@ -45,10 +59,13 @@ class CalibrationConfig:
     def measure(
         self, measured: MeasuredModel, ranks: int | None = None
     ) -> tuple[Comparison, Analysis]:
-        """Every group by itself; and how whole plans are measured.
+        """Measure every group by itself.
 
         Args:
-            ranks: that are to share the groups, where that is known.
+            ranks: how many are to share the groups, where that is known.
+
+        Returns:
+            How whole plans are measured in the same way, and what was found of the groups.
 
         Raises:
             TextError: the files cannot be read or hold too little.
@@ -66,7 +83,7 @@ class CalibrationConfig:
 
 
 def _comparison(measured: MeasuredModel, windows: Windows, fitted: Windows | None) -> Comparison:
-    """Compares plans with the original on `windows`, compensated by text to fit to, if any."""
+    """Compare plans with the original on `windows`, compensated by text to fit to, if any."""
     from cqil_dist.planning.measure.baseline import Baseline
     from cqil_dist.planning.recover.compensation import Compensation
     from cqil_dist.planning.search.comparison import Comparison

@@ -16,43 +16,11 @@ from cqil_dist.planning.measure.divergence import Divergence
 from cqil_dist.planning.measure.similarity import regular_plan, without_layers
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search.comparison import Comparison
+from cqil_dist.planning.search.goal import Goal
 from cqil_dist.planning.search.search import PlanSearch, additive_front
 from cqil_dist.planning.search.sensitivity import Sensitivities
 from cqil_dist.progress import Progress
 from cqil_dist.records import headed
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a plan has to keep to; the best that does is looked for.
-
-    Attributes:
-        depth: number of groups.
-        max_kl: nats a token, on the calibration text.
-        max_loss: rise of perplexity there: 0.05 is 5 %.
-        max_latency_us: of a token, by the cost model.
-
-    Raises:
-        PlanError: not exactly one of them is given.
-    """
-
-    depth: int | None = None
-    max_kl: float | None = None
-    max_loss: float | None = None
-    max_latency_us: float | None = None
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in vars(self).values()) != 1:
-            raise PlanError("give one goal: a depth, a KL divergence, a loss or a latency")
-
-    def check(self, num_layers: int, max_group: int) -> None:
-        """Raises PlanError where groups of so many layers cannot reach its depth."""
-        fewest = -(-num_layers // max_group)
-        if self.depth is not None and not fewest <= self.depth <= num_layers:
-            raise PlanError(
-                f"depth is {self.depth}, but groups of up to {max_group} of {num_layers} layers "
-                f"reach depths {fewest} to {num_layers}; allow larger groups (--max-group)"
-            )
 
 
 @dataclass(frozen=True)

@@ -330,11 +330,11 @@ def test_certificates_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("num_prompts", 0, "1 or more"),
-        ("max_concurrency", (4, 0), "1 or more"),
-        ("request_rate", 0.0, "above 0"),
-        ("burstiness", float("nan"), "above 0, and finite"),
-        ("temperature", float("inf"), "0 or more, and finite"),
+        ("num_prompts", 0, "a whole number, at least 1"),
+        ("max_concurrency", (4, 0), "a whole number, at least 1"),
+        ("request_rate", 0.0, "a number, above 0"),
+        ("burstiness", float("nan"), "a finite number, above 0"),
+        ("temperature", float("inf"), "a finite number, at least 0"),
     ],
 )
 def test_values_out_of_range(name: str, value: Any, rule: str) -> None:

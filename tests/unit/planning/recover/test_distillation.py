@@ -206,10 +206,10 @@ def test_the_model_is_left_as_it_was(tiny: TinyModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0 but must be at least 1"),
-        ({"warmup_steps": 12}, "warmup_steps is 12 but must be at least 0 and below steps, 12"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
-        ({"seed": -1}, "seed is -1 but must be from 0 to 4294967296"),
+        ({"steps": 0}, "steps is 0 but must be a whole number, at least 1"),
+        ({"warmup_steps": 12}, "warmup_steps is 12 but must be below steps, 12"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be a finite number, above 0"),
+        ({"seed": -1}, "seed is -1 but must be a whole number, from 0 to 4294967296"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:

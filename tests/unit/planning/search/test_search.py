@@ -21,7 +21,8 @@ from cqil_dist.planning.measure.similarity import input_similarity
 from cqil_dist.planning.measure.windows import Windows
 from cqil_dist.planning.search import latency
 from cqil_dist.planning.search.comparison import Comparison
-from cqil_dist.planning.search.pareto import Goal, MeasuredPlan, PlanFinder
+from cqil_dist.planning.search.goal import Goal
+from cqil_dist.planning.search.pareto import MeasuredPlan, PlanFinder
 from cqil_dist.planning.search.search import PlanSearch, additive_front
 from cqil_dist.planning.search.sensitivity import candidates, measure_sensitivities
 from cqil_dist.progress import SilentProgress
