@@ -8,53 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from cqil_dist.benchmarks.serve.load import Endpoint, Load
+from cqil_dist.benchmarks.serve.load import Load
 from cqil_dist.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure latency and throughput.")
 
-# By field of Load.
-_LOAD: dict[str, Any] = {
-    "model": Annotated[
-        str | None, typer.Option("--model", "-m", help="Default: the first of /v1/models.")
-    ],
-    "endpoint": Annotated[Endpoint, typer.Option(help="Prompts as they are, or as chat messages.")],
-    "num_prompts": Annotated[int, typer.Option(help="Requests of a run.")],
-    "request_rate": Annotated[
-        float, typer.Option(help="Requests per second; inf sends all at once.")
-    ],
-    "burstiness": Annotated[
-        float, typer.Option(help="Of arrivals: 1 is a Poisson process, less comes in bursts.")
-    ],
-    "repeats": Annotated[int, typer.Option(help="Interleaved repeats.")],
-    "output_len": Annotated[int, typer.Option(help="Most tokens of an answer.")],
-    "ignore_eos": Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end token, if the server can.")
-    ],
-    "usage": Annotated[
-        bool,
-        typer.Option("--usage/--no-usage", help="Ask for token counts, or count events instead."),
-    ],
-    "temperature": Annotated[float, typer.Option(help="0 is greedy.")],
-    "seed": Annotated[int, typer.Option(help="Of the prompts' order and of arrivals.")],
-    "num_warmups": Annotated[int, typer.Option(help="Requests that are not counted.")],
-    "unique_prompts": Annotated[
-        bool, typer.Option("--unique-prompts", help="Keep prompts out of prefix caches.")
-    ],
-    "timeout_s": Annotated[float, typer.Option(help="Most seconds of one answer.")],
-}
-
 
 @app.command()
 def latency(
-    model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m",
+    model: options.Model = "smollm2-135m",
     plan: Annotated[
         list[str] | None,
         typer.Option("--plan", "-p", help="Concurrent plans; repeatable."),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Ranks of the concurrent plans.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option()] = 32,
-    output_tokens: Annotated[int, typer.Option()] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
+    output_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -107,11 +76,11 @@ def latency(
 
 
 @app.command()
-@options.options_of(Load, _LOAD, "asked")
+@options.options_of(Load, "asked")
 def serve(
     asked: dict[str, Any],
     base_url: Annotated[
-        str, typer.Option(help="Of any OpenAI-compatible server, with or without /v1.")
+        str, typer.Option(help="Address of any OpenAI-compatible server, with or without /v1.")
     ] = "http://127.0.0.1:8000",
     max_concurrency: Annotated[
         list[str] | None,
@@ -160,7 +129,7 @@ def serve(
 
 
 def _bounds(given: list[str] | None) -> tuple[int | None, ...]:
-    """Of --max-concurrency; none given is one run without a bound."""
+    """Read --max-concurrency; where none is given, there is one run without a bound."""
     try:
         bounds = tuple(int(part) for text in given or () for part in text.split(","))
     except ValueError as error:

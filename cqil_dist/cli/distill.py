@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cqil_dist.cli import options
 from cqil_dist.errors import ConfigError
-from cqil_dist.planning.measure.compute_config import MAX_SEED, ComputeConfig
+from cqil_dist.planning.measure.compute_config import ComputeConfig
 from cqil_dist.planning.recover.training_config import TrainingConfig
 from cqil_dist.progress import ConsoleProgress
 
-# By field of TrainingConfig.
-_TRAINING: dict[str, Any] = {
-    "steps": Annotated[int, typer.Option(help="Optimizer steps.")],
-    "batch_size": Annotated[int, typer.Option(help="Windows of text a step.")],
-    "learning_rate": Annotated[float, typer.Option(help="Peak learning rate.")],
-    "warmup_steps": Annotated[int, typer.Option(help="Steps until the peak learning rate.")],
-    "lora_r": Annotated[int, typer.Option(help="LoRA rank.")],
-    "lora_alpha": Annotated[int, typer.Option(help="LoRA alpha; the scale is alpha / rank.")],
-    "seed": Annotated[
-        int,
-        typer.Option(min=0, max=MAX_SEED, help="Seed of the adapter and of the text's order."),
-    ],
-    "save_steps": Annotated[int, typer.Option(help="Steps between two saved states.")],
-    "eval_steps": Annotated[
-        int, typer.Option(help="Steps between two evaluations on held-out text.")
-    ],
-    "gradient_checkpointing": Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
-    ],
-}
 
-
-@options.options_of(TrainingConfig, _TRAINING, "training", TrainingConfig)
+@options.options_of(TrainingConfig, "training", TrainingConfig)
 @options.compute_options
 def distill(
     training: TrainingConfig,
@@ -45,7 +24,11 @@ def distill(
     text: options.Text = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, help="Default: all of --text; of the model's, 262144."),
+        typer.Option(
+            "--tokens",
+            min=1,
+            help="Tokens to train on; default: all of --text, or 262144 of the model's own.",
+        ),
     ] = None,
     sampled_tokens: options.SampledTokens = 0,
     window: options.Window = 512,
@@ -53,7 +36,9 @@ def distill(
     init: Annotated[
         Path | None, typer.Option("--init", help="Adapter to begin with (cqil plan compensate).")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("adapter"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
+        "adapter"
+    ),
 ) -> None:
     """Train a LoRA adapter for a plan; the model without adapter and plan is the teacher.
 

@@ -1,157 +1,54 @@
-"""Options that several subcommands share: how to launch a model, and how to measure one."""
+"""Options that several subcommands share, and how they are made from the settings of a config."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cqil_dist.cli.setting_option import option_of, shell_type
 from cqil_dist.errors import ConfigError, TextError
 from cqil_dist.launching.config import LaunchConfig
-from cqil_dist.planning.measure.compute_config import MAX_SEED, ComputeConfig
+from cqil_dist.planning.measure.compute_config import ComputeConfig
+from cqil_dist.planning.search.calibration import CalibrationConfig
+from cqil_dist.settings import settings_of
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="Built-in name, local directory, GGUF file, or hub id (org/name)."
-    ),
-]
-PlanText = Annotated[
-    str,
-    typer.Option(
-        "--plan",
-        "-p",
-        help="'sequential', 'P2 S12 E28 D1' (D: 0, 1, ..., full, parallel), JSON, a JSON file; or "
-        "fast, balanced, careful for the built-in model.",
-    ),
-]
-Ranks = Annotated[
-    int | None,
-    typer.Option("--ranks", "-r", help="Layer actors; default: layers of the largest group."),
-]
-Adapter = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter", help="Directory of a LoRA adapter made for the plan (peft's format)."
-    ),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--address", help="Ray cluster; default: RAY_ADDRESS, else a local cluster is started."
-    ),
-]
-Strategy = Annotated[
-    str, typer.Option("--strategy", help="PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs.")]
+Model = Annotated[str, option_of(LaunchConfig, "model")]
+PlanText = Annotated[str, option_of(LaunchConfig, "plan")]
+Ranks = Annotated[int | None, option_of(LaunchConfig, "ranks")]
+Adapter = Annotated[Path | None, option_of(LaunchConfig, "adapter")]
+Address = Annotated[str | None, option_of(LaunchConfig, "address")]
+Strategy = Annotated[str, option_of(LaunchConfig, "strategy")]
+Dtype = Annotated[str, option_of(LaunchConfig, "dtype")]
+Verbose = Annotated[bool, option_of(LaunchConfig, "verbose")]
 
-# Of what is measured in one process, and on which text.
-Text = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="Text file to measure on; again for more. Default: the model's."),
-]
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text to measure on.")]
+# What is measured in one process, and on which text.
+Text = Annotated[list[Path] | None, option_of(CalibrationConfig, "text")]
+Tokens = Annotated[int, option_of(CalibrationConfig, "tokens")]
+Window = Annotated[int, option_of(CalibrationConfig, "window")]
+Seed = Annotated[int, option_of(CalibrationConfig, "seed")]
 SampledTokens = Annotated[
     int,
     typer.Option(
         "--sampled-tokens",
         min=0,
-        help="Text of the model's own, mixed with that of --text; half goes on from that.",
+        help="Tokens of the model's own text, mixed with --text; half of them go on from that.",
     ),
 ]
 HeldOut = Annotated[
     int,
     typer.Option(
-        "--held-out", min=1, help="Windows of the text, the last, that are only measured on."
+        "--held-out", min=1, help="Number of windows, the text's last, that are only measured on."
     ),
 ]
-Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of text.")]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, max=MAX_SEED, help="Of the text that is sampled or chosen."),
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
-# By field of LaunchConfig.
-_LAUNCHING: dict[str, Any] = {
-    "adapter": Adapter,
-    "address": Address,
-    "strategy": Strategy,
-    "threads_per_rank": Annotated[
-        int, typer.Option("--threads-per-rank", help="Compute threads of a rank on a CPU.")
-    ],
-    "device": Device,
-    "gpus_per_rank": Annotated[
-        float, typer.Option("--gpus-per-rank", help="Below 1 lets ranks share a GPU.")
-    ],
-    "dtype": Dtype,
-    "slots": Annotated[int, typer.Option("--slots", help="Requests that run at the same time.")],
-    "max_len": Annotated[
-        int | None,
-        typer.Option("--max-len", help="Most tokens of a prompt and its completion together."),
-    ],
-    "prefill_tokens": Annotated[
-        int | None,
-        typer.Option("--prefill-tokens", help="Most prompt tokens a step computes."),
-    ],
-    "pin": Annotated[
-        bool | None,
-        typer.Option("--pin/--no-pin", help="Bind ranks to cores; default: on a local cluster."),
-    ],
-    "spares": Annotated[
-        int, typer.Option("--spares", help="Standby actors that take over a lost rank.")
-    ],
-    "step_deadline_s": Annotated[
-        float,
-        typer.Option("--step-deadline-s", help="Seconds until a rank in a step counts as lost."),
-    ],
-    "recovery_timeout_s": Annotated[
-        float,
-        typer.Option("--recovery-timeout-s", help="Seconds to wait for a lost rank's successor."),
-    ],
-    "verbose": Verbose,
-}
-# Those that only a service has.
-_SERVING: dict[str, Any] = {
-    "compare": Annotated[
-        str | None,
-        typer.Option("--compare", help="A second plan over the same ranks, as a model of its own."),
-    ],
-    "served_model_name": Annotated[
-        str | None,
-        typer.Option("--served-model-name", help="What requests call it; default: MODEL."),
-    ],
-    "max_waiting": Annotated[
-        int, typer.Option("--max-waiting", help="Requests that may wait; more are refused.")
-    ],
-}
-
-# By field of ComputeConfig.
-_COMPUTING: dict[str, Any] = {
-    "device": Device,
-    "dtype": Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Of the model: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16.",
-        ),
-    ],
-    "matmul_precision": Annotated[
-        str,
-        typer.Option(
-            "--matmul-precision",
-            help="Of float32 products, as torch names it: highest; high and medium are faster "
-            "where the processor has TF32 (GPUs) or bfloat16 (CPUs with AMX).",
-        ),
-    ],
-}
+# Fields of LaunchConfig that each command declares itself, and those that only a service has.
+_DECLARED = ("model", "plan", "ranks")
+_SERVING = ("compare", "served_model_name", "max_waiting")
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -161,17 +58,16 @@ def launch_options(*left_out: str, serving: bool = False) -> Decorator:
 
     Args:
         left_out: fields of `LaunchConfig` that the command decides.
-        serving: with those that only a service has.
+        serving: whether the command runs a service, which has some options more.
     """
-    known = _LAUNCHING | (_SERVING if serving else {})
-    kinds = {name: kind for name, kind in known.items() if name not in left_out}
-    return options_of(LaunchConfig, kinds, "launching")
+    return options_of(
+        LaunchConfig, "launching", left_out=(*left_out, *_DECLARED, *(() if serving else _SERVING))
+    )
 
 
 def compute_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a `ComputeConfig`, in its parameter `computing`, and `explaining_memory`."""
-    explained = explaining_memory(command)
-    return options_of(ComputeConfig, _COMPUTING, "computing", ComputeConfig)(explained)
+    return options_of(ComputeConfig, "computing", ComputeConfig)(explaining_memory(command))
 
 
 def explaining_memory(command: Callable[..., None]) -> Callable[..., None]:
@@ -207,19 +103,23 @@ def require_text(text: list[Path] | None, sampled_tokens: int) -> None:
 
 def options_of(
     config: type[Any],
-    kinds: Mapping[str, Any],
     parameter: str,
     made: Callable[..., Any] = dict,
+    left_out: tuple[str, ...] = (),
 ) -> Decorator:
-    """Give a command an option for each of these fields of a config, with the field's default.
+    """Give a command an option for each setting of a config, with the setting's default.
 
     Args:
-        config: a dataclass.
-        kinds: annotations for typer, by field.
+        config: a dataclass with settings.
         parameter: of the command, which gets what was given in one.
         made: of what was given, by field: the config, or a dict where the command adds to it.
+        left_out: settings that are to be no options of this command.
     """
-    defaults = {field.name: field.default for field in fields(config)}
+    kinds = {
+        name: Annotated[shell_type(config, name), option_of(config, name)]
+        for name, setting in settings_of(config).items()
+        if setting.is_option and name not in left_out
+    }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
@@ -231,7 +131,10 @@ def options_of(
             *(p for name, p in signature.parameters.items() if name != parameter),
             *(
                 inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=settings_of(config)[name].default,
+                    annotation=kind,
                 )
                 for name, kind in kinds.items()
             ),

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
+from cqil_dist.cli.setting_option import option_of
 from cqil_dist.errors import ConfigError
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.planning.measure.compute_config import ComputeConfig
 from cqil_dist.planning.search.calibration import CalibrationConfig
+from cqil_dist.planning.search.goal import Goal
 from cqil_dist.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -28,38 +30,16 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Inspect plans, and find them by measurement.")
 
 
-# By field of CalibrationConfig.
-_CALIBRATION: dict[str, Any] = {
-    "text": options.Text,
-    "tokens": options.Tokens,
-    "window": options.Window,
-    "seed": options.Seed,
-    "max_group": Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Layers of the largest groups; default: 3, or 2 in a search for 2 --ranks."
-        ),
-    ],
-    "fit_tokens": Annotated[
-        int,
-        typer.Option(
-            "--fit-tokens",
-            min=0,
-            help="Measure each group and plan compensated (cqil plan compensate), fitted on so "
-            "much other text; 0: as they are. 16384 for a model 576 wide.",
-        ),
-    ],
-}
-
-
 @app.command()
-@options.options_of(CalibrationConfig, _CALIBRATION, "calibration", CalibrationConfig)
+@options.options_of(CalibrationConfig, "calibration", CalibrationConfig)
 @options.compute_options
 def analyze(
     model: options.Model,
     calibration: CalibrationConfig,
     computing: ComputeConfig,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("plans"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
+        "plans"
+    ),
 ) -> None:
     """How alike layers' inputs are, and what running each group concurrently costs.
 
@@ -82,31 +62,47 @@ def analyze(
     typer.echo(f"written: {write_report(output)}", err=True)
 
 
+def _share(text: str) -> float:
+    """Read 5% as 0.05, and 0.05 as itself."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-loss takes a share such as 5% or 0.05: {error}") from error
+    if text.endswith("%"):
+        return number / 100
+    if number >= 1:
+        raise typer.BadParameter(f"--max-loss {text} is {number:.0%}; for less, write 5% or 0.05")
+    return number
+
+
 @app.command()
-@options.options_of(CalibrationConfig, _CALIBRATION, "calibration", CalibrationConfig)
+@options.options_of(Goal, "goal", left_out=("max_loss",))
+@options.options_of(CalibrationConfig, "calibration", CalibrationConfig)
 @options.compute_options
 def search(
     model: options.Model,
+    goal: dict[str, Any],
     calibration: CalibrationConfig,
     computing: ComputeConfig,
-    depth: Annotated[int | None, typer.Option("--depth", help="Groups of the plan.")] = None,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Most divergence, nats a token.")
-    ] = None,
     max_loss: Annotated[
-        str | None, typer.Option("--max-loss", help="Most rise of perplexity, as 5% or 0.05.")
+        float | None, option_of(Goal, "max_loss", parser=_share, metavar="<share>")
     ] = None,
-    max_latency_us: Annotated[
-        float | None, typer.Option("--max-latency-us", help="Of a token, by the cost model.")
-    ] = None,
-    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="That share the groups.")] = 2,
+    ranks: Annotated[
+        int, typer.Option("--ranks", "-r", min=1, help="Number of ranks that share the groups.")
+    ] = 2,
     link_us: Annotated[
-        float, typer.Option("--link-us", min=0, help="An exchange between two of them.")
+        float,
+        typer.Option("--link-us", min=0, help="Microseconds of an exchange between two ranks."),
     ] = 50.0,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0, help="To refine by measuring whole plans.")
+        float,
+        typer.Option(
+            "--seconds", min=0, help="Seconds of refining the plan by measuring whole plans."
+        ),
     ] = 600.0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File.")] = Path("plan.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path(
+        "plan.json"
+    ),
 ) -> None:
     """The best plan for one goal: --depth, --max-kl, --max-loss or --max-latency-us.
 
@@ -118,19 +114,19 @@ def search(
     from cqil_dist.planning.plots import plot_front
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.search.latency import measure_costs
-    from cqil_dist.planning.search.pareto import Goal, PlanFinder, front_json
+    from cqil_dist.planning.search.pareto import PlanFinder, front_json
     from cqil_dist.records import require_file, write_record
 
     require_file(output)
-    goal = Goal(depth, max_kl, _part(max_loss), max_latency_us)
+    wanted = Goal(max_loss=max_loss, **goal)
     measured = MeasuredModel.of(model, computing, ConsoleProgress())
-    goal.check(measured.config.num_layers, calibration.largest_group(ranks))
+    wanted.check(measured.config.num_layers, calibration.largest_group(ranks))
     comparison, analysis = calibration.measure(measured, ranks)
     costs = measure_costs(measured.path, link_us)
     finder = PlanFinder(
         comparison, analysis.sensitivities, costs, ranks, seconds, measured.progress
     )
-    found = finder.find(goal)
+    found = finder.find(wanted)
     write_record(output, found.plan_json(comparison))
     described = found.describe(comparison)
     typer.echo(f"written: {output} ({described})", err=True)
@@ -159,7 +155,9 @@ def compensate(
     ridge: Annotated[
         float, typer.Option("--ridge", min=0, help="Penalty on the change; more is less change.")
     ] = 0.3,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("compensated"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
+        "compensated"
+    ),
 ) -> None:
     """Take back what a plan's groups get wrong by linear regression: an adapter in a minute.
 
@@ -245,23 +243,6 @@ def show(
     )
 
 
-def _part(percentage: str | None) -> float | None:
-    """5% as 0.05, and 0.05 as itself."""
-    if percentage is None:
-        return None
-    try:
-        number = float(percentage.removesuffix("%"))
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-loss takes a part such as 5% or 0.05: {error}") from error
-    if percentage.endswith("%"):
-        return number / 100
-    if number >= 1:
-        raise typer.BadParameter(
-            f"--max-loss {percentage} is {number:.0%}; for less, write 5% or 0.05"
-        )
-    return number
-
-
 def _held(
     assignment: Assignment, rank: int, config: ModelConfig, precision: Precision
 ) -> dict[str, Any]:
@@ -305,7 +286,7 @@ def _ranks_table(held: list[dict[str, Any]]) -> Table:
 
 
 def _runs(layers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
+    """Layers in the shortest form: "0-2, 5" for [0, 1, 2, 5]."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and runs[-1][1] == layer - 1:

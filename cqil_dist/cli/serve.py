@@ -11,55 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cqil_dist.cli import options
+from cqil_dist.cli.setting_option import help_of
 from cqil_dist.errors import LaunchError
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.progress import ConsoleProgress
 from cqil_dist.serving.serve_config import ServeConfig, Tls
+from cqil_dist.settings import settings_of
 
 if TYPE_CHECKING:
     from cqil_dist.launching.running_engine import RunningEngine
     from cqil_dist.serving.server import Addresses
 
-# By field of ServeConfig.
-_FACING: dict[str, Any] = {
-    "host": Annotated[str, typer.Option(help="Listen here; 0.0.0.0 lets other machines in.")],
-    "grpc_port": Annotated[int, typer.Option(help="0 takes a free one.")],
-    "http_port": Annotated[int, typer.Option(help="0 takes a free one.")],
-    "api_key": Annotated[
-        str | None,
-        typer.Option(
-            envvar="CQIL_API_KEY",
-            show_envvar=True,
-            help="Every request must carry it; the environment hides it from process lists.",
-        ),
-    ],
-    "request_timeout_s": Annotated[
-        float, typer.Option(help="Most seconds that a request may take.")
-    ],
-    "drain_timeout_s": Annotated[
-        float, typer.Option(help="Seconds for running requests to finish at the end.")
-    ],
-    "recovery_bound_s": Annotated[
-        float, typer.Option(help="Seconds of recovering until unhealthy.")
-    ],
-    "max_body_bytes": Annotated[int, typer.Option(help="Largest request.")],
-}
-
 
 @options.launch_options(serving=True)
-@options.options_of(ServeConfig, _FACING, "facing")
+@options.options_of(ServeConfig, "facing")
 def serve(
     launching: dict[str, Any],
     facing: dict[str, Any],
-    model: Annotated[
-        str,
-        typer.Argument(help="Built-in name, local directory, GGUF file, or hub id (org/name)."),
-    ],
+    model: Annotated[str, typer.Argument(help=help_of(settings_of(LaunchConfig)["model"]))],
     plan: options.PlanText = "sequential",
     ranks: options.Ranks = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM file; serves with TLS.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the certificate to serve with.")
+    ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
-    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write logs as JSON, one object a line.")
+    ] = False,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C, then finish what is running."""
     if facing["api_key"] is None and "CQIL_API_KEY" in os.environ:
