@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install demo test pytest test-multinode lint proto bench clean
+.PHONY: install demo test pytest test-multinode lint proto docs bench clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ bench: $(READY)
 proto: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		protos/cqil_dist/rpc/v1/generation.proto
+
+# The tables of options come from the code; a test fails when they are stale.
+docs: $(READY)
+	$(BIN)/python -m cqil_dist.cli.option_tables docs/*.md
 
 # torch by version: a machine that has that build at hand takes it, others the registry's.
 $(INSTALLED): pyproject.toml
