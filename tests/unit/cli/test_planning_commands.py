@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.browsing import chromium
-from helpers.tiny_models import TinyModel
+from helpers.tiny_models import TinyModel, TinyModelFactory
 from typer.testing import CliRunner
 
 from cqil_dist.benchmarks.latency import Result
@@ -20,6 +20,11 @@ from cqil_dist.planning.report import write_report
 from cqil_dist.records import headed, write_record
 
 TEXT = "The keeper of the lighthouse walks to the market to buy bread, fish and news. " * 40
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: TinyModelFactory) -> TinyModel:
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
