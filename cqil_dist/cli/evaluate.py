@@ -39,7 +39,9 @@ def evaluate(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, help="Of each text, windows at random; default: all."),
+        typer.Option(
+            "--tokens", min=1, help="Tokens of each text, in windows at random; default: all."
+        ),
     ] = None,
     window: options.Window = 512,
     seed: options.Seed = 0,

@@ -25,15 +25,22 @@ def generate(
     ranks: options.Ranks = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Smallest set of tokens of this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="The k most likely tokens; 0 is off.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Share of the likeliest token's chance.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that reach this probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this part of the likeliest one's chance.")
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Ends the text; repeatable; \\n is a new line.")
+        list[str] | None,
+        typer.Option(help="Text that ends the output; repeatable; \\n is a new line."),
     ] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="Repeatable.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="Token that ends the output; repeatable.")
+    ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Report log probabilities and this many alternatives.")
     ] = None,

@@ -21,7 +21,7 @@ def trace(
         str, typer.Option(help="host:port (gRPC) of a running `cqil serve`.")
     ] = "localhost:50051",
     model: Annotated[
-        str, typer.Option("--model", "-m", help="One of the server's; default: its first.")
+        str, typer.Option("--model", "-m", help="Model of the server to ask; default: its first.")
     ] = "",
     api_key: Annotated[
         str | None, typer.Option(envvar="CQIL_API_KEY", show_envvar=True, help="The server's key.")

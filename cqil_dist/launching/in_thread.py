@@ -12,10 +12,10 @@ _Result = TypeVar("_Result")
 
 
 def in_thread(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
-    """What `work` returns, in time.
+    """Run blocking work on a thread of its own; the future gets what it returns or raises.
 
     `asyncio.to_thread` shares a few threads among all, and a program does not end before they do;
-    this one is of its own, and left behind.
+    this thread is left behind.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()

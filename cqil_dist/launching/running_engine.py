@@ -1,4 +1,4 @@
-"""The public face: launch a model, generate, and leave nothing behind."""
+"""The way in: `launch` runs a model, and closing what it returns leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def launch(
 
 
 class RunningEngine:
-    """A launched model; made by `launch`.
+    """A launched model, as `launch` returns it.
 
     Attributes:
-        plan, assignment: what runs together, and on which ranks.
-        service: the coordinator, and the way there.
+        config: what the user asked for.
+        plan, assignment: which layers run together, and on which ranks.
+        service: the coordinator that serves, and how to reach it.
         client: a connection to it.
     """
 
@@ -78,23 +79,23 @@ class RunningEngine:
         return self.client.generate(prompt, stream=True, **sampling)
 
     def complete(self, prompt: Prompt, **sampling: Any) -> Completion:
-        """The whole completion at once; arguments and errors as for `generate`."""
+        """Generate a whole completion at once; arguments and errors are those of `generate`."""
         completion: Completion = self.client.generate(prompt, **sampling)
         return completion
 
     def status(self) -> Status:
-        """Plan, ranks, and how busy the engine is."""
+        """The engine's plan and ranks, and how busy it is."""
         return self.client.status()
 
     def exchanges_per_token(self) -> float:
-        """Exchanges a step took, counted by the exchanges themselves; 0 before the first step."""
+        """The exchanges that a step took, as they count themselves; 0 before the first step."""
         stats = self.exchange_stats()
         led: int = sum(rank["rounds_led"] for rank in stats)
         steps: int = max(rank["steps"] for rank in stats)
         return led / max(1, steps)
 
     def exchange_stats(self) -> list[dict[str, Any]]:
-        """Counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`).
+        """The counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`).
 
         They begin anew when the ranks connect again after a loss.
         """
