@@ -124,7 +124,7 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _send_some(self, views: Sequence[bytes | memoryview], deadline: float) -> int:
-        """Send what the kernel takes, after waiting for it to take any; returns the bytes."""
+        """The bytes that the kernel took at once; 0 after waiting until it takes any."""
         if self._closed:
             raise self._lost(_CLOSED_HERE)
         try:
@@ -132,7 +132,7 @@ class Link:
         except BlockingIOError:
             if wait_ready({self._sock: select.POLLOUT}, deadline):
                 return 0
-            self.shut_down()  # the peer may hold half a message: nothing can follow it
+            self.shut_down()  # nothing can follow a message that was sent in part
             late = f"it made no room for a message within {self._send_deadline_s:g} s"
             raise self._lost(late) from None
         except OSError as error:
@@ -207,9 +207,9 @@ class _Inbox:
         self._filled = 0
 
     def fill(self, sock: socket.socket) -> int:
-        """Read what has come, at most to the end of the message; 0 at the connection's end.
+        """Receive what has come, and return how much; 0 if the other end closed the connection.
 
-        Raises OSError as the socket does, BlockingIOError where nothing has come.
+        Raises OSError as the socket does, and BlockingIOError if nothing has come.
         """
         if self._message is None:
             received = sock.recv_into(self._buffer[self._held :])
@@ -220,7 +220,7 @@ class _Inbox:
         return received
 
     def take(self) -> Message | None:
-        """The message, if it is complete. Raises ProtocolError."""
+        """Remove and return the next message if it is complete. Raises ProtocolError."""
         if self._message is None and self._held >= framing.PREFIX.size:
             self._begin()
         if self._message is None or self._filled < self._body.nbytes:
@@ -229,7 +229,7 @@ class _Inbox:
         return message
 
     def _begin(self) -> None:
-        """Read the head if all of it is here, and move what follows it to its place."""
+        """Decode prefix and header if all of them have come, and move the bytes after them."""
         header_bytes, payload_bytes = framing.decode_prefix(self._buffer, self._max_bytes)
         start = framing.PREFIX.size + header_bytes
         if self._held < start:
