@@ -7,17 +7,18 @@ whose partial results each rank needs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
-from typing import Literal
 
 from cqil_dist.costs import Costs, ModelShape, Piece, evenly
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Group, Plan
 
-Ungrouped = Literal["own", "shard"]
-"""What becomes of layers that stand alone: each owned by one rank, or split over all of them."""
+UNGROUPED = ("own", "shard")
+"""What may become of layers that stand alone: each owned by one rank, or split over all of them."""
 
 Bundle = tuple[Piece, ...]
 """Pieces of one rank and stage that are computed as one wide product."""
@@ -143,6 +144,12 @@ class Assignment:
         """Layers of which `rank` holds a piece, in order."""
         return tuple(piece.layer for stage in self.stages for piece in stage.pieces[rank])
 
+    @cached_property
+    def split_layers(self) -> frozenset[int]:
+        """Layers of which several ranks hold a piece."""
+        held = Counter(layer for rank in range(self.world) for layer in self.layers_of(rank))
+        return frozenset(layer for layer, ranks in held.items() if ranks > 1)
+
     def latency_us(self, costs: Costs) -> float:
         """Predicted microseconds of a decoded token: a stage waits for its slowest rank."""
         computed = sum(_stage_us(stage, costs) for stage in self.stages)
@@ -150,7 +157,7 @@ class Assignment:
 
 
 def assign(
-    plan: Plan, world: int, shape: ModelShape, ungrouped: Ungrouped = "own", block: int = 1
+    plan: Plan, world: int, shape: ModelShape, ungrouped: str = "own", block: int = 1
 ) -> Assignment:
     """Spread a plan over `world` ranks.
 
@@ -167,8 +174,10 @@ def assign(
         block: feed-forward columns are cut at multiples of this many, a weight format's group.
 
     Raises:
-        PlanError: no ranks, or more ranks than rows in the vocabulary head.
+        PlanError: no ranks, more ranks than rows in the vocabulary head, or another policy.
     """
+    if ungrouped not in UNGROUPED:
+        raise PlanError(f"ungrouped is {ungrouped!r} but must be one of {', '.join(UNGROUPED)}")
     if world < 1:
         raise PlanError(f"ranks is {world}, but at least 1 rank is needed")
     if world > shape.vocab_size:

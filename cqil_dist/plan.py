@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -281,6 +281,17 @@ class Plan:
 
 PlanSource = Plan | str | Path | Mapping[str, Any] | list[Any]
 """Every form in which `Plan.parse` takes a plan."""
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Layers in the shortest form: "0-2, 5" for [0, 1, 2, 5]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _check_group(index: int, group: Group, num_layers: int) -> None:

@@ -68,6 +68,8 @@ def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Find
         on_gpu = resources.gpus > 0
         by_id = room_for(resources.bundle())
         yield _resources(wanted, resources, by_id.values())
+        if wanted.compared_note:
+            yield Finding("cluster", "compare", "ok", wanted.compared_note)
         room = {host: by_id.get(node_id, 0) for node_id, host in nodes.items()}
     with progress.task("Starting probes", total=len(nodes), unit="nodes") as task:
         probes: dict[str, Any] = {}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
 
 
-@options.launch_options()
+@options.launch_options(serving=True)
 def doctor(
     launching: dict[str, Any],
     model: Annotated[

@@ -20,6 +20,8 @@ from cqil_dist.settings import settings_of
 Model = Annotated[str, option_of(LaunchConfig, "model")]
 PlanText = Annotated[str, option_of(LaunchConfig, "plan")]
 Ranks = Annotated[int | None, option_of(LaunchConfig, "ranks")]
+Ungrouped = Annotated[str, option_of(LaunchConfig, "ungrouped")]
+Compare = Annotated[str | None, option_of(LaunchConfig, "compare")]
 Adapter = Annotated[Path | None, option_of(LaunchConfig, "adapter")]
 Address = Annotated[str | None, option_of(LaunchConfig, "address")]
 Strategy = Annotated[str, option_of(LaunchConfig, "strategy")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,10 @@ from rich.table import Table
 from cqil_dist.assignment import Assignment
 from cqil_dist.cli import options
 from cqil_dist.cli.setting_option import option_of
+from cqil_dist.costs import ModelShape, Piece
 from cqil_dist.errors import ConfigError
 from cqil_dist.launching.config import LaunchConfig
+from cqil_dist.plan import layers_text
 from cqil_dist.planning.measure.compute_config import ComputeConfig
 from cqil_dist.planning.search.calibration import CalibrationConfig
 from cqil_dist.planning.search.goal import Goal
@@ -212,17 +215,20 @@ def show(
     plan: Annotated[str, typer.Argument(help="'sequential', notation, JSON, or a JSON file.")],
     model: options.Model,
     ranks: options.Ranks = None,
+    ungrouped: options.Ungrouped = "own",
+    compare: options.Compare = None,
     dtype: options.Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Groups, serial depth, ideal reduction, exchanges, and what each rank holds."""
     from cqil_dist.launching.resolve import ResolvedLaunch
 
-    config = LaunchConfig(model, plan, ranks, dtype=dtype)
+    config = LaunchConfig(model, plan, ranks, ungrouped, compare, dtype=dtype)
     resolved = ResolvedLaunch.of(config, ConsoleProgress())
     assignment, parsed = resolved.assignment, resolved.assignment.plan
+    assignments = resolved.assignments
     precision = config.precision_for(resolved.model, on_gpu=False)
-    held = [_held(assignment, rank, resolved.model, precision) for rank in range(assignment.world)]
+    held = [_held(assignments, rank, resolved.model, precision) for rank in range(assignment.world)]
     if as_json:
         summary = {
             "plan": parsed.to_json(),
@@ -231,10 +237,13 @@ def show(
             "exchanges_per_token": assignment.rounds,
             "ranks": held,
         }
+        if resolved.compared_note:
+            summary["compared"] = resolved.compared_note
         typer.echo(json.dumps(summary))
         return
     console = Console()
-    console.print(_groups_table(assignment))
+    for each in assignments:
+        console.print(_groups_table(each))
     console.print(_ranks_table(held))
     console.print(
         f"serial depth {parsed.depth} of {parsed.num_layers} layers, ideal reduction "
@@ -244,21 +253,38 @@ def show(
 
 
 def _held(
-    assignment: Assignment, rank: int, config: ModelConfig, precision: Precision
+    assignments: Sequence[Assignment], rank: int, config: ModelConfig, precision: Precision
 ) -> dict[str, Any]:
     from cqil_dist.model.footprint import footprint
 
+    assignment = assignments[0]
     rows = assignment.head_rows[rank]
     return {
         "rank": rank,
         "layers": list(assignment.layers_of(rank)),
+        "shards": [_shard(piece) for piece in _shards(assignment, rank, config.shape)],
         "vocabulary_rows": [rows.start, rows.stop],
-        **asdict(footprint([assignment], rank, config, precision)),
+        **asdict(footprint(assignments, rank, config, precision)),
+    }
+
+
+def _shards(assignment: Assignment, rank: int, shape: ModelShape) -> list[Piece]:
+    """The pieces of a rank that are less than a whole layer, in layer order."""
+    held = [piece for stage in assignment.stages for piece in stage.pieces[rank]]
+    return [piece for piece in held if piece != shape.whole(piece.layer)]
+
+
+def _shard(piece: Piece) -> dict[str, Any]:
+    return {
+        "layer": piece.layer,
+        "heads": [piece.heads.start, piece.heads.stop],
+        "columns": [piece.columns.start, piece.columns.stop],
     }
 
 
 def _groups_table(assignment: Assignment) -> Table:
-    table = Table("group", "layers", "bypass", "ranks", "exchanges", title="Groups")
+    title = f"Groups of {assignment.plan}"
+    table = Table("group", "layers", "bypass", "ranks", "exchanges", title=title)
     for index, stage in enumerate(assignment.stages):
         group = stage.group
         layers = str(group.layers[0])
@@ -272,12 +298,16 @@ def _groups_table(assignment: Assignment) -> Table:
 
 
 def _ranks_table(held: list[dict[str, Any]]) -> Table:
-    table = Table("rank", "layers", "vocabulary rows", "weights", "KV per token", title="Ranks")
+    table = Table(
+        "rank", "layers", "shards", "vocabulary rows", "weights", "KV per token", title="Ranks"
+    )
     for rank in held:
         first, last = rank["vocabulary_rows"]
+        split = {shard["layer"] for shard in rank["shards"]}
         table.add_row(
             str(rank["rank"]),
-            _runs(rank["layers"]),
+            layers_text([layer for layer in rank["layers"] if layer not in split]),
+            _shards_text(rank["shards"]),
             f"{first}-{last - 1}",
             f"{rank['weight_bytes'] / 1e6:.1f} MB",
             f"{rank['kv_bytes_per_token'] / 1e3:.1f} kB",
@@ -285,12 +315,12 @@ def _ranks_table(held: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _runs(layers: list[int]) -> str:
-    """Layers in the shortest form: "0-2, 5" for [0, 1, 2, 5]."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+def _shards_text(shards: list[dict[str, Any]]) -> str:
+    """Split layers and what is held of them: "0-9: heads 0-4, columns 0-767"."""
+    lines: dict[str, list[int]] = {}
+    for shard in shards:
+        (first_head, heads), (first_column, columns) = shard["heads"], shard["columns"]
+        what = [f"heads {first_head}-{heads - 1}"] if heads > first_head else []
+        what += [f"columns {first_column}-{columns - 1}"] if columns > first_column else []
+        lines.setdefault(", ".join(what), []).append(shard["layer"])
+    return "\n".join(f"{layers_text(layers)}: {what}" for what, layers in lines.items())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cqil_dist.assignment import UNGROUPED
 from cqil_dist.engine.config import EngineOptions
 from cqil_dist.plan import PlanSource
 from cqil_dist.settings import number, one_of, required, setting, whole
@@ -44,6 +45,12 @@ class LaunchConfig(EngineOptions):
         whole(1),
         unset="as many as the largest group has layers",
         short="-r",
+    )
+    ungrouped: str = setting(
+        "own",
+        "What becomes of layers outside the plan's groups: own gives each to one rank; shard "
+        "splits each over all ranks (tensor parallelism), for two exchanges a layer.",
+        one_of(*UNGROUPED),
     )
     compare: PlanSource | None = setting(
         None,

@@ -12,6 +12,7 @@ from cqil_dist.errors import PlanError
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.plan import layers_text
 from cqil_dist.progress import Progress
 from cqil_dist.recommended.index import plan_for
 from cqil_dist.recommended.record import note_missing_compensation
@@ -53,6 +54,28 @@ class ResolvedLaunch:
         """Number of ranks and spares."""
         return self.assignment.world + self.config.spares
 
+    @property
+    def compared_note(self) -> str | None:
+        """What to know of the plan to compare with, whose layers lie where the first plan has them.
+
+        None where each layer of it is whole, or split, as it would be in a launch of its own.
+        """
+        split = [
+            layer
+            for compared in self.assignments[1:]
+            for layer in sorted(compared.split_layers ^ self._alone(compared).split_layers)
+        ]
+        if not split:
+            return None
+        return (
+            f"layers {layers_text(split)} of the plan to compare with are computed as the first "
+            "plan has them, whole or split, so that its speed is not that of a launch of its own"
+        )
+
+    def _alone(self, compared: Assignment) -> Assignment:
+        """How another plan would be assigned by itself."""
+        return assign(compared.plan, compared.world, self.model.shape, self.config.ungrouped)
+
     def engine(self, on_gpu: bool) -> EngineConfig:
         """The engine's numbers, for ranks on GPUs or on CPUs."""
         return self.config.resolved(self.model.max_positions, on_gpu)
@@ -75,10 +98,13 @@ class ResolvedLaunch:
         else:
             Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
-        assignments = [assign(plan, world, model.shape)]
+        assignments = [assign(plan, world, model.shape, config.ungrouped)]
         if config.compare is not None:
             other = plan_for(config.compare, config.model, model.num_layers)
             if other == plan and adapter is None:
                 raise PlanError(f"the plan to compare {plan} with is the same plan")
             assignments.append(follow(other, assignments[0]))
-        return cls(config, model, path, adapter, tuple(assignments))
+        resolved = cls(config, model, path, adapter, tuple(assignments))
+        if note := resolved.compared_note:
+            progress.note(note)
+        return resolved

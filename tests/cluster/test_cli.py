@@ -110,6 +110,26 @@ def test_plan_show_tells_depth_exchanges_and_shares(model: TinyModel) -> None:
     assert "serial depth 3 of 6 layers" in CliRunner().invoke(app, arguments).output
 
 
+def test_plan_show_tells_what_is_split_and_what_lies_otherwise_for_a_second_plan(
+    model: TinyModel,
+) -> None:
+    arguments = ["plan", "show", "P2 S1 E5 D1", "--model", str(model.path), "--ranks", "2"]
+    arguments += ["--ungrouped", "shard", "--compare", "sequential"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert (
+        "layers 1-4 of the plan to compare with are computed as the first plan has them"
+        in (shown["compared"])
+    )
+    first, second = (rank["shards"] for rank in shown["ranks"])
+    assert [shard["layer"] for shard in first] == [shard["layer"] for shard in second] == [0, 5]
+    for one, other in zip(first, second, strict=True):
+        assert one["heads"][0] == one["columns"][0] == 0
+        assert (one["heads"][1], one["columns"][1]) == (other["heads"][0], other["columns"][0])
+    assert "0, 5: heads 0-" in CliRunner().invoke(app, arguments).output
+
+
 def test_verify_passes_and_says_what_it_compared(model: TinyModel) -> None:
     result = cqil("verify", "--model", str(model.path), "--plan", "P2 S0 E6 D1", "--ranks", "2")
     assert result.returncode == 0, result.stdout + result.stderr

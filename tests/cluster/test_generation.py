@@ -67,6 +67,26 @@ def test_sequential_plan_is_transformers(cluster: None, model: TinyModel) -> Non
     assert list(completion.token_ids) == expected[0, len(PROMPT) :].tolist()
 
 
+def test_layers_split_over_ranks_give_the_references_tokens_and_so_does_a_second_plan(
+    cluster: None, model: TinyModel
+) -> None:
+    """The second plan computes the first one's split layers as members of groups."""
+    with cqil.launch(
+        str(model.path),
+        "sequential",
+        ranks=2,
+        ungrouped="shard",
+        compare=PLAN,
+        served_model_name="m",
+        max_len=64,
+    ) as engine:
+        for name, plan in (("m", "sequential"), ("m:compare", PLAN)):
+            reference = ReferenceModel(model.config, model.checkpoint, model.plan(plan))
+            completion = engine.complete(PROMPT, model=name, max_tokens=16, temperature=0)
+            assert list(completion.token_ids) == reference.greedy(PROMPT, 16)
+        assert engine.assignment.rounds == 2 * model.config.num_layers
+
+
 def test_an_adapter_runs_on_every_rank_and_the_other_plan_without(
     cluster: None, model: TinyModel, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from helpers.tiny_models import plans
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqil_dist.assignment import Assignment, Round, Stage, Ungrouped, assign, follow
+from cqil_dist.assignment import Assignment, Round, Stage, assign, follow
 from cqil_dist.costs import Costs, ModelShape
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Plan
@@ -79,7 +79,7 @@ def test_whoever_computes_a_stage_has_its_whole_input(plan: Plan, world: int) ->
 
 @given(plans(), WORLDS, st.sampled_from(["own", "shard"]))
 def test_feed_forward_parts_take_each_visible_attention_output_once(
-    plan: Plan, world: int, ungrouped: Ungrouped
+    plan: Plan, world: int, ungrouped: str
 ) -> None:
     for stage in assign(plan, world, SHAPE, ungrouped).stages:
         for rank in stage.workers:
@@ -285,3 +285,5 @@ def test_no_ranks_and_too_many_are_refused() -> None:
         assign(plan, 0, SHAPE)
     with pytest.raises(PlanError, match="7 ranks cannot share a vocabulary of 6"):
         assign(plan, 7, replace(SHAPE, vocab_size=6))
+    with pytest.raises(PlanError, match="ungrouped is 'auto' but must be one of own, shard"):
+        assign(plan, 2, SHAPE, "auto")
