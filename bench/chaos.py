@@ -1,15 +1,15 @@
-"""Faults at random moments while requests stream; every token compared. Needs root on Linux.
+"""Injects faults at random moments while requests stream, and compares every token.
 
     python bench/chaos.py --minutes 10 [--faults kill,stop,link,coordinator] [--spares 1]
 
-See tests/faults/chaos.py for how it is set up.
+Needs root on Linux. tests/faults/chaos.py tells how the hosts and the load are set up.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,9 +27,11 @@ from cqil_dist.store.store import resolve
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="How long to break things.")] = 5.0,
-    faults: Annotated[str, typer.Option(help="Which, by comma.")] = ",".join(FAULTS),
-    seed: Annotated[int, typer.Option(help="Of the faults and their moments.")] = 0,
+    minutes: Annotated[float, typer.Option(help="How long to inject faults.")] = 5.0,
+    faults: Annotated[str, typer.Option(help="Kinds of faults, separated by commas.")] = ",".join(
+        FAULTS
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the faults and their moments.")] = 0,
     model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m",
     plan: Annotated[str, typer.Option("--plan", "-p")] = "P2 S12 E28 D1",
     spares: Annotated[int, typer.Option(help="Standby actors.")] = 0,
@@ -37,8 +39,15 @@ def main(
     step_deadline_s: Annotated[float, typer.Option(help="Until a stuck rank is lost.")] = 1.0,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("chaos.json"),
 ) -> None:
-    """Break things for some minutes and compare every token."""
+    """Inject faults for some minutes, and compare every token."""
     chosen = faults.split(",")
+    options: dict[str, Any] = {
+        "spares": spares,
+        "streams": streams,
+        "step_deadline_s": step_deadline_s,
+        "minutes": minutes,
+        "seed": seed,
+    }
     if unknown := sorted(set(chosen) - set(FAULTS)):
         raise typer.BadParameter(f"{', '.join(unknown)}; known faults: {', '.join(FAULTS)}")
     console = Console()
@@ -49,30 +58,9 @@ def main(
 
     with Network(4) as network:
         network.start_ray()
-        report = run_chaos(
-            network,
-            str(path),
-            plan,
-            minutes=minutes,
-            faults=chosen,
-            seed=seed,
-            spares=spares,
-            streams=streams,
-            step_deadline_s=step_deadline_s,
-            on_fault=show,
-        )
+        report = run_chaos(network, str(path), plan, faults=chosen, on_fault=show, **options)
     _print(report, console)
-    setting = {
-        "model": model,
-        "plan": plan,
-        "ranks": RANKS,
-        "spares": spares,
-        "streams": streams,
-        "step_deadline_s": step_deadline_s,
-        "minutes": minutes,
-        "seed": seed,
-        **machine("cpu"),
-    }
+    setting = {"model": model, "plan": plan, "ranks": RANKS, **options, **machine("cpu")}
     write_record(output, {"setting": setting, **report.to_dict()})
     if report.failed or report.wrong or report.lost or report.doubled:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Microseconds for one round of the TCP exchange between two processes on this machine.
+"""Measures one round of the TCP exchange between two processes on this machine, in microseconds.
 
 Each process has a core of its own and does nothing between rounds, so what is measured is the
 transfer: no rank waits for another to compute. Run it as `python bench/exchange.py [--json]`.
@@ -28,7 +28,7 @@ ROUND = Round(0, ((0, 1), (0, 1)), (1, 1))
 
 @dataclass(frozen=True)
 class Timing:
-    """One configuration's rounds, in microseconds."""
+    """The round times of one payload and spin time, in microseconds."""
 
     payload_bytes: int
     spin_s: float
@@ -61,16 +61,8 @@ def measure(elements: int, spin_s: float, rounds: int) -> Timing:
     durations_us = np.concatenate([ours.recv() for ours, _ in pipes])
     for process in processes:
         process.join()
-    p10, median, p90, p99 = np.percentile(durations_us, [10, 50, 90, 99])
-    return Timing(
-        payload_bytes=4 * elements,
-        spin_s=spin_s,
-        rounds=rounds,
-        median_us=float(median),
-        p10_us=float(p10),
-        p90_us=float(p90),
-        p99_us=float(p99),
-    )
+    percentiles = map(float, np.percentile(durations_us, [50, 10, 90, 99]))
+    return Timing(4 * elements, spin_s, rounds, *percentiles)
 
 
 def _run_rank(
@@ -103,7 +95,7 @@ def _run_rank(
     gc.disable()
     with torch.inference_mode():
         for step in range(-WARM_UP_ROUNDS, rounds):
-            # A new step for each round: no head can be reused, the most expensive case.
+            # Each round is a step of its own: no frame's head can be reused, the worst case.
             exchange.begin_step(step + WARM_UP_ROUNDS, 1)
             started = time.perf_counter()
             exchange.gather(ROUND, own)

@@ -1,8 +1,8 @@
-"""Our scores of a multiple-choice task beside lm-eval's own, on the same model and questions.
+"""Compares `cqil eval`'s scores of a multiple-choice task with lm-eval's, on the same questions.
 
     python bench/lm_eval_agreement.py sciq.jsonl --model smollm2-135m --limit 200
 
-Ours are `cqil eval`'s; lm-eval computes with its Hugging Face class, from transformers' weights.
+lm-eval computes the same model with its own Hugging Face class.
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ def main(
     model: Annotated[str, typer.Option()] = "smollm2-135m",
     limit: Annotated[int, typer.Option(min=2, help="Questions.")] = 200,
 ) -> None:
-    """Print both scores and how many questions they are of."""
+    """Print both programs' scores of the first questions of a task."""
     from cqil_dist.planning.evaluation.evaluate import evaluate
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.measure.compute_config import ComputeConfig
     from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.progress import ConsoleProgress
 
-    measured = MeasuredModel.of(model, ComputeConfig("cpu"), ConsoleProgress())
-    found = evaluate(measured, measured.plan("sequential"), None, [], [read_task(task, limit)], [])
-    ours = {result.measure: result.paired.original.value for result in found.results}
-    theirs = _lm_eval(task.resolve(), measured.path, limit)
+    measured_model = MeasuredModel.of(model, ComputeConfig("cpu"), ConsoleProgress())
+    sequential = measured_model.plan("sequential")
+    evaluation = evaluate(measured_model, sequential, None, [], [read_task(task, limit)], [])
+    expected = _lm_eval(task.resolve(), measured_model.path, limit)
     table = Table("measure", "cqil eval", "lm-eval", title=f"{model}, {task.stem}, {limit} items")
-    for measure, value in ours.items():
-        table.add_row(measure, f"{value:.4f}", f"{theirs[f'{measure},none']:.4f}")
+    for result in evaluation.results:
+        score = result.paired.original.value
+        table.add_row(result.measure, f"{score:.4f}", f"{expected[f'{result.measure},none']:.4f}")
     Console().print(table)
 
 
 def _lm_eval(task: Path, model: Path, limit: int) -> dict[str, float]:
+    """lm-eval's scores of the first `limit` questions."""
     with TemporaryDirectory() as folder:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": folder}
         import lm_eval

@@ -1,9 +1,9 @@
-"""Two texts of WikiText-2's raw validation file: one to fit plans to, one to evaluate them on.
+"""Makes two texts of WikiText-2's raw validation file: to fit plans to, and to evaluate them on.
 
     python bench/wikitext.py wiki.valid.raw -o text/    # writes text/fit.txt, text/held_out.txt
 
-The file's tokens stand apart ("WikiText @-@ 2 ( raw ) , 'valid '"), as no text that a model meets
-does: they are put together again. The halves are of different articles.
+The file's tokens are set apart by blanks ("WikiText @-@ 2 ( raw ) , 'valid '"), unlike ordinary
+text; the blanks are removed. The two texts are halves of the file, of different articles.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 _ARTICLE = re.compile(r"^ = [^=].* = $", flags=re.MULTILINE)
-# Patterns and what stands in their place, in this order.
+# Patterns and their replacements, in order.
 _JOINED = (
     (r" @([-,.])@ ", r"\1"),
     (r" ([,.;:!?%)\]])", r"\1"),

@@ -22,7 +22,8 @@ _NOTATION = re.compile(
     r"P(?P<P>\d+)\s+S(?P<S>\d+)\s+E(?P<E>\d+)\s+D(?P<D>\d+|full|parallel)", re.IGNORECASE
 )
 
-# "measured" is for people: what a search found of the plan.
+# "measured" says how the plan was found, and with which text: see recommended/record.py and
+# planning/provenance.py, which decide by it. `Plan` itself has no use for it.
 _KEYS = {"groups", "num_layers", "measured"}
 
 

@@ -1,22 +1,26 @@
 """Per-token latency of transformers, the sequential plan, and concurrent plans, taking turns.
 
-Every configuration stays loaded; each repeat measures all of them one after another, so that what
-else the machine does falls on all alike. Ratios within one run mean something; absolute times on
-a shared machine mean less.
+Every configuration stays loaded, and each repeat measures all of them one after another, so that
+whatever else the machine does affects all alike. Ratios within one run are meaningful; absolute
+times on a shared machine are less so.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cqil_dist.progress import ConsoleProgress
+from cqil_dist.progress import ConsoleProgress, Progress
+
+if TYPE_CHECKING:
+    from cqil_dist.benchmarks.workers import Worker
 
 PROMPT = (
     "A city by the sea has a harbour, a market and a tall white lighthouse. Every morning the "
@@ -26,14 +30,16 @@ PROMPT = (
 
 @dataclass
 class Result:
-    """What was measured of one configuration; times in milliseconds unless named otherwise.
+    """The measurements of one configuration.
 
     Attributes:
-        plan: that it computes; None for transformers.
-        itl_ms: inter-token latencies, one list a repeat.
-        predicted_ms: what the serial path's layers and head take without exchanges.
-        exchange_us: median microseconds of a round: moving the data, and waiting for the slower
-            rank.
+        name: "transformers", or the plan as it was given.
+        plan: the plan's JSON; None for transformers.
+        ttft_ms: time to first token of each repeat, in milliseconds.
+        itl_ms: inter-token latencies of each repeat, in milliseconds.
+        predicted_ms: time of the serial path's layers and head, without exchanges, in milliseconds.
+        exchange_us: median microseconds of a round: "transfer" of the data, and "skew", the wait
+            for the slower rank.
     """
 
     name: str
@@ -59,17 +65,13 @@ class Result:
         return float(np.percentile([value for repeat in self.itl_ms for value in repeat], 90))
 
     def to_dict(self) -> dict[str, Any]:
-        derived = {
-            "itl_p50_ms": self.itl_p50_ms,
-            "itl_p90_ms": self.itl_p90_ms,
-            "repeat_medians_ms": self.repeat_medians_ms,
-        }
-        return asdict(self) | derived
+        derived = ("itl_p50_ms", "itl_p90_ms", "repeat_medians_ms")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Milliseconds of one layer and of a head (share), on one core alone or on all at once."""
+    """Milliseconds of a layer and of the head, on one core alone or on all ranks' cores at once."""
 
     layer_alone: float
     layer_together: float
@@ -79,7 +81,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class Case:
-    """What every configuration computes."""
+    """The model and the numbers of tokens that every configuration computes."""
 
     model: str
     device: str
@@ -94,12 +96,14 @@ def measure(
     """Run the benchmark.
 
     Args:
-        address: of a Ray cluster; None takes RAY_ADDRESS, else a local one with its ranks bound to
-            cores.
+        plans: the concurrent plans, each on `ranks` ranks.
+        repeats: measurements of each configuration, after one to warm up.
+        address: of a Ray cluster; None takes RAY_ADDRESS, else starts a local cluster, whose ranks
+            are bound to cores.
 
     Returns:
-        A result for transformers, the sequential plan and each plan; the layer times that the
-        serial paths are predicted from, where they were measured (here, on the CPU); and the
+        The results of transformers, the sequential plan and each plan; the layer times that the
+        serial paths are predicted from, which are measured on a local cluster's CPUs alone; and the
         addresses of the nodes that had a rank.
     """
     from cqil_dist.benchmarks.workers import Worker, prepare_transformers
@@ -111,61 +115,44 @@ def measure(
 
     progress = ConsoleProgress()
     path = resolve(case.model, progress)
-    prompt_tokens, output_tokens = case.prompt_tokens, case.output_tokens
     text_ids = load_tokenizer(path)(PROMPT)["input_ids"]
-    prompt_ids = (text_ids * prompt_tokens)[:prompt_tokens]
-    max_len = prompt_tokens + output_tokens
+    prompt_ids = (text_ids * case.prompt_tokens)[: case.prompt_tokens]
+    max_len = case.prompt_tokens + case.output_tokens
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         local = stack.enter_context(connected(address, 1 + ranks * len(plans), verbose=False))
         bound = case.device == "cpu" and local
         with progress.task("Loading transformers"):
-            baseline = stack.enter_context(
+            transformers = stack.enter_context(
                 Worker(prepare_transformers, (cores[0],), path, case.device, case.dtype)
             )
             workers = [
                 stack.enter_context(Worker(prepare_layers, (core,), path, ranks, max_len))
                 for core in (cores[:ranks] if bound else ())
             ]
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "device": case.device,
+            "dtype": case.dtype,
+            "slots": 1,
+            "max_len": max_len,
+            "prefill_tokens": case.prompt_tokens,
+            "gpus_per_rank": 1 / (1 + ranks * len(plans)),
+            "pin": bound,
+            "progress": progress,
+        }
         engines = {
-            plan: stack.enter_context(
-                launch(
-                    case.model,
-                    plan,
-                    world,
-                    strategy=strategy,
-                    device=case.device,
-                    dtype=case.dtype,
-                    slots=1,
-                    max_len=prompt_tokens + output_tokens,
-                    prefill_tokens=prompt_tokens,
-                    gpus_per_rank=1 / (1 + ranks * len(plans)),
-                    pin=bound,
-                    progress=progress,
-                )
-            )
+            plan: stack.enter_context(launch(case.model, plan, world, **options))
             for plan, world in [("sequential", 1), *((plan, ranks) for plan in plans)]
         }
         results = {"transformers": Result("transformers", engines["sequential"].plan.depth, 1)}
-        runs: dict[str, Callable[[], list[float]]] = {
-            "transformers": lambda: baseline.measure(prompt_ids, output_tokens)
-        }
+        runs = {"transformers": partial(transformers.measure, prompt_ids, case.output_tokens)}
         for name, engine in engines.items():
             plan = engine.plan
             results[name] = Result(name, plan.depth, engine.assignment.world, plan.to_json())
-            runs[name] = _generation(engine, prompt_ids, output_tokens)
-        layer_times: list[LayerTimes] = []
-        with progress.task("Measuring", total=(repeats + 1) * len(runs), unit="runs") as task:
-            for repeat in range(-1, repeats):  # the first round warms up
-                for name, run in runs.items():
-                    first, *later = run()
-                    if repeat >= 0:
-                        results[name].ttft_ms.append(first)
-                        results[name].itl_ms.append(later)
-                    task.advance()
-                if workers:
-                    layer_times.append(_layer_times(workers, prompt_tokens + output_tokens // 2))
-        layers = _median_times(layer_times[1:]) if layer_times else None
+            runs[name] = partial(_generate, engine, prompt_ids, case.output_tokens)
+        position = case.prompt_tokens + case.output_tokens // 2
+        layers = _take_turns(runs, results, workers, position, repeats, progress)
         for name, engine in engines.items():
             result = results[name]
             result.exchanges_per_token = engine.exchanges_per_token()
@@ -176,18 +163,39 @@ def measure(
     return list(results.values()), layers, sorted(nodes)
 
 
-def _generation(engine: Any, prompt_ids: list[int], max_tokens: int) -> Callable[[], list[float]]:
-    def run() -> list[float]:
-        timings = engine.complete(
-            prompt_ids, max_tokens=max_tokens, temperature=0, ignore_eos=True
-        ).timings
-        return [timings.ttft_ms, *timings.itl_ms]
+def _take_turns(
+    runs: Mapping[str, Callable[[], list[float]]],
+    results: Mapping[str, Result],
+    workers: Sequence[Worker],
+    position: int,
+    repeats: int,
+    progress: Progress,
+) -> LayerTimes | None:
+    """Measure all configurations in turns, and between the turns the layers on the workers."""
+    layer_times: list[LayerTimes] = []
+    with progress.task("Measuring", total=(repeats + 1) * len(runs), unit="runs") as task:
+        for repeat in range(-1, repeats):  # repeat -1 warms up
+            for name, run in runs.items():
+                first, *later = run()
+                if repeat >= 0:
+                    results[name].ttft_ms.append(first)
+                    results[name].itl_ms.append(later)
+                task.advance()
+            if workers:
+                layer_times.append(_layer_times(workers, position))
+    return _median_times(layer_times[1:]) if layer_times else None
 
-    return run
+
+def _generate(engine: Any, prompt_ids: list[int], max_tokens: int) -> list[float]:
+    """Milliseconds to an engine's first token, and then to each further one."""
+    timings = engine.complete(
+        prompt_ids, max_tokens=max_tokens, temperature=0, ignore_eos=True
+    ).timings
+    return [timings.ttft_ms, *timings.itl_ms]
 
 
-def _layer_times(workers: Sequence[Any], position: int, repetitions: int = 20) -> LayerTimes:
-    """Layers and heads on one core while the others idle, then on all cores at once."""
+def _layer_times(workers: Sequence[Worker], position: int, repetitions: int = 20) -> LayerTimes:
+    """Time layers and heads on one core while the others are idle, then on all cores at once."""
 
     def medians(values: list[float]) -> tuple[float, float]:
         return statistics.median(values[0::2]), statistics.median(values[1::2])
@@ -210,7 +218,7 @@ def _median_times(samples: Sequence[LayerTimes]) -> LayerTimes:
 
 
 def _predicted(engine: Any, times: LayerTimes) -> float:
-    """The serial path: groups on several ranks at the pace of busy cores, the rest alone."""
+    """Milliseconds of the serial path: shared groups at busy cores' pace, others alone."""
     if engine.assignment.world == 1:
         return float(engine.plan.depth * times.layer_alone + times.head_whole_alone)
     shared = sum(len(stage.workers) > 1 for stage in engine.assignment.stages)

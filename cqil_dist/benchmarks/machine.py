@@ -1,4 +1,4 @@
-"""What a measurement ran on: for its report."""
+"""The machine and the software that a measurement ran on, for its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _hardware(device: str) -> str:
-    """What computes here, as its maker calls it."""
+    """The name of the GPU or CPU that computes."""
     if device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""Shows a latency report: tables on the terminal, JSON and a plot in files."""
+"""Shows a latency report: tables on the terminal, and a plot in a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 
 def print_tables(report: dict[str, Any]) -> None:
+    """Print the setting, the latencies, and how they compare with the serial paths."""
     setting = report["setting"]
     console = Console()
     console.print(
@@ -54,17 +55,10 @@ def _latency_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Per-token time against what its serial path takes, and where exchanges spend theirs."""
+    """Per-token latency compared with the serial path's time, and where exchanges spend theirs."""
     table = Table(title="Serial path", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("configuration", no_wrap=True)
-    for column in (
-        "depth",
-        "exchanges",
-        "path, ms",
-        "over it",
-        "transfer, us",
-        "skew, us",
-    ):
+    for column in ("depth", "exchanges", "path, ms", "over it", "transfer, us", "skew, us"):
         table.add_column(column, justify="right")
     for result in results[1:]:
         predicted, exchange = result["predicted_ms"], result["exchange_us"]
@@ -81,7 +75,7 @@ def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Median per-token latency with the repeats' spread, one bar a configuration."""
+    """Plot each configuration's median per-token latency as a bar, with its repeats' spread."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,11 +83,11 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
 
     results = report["results"]
     medians = [result["itl_p50_ms"] for result in results]
+    repeats = [(*result["repeat_medians_ms"], result["itl_p50_ms"]) for result in results]
     spread = [
-        [m - min(r["repeat_medians_ms"]) for m, r in zip(medians, results, strict=True)],
-        [max(r["repeat_medians_ms"]) - m for m, r in zip(medians, results, strict=True)],
+        [median - min(each) for median, each in zip(medians, repeats, strict=True)],
+        [max(each) - median for median, each in zip(medians, repeats, strict=True)],
     ]
-    spread = [[max(0.0, value) for value in side] for side in spread]
     figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(results) + 1.6))
     names = [f"{result['name']} ({result['ranks']})" for result in results]
     bars = axes.barh(names, medians, xerr=spread, color="#4c72b0", capsize=3)

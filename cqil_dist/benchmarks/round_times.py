@@ -1,4 +1,4 @@
-"""Where the time of exchange rounds went: moving the data, or waiting for a slower rank."""
+"""Splits the time of exchange rounds into moving the data and waiting for a slower rank."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Where the time of each round went, in seconds; one entry per round, in order of round."""
+    """Seconds of transfer and of skew, one entry a round, in the order of rounds."""
 
     transfer_s: npt.NDArray[np.float64]
     skew_s: npt.NDArray[np.float64]
 
 
 def split_transfer_and_skew(snapshots: Sequence[Mapping[str, Any]]) -> RoundTimes:
-    """Tell moving the data apart from waiting for a slower rank.
+    """Separate the time of moving data from that of waiting for a slower rank.
 
-    The rank that arrives last in a round finds everything there, so the shortest wait of any
-    rank is the transfer, and what another rank waited beyond it is that rank's lead: the skew is
-    the longest wait less the shortest.
+    The rank that arrives last in a round finds all data there, so that the shortest wait of any
+    rank is the transfer. The skew is the longest wait less the shortest.
 
     Args:
-        snapshots: `ExchangeStats.snapshot()` of each rank. Only rounds in which at least two
-            ranks waited are taken: with one there is nothing to compare.
+        snapshots: `ExchangeStats.snapshot()` of each rank. Rounds in which fewer than two ranks
+            waited are left out, as there is nothing to compare.
     """
     waits: dict[tuple[int, int], dict[int, float]] = {}
     for rank, snapshot in enumerate(snapshots):

@@ -1,7 +1,7 @@
-"""Work measured in processes of its own, each bound to one core, driven from one place.
+"""Measurements in processes of their own, each bound to its cores.
 
-A worker is started once, warms up, and then measures whenever it is asked to, so that what is
-compared can take turns on the same machine.
+A worker is started once and then measures on request, so that the configurations that are compared
+can take turns on the same machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Worker:
     """A process that runs one measurement on request; use it in a `with` block.
 
     Args:
-        prepare: called once in the process; returns what `measure` calls.
-        cores: the process is bound to these.
+        prepare: called once in the process, with `arguments`; returns the function that measures.
+        cores: the cores that the process is bound to.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Worker:
         self._pipe.send(arguments)
 
     def result(self) -> list[float]:
-        """Milliseconds, one value per repetition, of the measurement begun last."""
+        """Wait for the measurement that was begun, and return its values in milliseconds."""
         values: list[float] = self._pipe.recv()
         return values
 
@@ -81,7 +81,7 @@ def _serve(
 
 
 def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
-    """transformers' `generate`: [time to first token, then every inter-token latency], ms."""
+    """Load a model to time its `generate`: milliseconds to the first token, then to each next."""
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
     from transformers.utils import logging
@@ -92,7 +92,7 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
     model.to(device).eval()
 
     class Clock(BaseStreamer):  # type: ignore[misc]
-        """Notes when each token is ready; the first call brings the prompt."""
+        """Notes the time of each token; the first call is for the prompt."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -101,7 +101,7 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
             self.times.append(time.perf_counter())
 
         def end(self) -> None:
-            """The times are read by the caller."""
+            """There is nothing to do: the caller reads the times."""
 
     def measure(prompt_ids: list[int], max_tokens: int) -> list[float]:
         clock = Clock()

@@ -1,1 +1,1 @@
-"""Answers to "is it exact?" (`cqil verify`) and "would it start?" (`cqil doctor`)."""
+"""Checks that the runtime is exact (`cqil verify`) and that a launch would work (`cqil doctor`)."""

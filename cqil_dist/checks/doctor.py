@@ -1,6 +1,6 @@
-"""Would a launch work on this cluster? Looks at every node and every link, and says what to mend.
+"""Checks whether a launch would work on a cluster: every node, every link, and what to fix.
 
-Starts one small actor a node, which takes no CPUs, and ends them again.
+The checks run in one small actor a node, which takes no CPUs and is ended afterwards.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from cqil_dist.checks.node_probe import LinkSpeed, NodeFacts, NodeProbe
 from cqil_dist.coordinator.node_addresses import host_addresses
 from cqil_dist.errors import CqilError
 from cqil_dist.exchange.handshake import SECRET_BYTES
-from cqil_dist.launching.placement import (
-    RankResources,
-    fits,
-    rank_resources,
-    room_for,
-)
+from cqil_dist.launching.placement import RankResources, fits, rank_resources, room_for
 from cqil_dist.launching.resolve import ResolvedLaunch
 from cqil_dist.model.footprint import footprint
 from cqil_dist.progress import Progress
@@ -32,20 +27,21 @@ from cqil_dist.store.builtin import BUILTIN_MODELS
 
 Verdict = Literal["ok", "warning", "failure"]
 
-# What a rank needs beside its weights and cache: Python, torch, Ray's worker, activations.
+# The memory of a rank beside its weights and cache: Python, torch, Ray's worker, activations.
 _PROCESS_BYTES = 300_000_000
 _ANSWER_S = 90.0
-# A rank that takes part in an exchange pays the round trip once or twice a group.
+# Above this a link gets a warning: the exchanges of a group cost one or two round trips.
 _SLOW_ROUND_TRIP_US = 1000.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The outcome of one check.
 
     Attributes:
         where: a node's address, "a -> b" for a link, or "cluster".
-        detail: what was found and, unless it is well, how to mend it.
+        check: what was checked, such as "memory".
+        detail: what was found and, unless the verdict is "ok", how to fix it.
     """
 
     where: str
@@ -55,10 +51,10 @@ class Finding:
 
 
 def diagnose(wanted: ResolvedLaunch | None, progress: Progress) -> Iterator[Finding]:
-    """Everything found about the cluster that Ray is connected to.
+    """Check the cluster that Ray is connected to, finding by finding.
 
     Args:
-        wanted: what is to be launched; None looks at the cluster alone.
+        wanted: the launch to check for; None checks the cluster alone.
     """
     nodes = host_addresses()
     on_gpu = False
@@ -198,7 +194,7 @@ def _link_findings(probes: Mapping[str, Any], progress: Progress) -> Iterator[Fi
     hosts = list(probes)
     pairs = [(a, b) for a in range(len(hosts)) for b in range(len(hosts)) if a != b]
     with progress.task("Measuring links", total=len(pairs), unit="links") as task:
-        for own, peer in pairs:  # one after another: they share the nodes' network
+        for own, peer in pairs:  # one after another: all links share the nodes' network
             where = f"{hosts[own]} -> {hosts[peer]}"
             try:
                 yield _link_finding(where, _speed(probes, hosts, own, peer))

@@ -1,4 +1,4 @@
-"""What a node can tell of itself and of its links, as a Ray actor: the far end of `cqil doctor`."""
+"""A Ray actor for `cqil doctor` that reports on its node and measures links to other nodes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _DEADLINE_S = 5.0
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node as it sees itself.
+    """The facts of a node that decide whether a launch works there.
 
     Attributes:
-        versions: of Python and of what decides whether nodes understand each other.
-        has_model: the model's directory is there.
-        free_bytes: memory of the node that can still be taken.
-        gpu_free_bytes: of its emptiest GPU; None without one.
-        gpus: names of the GPUs torch sees.
-        nccl: version, or None where torch has none.
-        niceness: of Ray's workers; above 0, they step back behind other processes.
+        versions: the versions of Python and of the packages that have to be the same on all nodes.
+        has_model: whether the model's directory is there; true if no model was asked for.
+        free_bytes: bytes of memory that are available on the node.
+        gpu_free_bytes: bytes available on the emptiest GPU; None without a GPU.
+        gpus: names of the GPUs that torch sees.
+        nccl: NCCL's version; None if torch sees no GPU.
+        niceness: niceness of Ray's workers; above 0, other processes are scheduled before them.
     """
 
     versions: dict[str, str]
@@ -50,11 +50,11 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Between two nodes, over a connection like those between ranks.
+    """The speed of a connection between two nodes like those between ranks.
 
     Attributes:
         round_trip_us: median microseconds for a hidden state of 2.3 kB there and back.
-        megabytes_per_s: of one connection, in one direction.
+        megabytes_per_s: bandwidth of the one connection in one direction.
     """
 
     round_trip_us: float
@@ -62,7 +62,7 @@ class LinkSpeed:
 
 
 class NodeProbe:
-    """One a node. Its methods are called through Ray, from several threads."""
+    """A probe of one node, whose methods are called through Ray from several threads."""
 
     def __init__(self, host: str, secret: bytes) -> None:
         self._host = host
@@ -70,7 +70,7 @@ class NodeProbe:
         self._listener: Listener | None = None
 
     def facts(self, model_path: Path | None) -> NodeFacts:
-        """Versions, model, memory and GPUs."""
+        """Report the node's versions, model, memory and GPUs."""
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         gpu_free = [available_bytes(torch.device("cuda", index)) for index in range(count)]
         nccl: tuple[int, ...] | None = torch.cuda.nccl.version() if count else None  # type: ignore[no-untyped-call]
@@ -88,13 +88,13 @@ class NodeProbe:
         )
 
     def listen(self) -> str:
-        """Open a port on the node's cluster address; returns "host:port". Raises ExchangeError."""
+        """Listen on a port of the node's cluster address: "host:port". Raises ExchangeError."""
         self._listener = Listener(self._host, self._secret, epoch=0)
         return self._listener.address
 
     def echo(self, peer: int) -> None:
-        """Answer what `peer` sends, until its last message. Raises ExchangeError without one."""
-        assert self._listener is not None, "listens first"
+        """Answer `peer` until its last message. Raises ExchangeError if that does not come."""
+        assert self._listener is not None, "listen is called before echo"
         with self._listener as listener:
             sock = listener.accept_peers({peer}, _DEADLINE_S)[peer]
         link = Link(sock, peer, "the prober", _BULK.nbytes, _DEADLINE_S)
@@ -109,7 +109,7 @@ class NodeProbe:
             link.close()
 
     def measure(self, own: int, peer: int, address: str) -> LinkSpeed:
-        """Time the link to a peer that echoes. Raises ExchangeError."""
+        """Measure the link to a peer that echoes. Raises ExchangeError if the link fails."""
         sock = connect(address, own, peer, self._secret, 0, _DEADLINE_S)
         link = Link(sock, peer, address, _BULK.nbytes, _DEADLINE_S)
         try:

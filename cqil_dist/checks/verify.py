@@ -1,8 +1,8 @@
-"""Is the distributed runtime exact? Compares it with the reference, and that with transformers.
+"""Checks that the distributed runtime is exact: equal to the reference, and that to transformers.
 
 Greedy tokens are compared by teacher forcing: the reference computes each whole sequence once,
-and every generated token must be its most likely next one. That is the same as generating with
-the reference token by token, at a fraction of the time.
+and every generated token must be its most likely next token. That is the same as generating with
+the reference token by token, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cqil_dist.store.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from cqil_dist.launching.running_engine import RunningEngine
 
-# With this many prompt tokens a step, the longest prompt below is computed in chunks.
+# With this many prompt tokens a step, the longest of the prompts is computed in chunks.
 PREFILL_TOKENS = 32
 PROMPTS = (
     "The capital of France is",
@@ -52,11 +52,14 @@ class Check:
 def verify_exactness(
     engine: RunningEngine, path: Path, adapter: Path | None = None
 ) -> Iterator[Check]:
-    """All comparisons for a running float32 engine, as they are made.
+    """Compare a running float32 engine with the reference, and the reference with transformers.
 
     Args:
-        path: directory of the same model.
-        adapter: that of its adapter.
+        path: the directory of the engine's model.
+        adapter: the directory of the engine's adapter, if it has one.
+
+    Raises:
+        LaunchError: the engine's `max_len` is too small for the test's tokens.
     """
     yield verify_reference(path)
     yield from verify_ranks(engine, path, adapter)
@@ -126,7 +129,7 @@ def _against_reference(
         for index, token_id in enumerate(completion.token_ids):
             if (expected := int(logprobs[index].argmax())) != token_id:
                 wrong.append(f"token {index} is {token_id}, expected {expected}")
-        assert completion.logprobs is not None, "asked for"
+        assert completion.logprobs is not None, "the request asks for them"
         given = torch.tensor([entry.logprob for entry in completion.logprobs])
         chosen = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         difference = max(difference, float((given - chosen).abs().max()))

@@ -48,7 +48,7 @@ def distill(
     from cqil_dist.model.adapter import CONFIG, require_adapter_folder
     from cqil_dist.planning.measure.measured_model import MeasuredModel
     from cqil_dist.planning.plots import plot_training
-    from cqil_dist.planning.provenance import knows, made_with
+    from cqil_dist.planning.provenance import has_seen, made_with
     from cqil_dist.planning.recover.distillation import distill as train_adapter
     from cqil_dist.planning.recover.training_state import STATE, TrainingLog
     from cqil_dist.recommended.record import note_missing_compensation, plan_record
@@ -68,7 +68,7 @@ def distill(
         note_missing_compensation(plan, model, progress, "--init")
     start = None if init is None else measured.adapter(init, parsed)
     read, kept = measured.windows(text or [], window, tokens, training.seed).split(held_out)
-    if start is not None and knows(start.plan, kept):
+    if start is not None and has_seen(start.plan, kept):
         progress.note(f"--init {init} may have been fitted to held-out text: KL begins too low")
     train = measured.extended(read, sampled_tokens, training.seed)
 

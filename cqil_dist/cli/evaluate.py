@@ -55,7 +55,7 @@ def evaluate(
     from cqil_dist.planning.evaluation.evaluate import evaluate as evaluate_plan
     from cqil_dist.planning.evaluation.tasks import read_task
     from cqil_dist.planning.measure.measured_model import MeasuredModel
-    from cqil_dist.planning.provenance import refuse_known_text
+    from cqil_dist.planning.provenance import refuse_seen_text
     from cqil_dist.planning.report import write_report
     from cqil_dist.recommended.record import note_missing_compensation
     from cqil_dist.records import require_file, write_record
@@ -72,7 +72,7 @@ def evaluate(
     merged = None if adapter is None else measured.adapter(adapter, parsed)
     if merged is None:
         note_missing_compensation(plan, model, measured.progress)
-    refuse_known_text(texts, plan, model, None if merged is None else merged.plan)
+    refuse_seen_text(texts, plan, model, None if merged is None else merged.plan)
     evaluation = evaluate_plan(measured, parsed, merged, texts, read)
     Console().print(_table(evaluation))
     if output is not None:

@@ -114,7 +114,7 @@ def search(
     plan is written what depth costs: searched plans, the paper's, and removed layers.
     """
     from cqil_dist.planning.measure.measured_model import MeasuredModel
-    from cqil_dist.planning.plots import plot_front
+    from cqil_dist.planning.plots import plot_pareto_front
     from cqil_dist.planning.report import write_report
     from cqil_dist.planning.search.latency import measure_costs
     from cqil_dist.planning.search.pareto import PlanFinder, front_json
@@ -133,10 +133,10 @@ def search(
     write_record(output, found.plan_json(comparison))
     described = found.describe(comparison)
     typer.echo(f"written: {output} ({described})", err=True)
-    front = [*finder.front(), *finder.baselines(analysis.similarity_LL)]
+    front = [*finder.pareto_front(), *finder.published_methods(analysis.similarity_LL)]
     record = front_json(model, comparison, costs, ranks, front)
     write_record(output.with_name(f"{output.stem}-front.json"), record)
-    plot_front(record, output.with_name(f"{output.stem}-front.png"))
+    plot_pareto_front(record, output.with_name(f"{output.stem}-front.png"))
     typer.echo(f"written: {write_report(output.parent)}", err=True)
 
 

@@ -1,5 +1,5 @@
-"""How much faster, and how much worse: plans from measurement, and quality won back.
+"""Finding plans by measurement, and recovering the quality that a plan costs.
 
-Works in one process on transformers models, whole sequences at a time; knows nothing of ranks' Ray
+Computes in one process on transformers models, whole sequences at a time; knows nothing of Ray
 actors, sockets or requests.
 """

@@ -1,10 +1,11 @@
-"""Pictures of what was measured, as PNG files."""
+"""Plots of what planning measured, as PNG files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,30 +15,21 @@ _SMOOTHED = 20
 
 
 def plot_training(log: TrainingLog, path: Path) -> None:
-    """Loss of every step, its running mean, and that of the held-out text."""
+    """Plot each step's loss, the running mean of these, and the loss on held-out text."""
     with _axes(path) as axes:
         losses = log.losses
         axes.plot(losses, color="#c9c9c9", linewidth=0.8, label="a step's windows")
-        means = [
-            sum(part) / len(part)
-            for end in range(len(losses))
-            if (part := losses[max(0, end + 1 - _SMOOTHED) : end + 1])
-        ]
+        means = [fmean(losses[max(0, end - _SMOOTHED) : end]) for end in range(1, len(losses) + 1)]
         axes.plot(means, color="#4477aa", label=f"mean of {_SMOOTHED} steps")
-        axes.plot(
-            list(log.held_out),
-            list(log.held_out.values()),
-            "o-",
-            color="#cc3311",
-            label="held-out text",
-        )
+        steps, held_out = zip(*log.held_out.items(), strict=True)
+        axes.plot(steps, held_out, "o-", color="#cc3311", label="held-out text")
         axes.set(xlabel="step", ylabel="KL divergence, nats a token")
         axes.set_ylim(bottom=0)
         axes.legend()
 
 
 def plot_similarity(record: dict[str, Any], path: Path) -> None:
-    """Cosine similarity of every two layers' inputs, of an analysis (CQIL, figure 2)."""
+    """Plot the cosine similarity of every two layers' inputs in an analysis (CQIL, figure 2)."""
     from numpy import array
 
     similarity = array(record["similarity"])
@@ -48,7 +40,10 @@ def plot_similarity(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_sensitivity(record: dict[str, Any], path: Path) -> None:
-    """What each group of an analysis costs: a row a size and bypass, a column a first layer."""
+    """Plot the divergence that each group in an analysis causes by itself.
+
+    There is a row for each size and bypass, and a column for each first layer.
+    """
     from matplotlib.colors import LogNorm
     from numpy import full, nan
 
@@ -74,11 +69,11 @@ _KINDS = {
 }
 
 
-def plot_front(record: dict[str, Any], path: Path) -> None:
-    """Divergence by depth, of the kinds of plans in what `cqil plan search` has written."""
+def plot_pareto_front(record: dict[str, Any], path: Path) -> None:
+    """Plot divergence against depth, a curve for each kind of plan in a search's record."""
     with _axes(path) as axes:
         for kind, (marks, colour) in _KINDS.items():
-            # The original itself diverges by nothing, which has no place on this scale.
+            # The original model diverges by 0, which a logarithmic axis cannot show.
             points = sorted(
                 (each["depth"], each["kl"])
                 for each in record["measured"]
@@ -99,7 +94,7 @@ def plot_front(record: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _axes(path: Path, width: float = 7, height: float = 4.5) -> Iterator[Any]:
-    """Axes of a figure that is saved at the end of the block."""
+    """Give the axes of a new figure, and save the figure at the end of the block."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

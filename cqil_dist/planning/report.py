@@ -1,6 +1,6 @@
-"""One page of all that a folder holds: analysis, fronts, evaluations, latencies.
+"""One HTML page of a folder's analyses, searches, evaluations and latencies.
 
-Nothing outside of it is needed.
+The page holds its pictures and asks for no other file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cqil_dist.records import kind_of
 REPORT = "report.html"
 _TEMPLATE = "report.html.j2"
 
-# Kinds of records, by what they call themselves.
+# The record kinds that the page shows.
 _KINDS = ("analysis", "front", "evaluation", "latency")
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` from the folder's JSON and PNG files; returns its path."""
+    """Write `report.html` from a folder's JSON and PNG files, and return its path."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -52,20 +52,21 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+# Each kind's records, with the files they are from.
 _Records = dict[str, list[tuple[Path, dict[str, Any]]]]
-# What is measured, of what, on which part of it, and the digest of that.
+# A measure, the text or task it is of, the items taken of that, and the digest of their tokens.
 _Measure = tuple[str, str, str, str]
 
 
 def _records(folder: Path) -> tuple[_Records, list[str]]:
-    """The records of a folder by kind, each with its file; and files of another version."""
+    """A folder's records by kind, and the names of files that another version has written."""
     found: _Records = {kind: [] for kind in _KINDS}
     left_out: list[str] = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # not ours
+            continue  # some other program's file
         kind, readable = kind_of(record)
         if kind in found and readable:
             found[kind].append((path, record))
@@ -75,7 +76,7 @@ def _records(folder: Path) -> tuple[_Records, list[str]]:
 
 
 def _headings(keys: Sequence[_Measure]) -> dict[_Measure, str]:
-    """Of columns; with the tokens' digest where they would look the same without."""
+    """The heading of each measure's column, with the digest where two would look the same."""
     headings = {key: ", ".join(key[:3]) for key in keys}
     often = Counter(headings.values())
     return {
@@ -85,9 +86,10 @@ def _headings(keys: Sequence[_Measure]) -> dict[_Measure, str]:
 
 
 def _rows(records: _Records) -> list[dict[str, Any]]:
-    """What each plan that was evaluated or timed costs, and what it loses; the deepest first.
+    """The table's rows, one for each evaluation and for each plan that was only timed.
 
-    An adapter is merged: with it a plan takes the time that it takes without.
+    The deepest plan comes first. A plan takes the same time with an adapter as without one, because
+    adapters are merged: an evaluation with an adapter has its plan's latency.
     """
     timed = {
         (found["setting"]["model"], _plan_text(result["plan"])): result
@@ -148,7 +150,7 @@ def _interval(interval: dict[str, float]) -> str:
 
 
 def _picture(path: Path) -> str:
-    """A PNG as a data URI; nothing where there is none."""
+    """A PNG file as a data URI; an empty string where there is no such file."""
     if not path.is_file():
         return ""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -1,1 +1,1 @@
-"""Plans that come with the package, found by measurement, and what is written of them."""
+"""Plans that come with the package, and how to read what is recorded with a plan."""

@@ -1,6 +1,7 @@
-"""Plans that were found by measurement, by the model's name: fast, balanced and careful.
+"""Recommended plans, by the name of their model: fast, balanced and careful.
 
-Beside each plan its file says what it cost on text that it was not chosen on.
+They were found by measurement. Each plan's file also tells the perplexity that it has on text that
+it was not chosen on.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from importlib import resources
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Plan, PlanSource
 
-# The bound to search with for another model: about what the built-in model's plans cost there.
+# The --max-loss to search with for another model: about what the built-in model's plans cost.
 _LOSSES = {"fast": "60%", "balanced": "35%", "careful": "15%"}
 NAMES = tuple(_LOSSES)
 
 
 def plan_for(source: PlanSource, model: str, num_layers: int) -> Plan:
-    """A plan in any form that `Plan.parse` reads, or by the name of a recommended one.
+    """The plan that a user gave, by a recommended plan's name or as `Plan.parse` reads it.
 
     Args:
-        model: what `--model` was given.
+        model: the model's name or path, as the user gave it.
 
     Raises:
-        PlanError: as `Plan.parse`; or there is no plan of that name for this model, with the
-            command that finds one.
+        PlanError: `Plan.parse` cannot read it; or no plan of that name comes with the model, in
+            which case the message has the command that finds one.
     """
     if not isinstance(source, str) or (name := source.strip().lower()) not in NAMES:
         return Plan.parse(source, num_layers)
@@ -36,7 +37,7 @@ def plan_for(source: PlanSource, model: str, num_layers: int) -> Plan:
 
 
 def recommended(name: str, model: str) -> str | None:
-    """What is written of the plan of that name; None where none comes with the model."""
+    """The text of a recommended plan's file; None if no plan of that name comes with the model."""
     file = resources.files(__package__) / model / f"{name.strip().lower()}.json"
     if "/" in model or "/" in name or not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What is written of a plan beside its groups: how it was found, with which text, and for what."""
+"""What a plan's JSON records beside its groups: measurements, and the text it was made with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cqil_dist.progress import Progress
 from cqil_dist.recommended.index import recommended
 
 PlanRecord = Mapping[str, Any]
-"""A plan's JSON, whole."""
+"""A plan's whole JSON object."""
 
 
 def plan_record(source: PlanSource, model: str) -> PlanRecord | None:
-    """Of a plan in any form that `plan_for` takes; None where nothing is written."""
+    """The JSON of a plan in any form that `plan_for` takes; None if the plan is in no JSON."""
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | Path):
@@ -26,13 +26,13 @@ def plan_record(source: PlanSource, model: str) -> PlanRecord | None:
         if not text.startswith("{"):
             text = recommended(text, model) or Path(text).read_text(encoding="utf-8")
         found = json.loads(text)
-    except (OSError, ValueError):  # notation
+    except (OSError, ValueError):  # in the paper's notation
         return None
     return found if isinstance(found, dict) else None
 
 
 def measured_of(record: PlanRecord | None) -> Mapping[str, Any]:
-    """What was measured of a plan; empty where nothing is written."""
+    """The measurements in a plan's JSON; empty if there are none."""
     measured = (record or {}).get("measured")
     return measured if isinstance(measured, Mapping) else {}
 
@@ -40,10 +40,10 @@ def measured_of(record: PlanRecord | None) -> Mapping[str, Any]:
 def note_missing_compensation(
     source: PlanSource, model: str, progress: Progress, option: str = "--adapter"
 ) -> None:
-    """Say so where a plan that was chosen for its compensated form is to go without.
+    """Warn the user if a plan that was chosen for its compensated form has no adapter.
 
     Args:
-        option: of the command, that would take the adapter.
+        option: the option by which the user can give the adapter.
     """
     if measured_of(plan_record(source, model)).get("compensation"):
         progress.note(

@@ -1,9 +1,8 @@
-"""Breaks things at random moments while requests stream, and compares every token.
+"""Injects faults at random moments while requests stream, and compares every token.
 
-A head and three nodes on one machine (`hosts.py`), two ranks on nodes of their own, and room for
-one more. Some streams run all the time; a fault strikes, they come back, a spare gets ready again
-where there is one, and the next fault strikes. Each stream must be, token for token, what it was
-before anything was broken.
+A head and three nodes are on one machine (`hosts.py`), with two ranks on nodes of their own and
+room for one more. Streams run all the time; after a fault, the next is injected once tokens flow
+again and the spares are ready. Every stream has to give the tokens that it gave before all faults.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ _RECOVERY_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Injected:
-    """One fault.
+    """A fault that was injected.
 
     Attributes:
-        seconds: from the fault to the first token after the pause it made.
+        fault: one of `FAULTS`.
+        seconds: from the fault to the first token after the pause that it caused.
     """
 
     fault: str
@@ -51,15 +51,15 @@ class Injected:
 
 @dataclass
 class ChaosReport:
-    """What a run found.
+    """The outcome of a run.
 
     Attributes:
-        faults: in order.
-        requests: streams that ended, well or not.
-        compared: tokens held against those of the undisturbed answers.
-        lost, doubled, wrong: tokens missing at the end of a stream, beyond its end, or other than
-            they should be.
-        failed: messages of streams that ended with an error.
+        faults: the faults, in order.
+        requests: how many streams ended, with or without an error.
+        compared: how many tokens were compared with those of undisturbed answers.
+        lost, doubled, wrong: how many tokens were missing at a stream's end, came beyond it, or
+            were not the expected ones.
+        failed: the messages of streams that ended with an error.
     """
 
     faults: list[Injected] = field(default_factory=list)
@@ -71,7 +71,7 @@ class ChaosReport:
     failed: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, with count, median and longest time to recover of each kind and of all."""
+        """The report as JSON, with a summary of the seconds to recover, by kind of fault."""
         kinds: dict[str, list[float]] = {}
         for injected in self.faults:
             kinds.setdefault(injected.fault, []).append(injected.seconds)
@@ -97,16 +97,16 @@ def run_chaos(
     step_deadline_s: float = 1.0,
     on_fault: Callable[[Injected], None] = lambda injected: None,
 ) -> ChaosReport:
-    """Run for some minutes, and for a fault of every kind.
+    """Inject faults for some minutes, at least one of every kind.
 
     Args:
-        network: four hosts whose Ray nodes run.
+        network: four hosts with running Ray nodes.
         model: a directory that all hosts see.
-        streams: how many run at a time.
-        on_fault: told of each as it is made good.
+        streams: how many requests stream at a time.
+        on_fault: called after each recovery.
 
     Raises:
-        CqilError: the engine did not come back.
+        CqilError: the engine did not recover.
     """
     with RemoteEngine(
         network.hosts[0],
@@ -134,7 +134,7 @@ def run_chaos(
 
 
 class _Load:
-    """Streams that run all the time, each compared with its undisturbed answer."""
+    """Streams that run all the time, each of which is compared with its undisturbed answer."""
 
     def __init__(self, engine: RemoteEngine, streams: int, max_tokens: int) -> None:
         self.report = ChaosReport()
@@ -161,7 +161,7 @@ class _Load:
             thread.join(timeout=_RECOVERY_TIMEOUT_S)
 
     def tokens_since(self, moment: float) -> list[float]:
-        """When tokens came after a moment, in order."""
+        """The times of all tokens that came after a moment, in order."""
         with self._lock:
             running = [time for stream in self._running.values() for time in list(stream.times)]
             times = [time for time in (*self._times, *running) if time > moment]
@@ -207,26 +207,26 @@ class _Load:
 
 
 class _Injector:
-    """Breaks one thing at a time, and waits until tokens flow again."""
+    """Injects one fault at a time, and waits until tokens flow again."""
 
     def __init__(
         self,
         network: Network,
         engine: RemoteEngine,
         load: _Load,
-        random_: random.Random,
+        rng: random.Random,
         faults: Sequence[str],
         spares: int,
     ) -> None:
         self._network = network
         self._engine = engine
         self._load = load
-        self._random = random_
+        self._random = rng
         self._faults = self._rounds(faults)
         self._spares = spares
 
     def inject(self) -> Injected:
-        """One fault, at a random moment of the streams. Raises CqilError if they do not go on."""
+        """Inject a fault at a random moment. Raises CqilError if the engine does not recover."""
         fault = next(self._faults)
         self._wait_for_spares()
         time.sleep(self._random.uniform(0.3, 2.0))
@@ -250,43 +250,45 @@ class _Injector:
         if fault == "link":
             time.sleep(max(0.0, started + cut_s - time.monotonic()))
             host.restore()
-            self._bring_back(host)
+            self._restart_node(host)
         return Injected(fault, self._pause_end(started, resumed) - started)
 
     def _rounds(self, faults: Sequence[str]) -> Iterator[str]:
-        """Every kind once in each round, in an order of chance."""
+        """Kinds of faults without end: each once in every round, in a random order."""
         while True:
             yield from self._random.sample(faults, len(faults))
 
     def _wait(self, epoch: int) -> float:
-        """Until the ranks have met anew and computed; returns when that was seen."""
+        """Wait until the ranks are in a new epoch and compute, and return the time then."""
         deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
         while True:
             status = self._engine.status()
             now = time.monotonic()
-            met = status["epoch"] > epoch and status["state"] == "serving"
-            if met and self._load.tokens_since(now - 0.2):
+            rejoined = status["epoch"] > epoch and status["state"] == "serving"
+            if rejoined and self._load.tokens_since(now - 0.2):
                 return now
             if now > deadline or status["state"] == "failed":
-                raise CqilError(f"the engine did not come back: {status['state_detail']}")
+                raise CqilError(f"the engine did not recover: {status['state_detail']}")
             time.sleep(0.05)
 
     def _wait_for_spares(self) -> None:
         deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
         while self._engine.status()["ready_spares"] < self._spares:
             if time.monotonic() > deadline:
-                raise CqilError(f"no spare got ready within {_RECOVERY_TIMEOUT_S:g} s")
+                raise CqilError(f"no spare was ready within {_RECOVERY_TIMEOUT_S:g} s")
             time.sleep(0.2)
 
     def _pause_end(self, started: float, resumed: float) -> float:
-        """The end of the longest pause between the fault and when tokens were seen to flow."""
+        """The end of the longest pause between the fault and the time when tokens flowed again."""
         times = [started, *self._load.tokens_since(started)]
         gaps = [(after - before, after) for before, after in pairwise(times) if before < resumed]
         return max(gaps)[1] if gaps else resumed
 
-    def _bring_back(self, host: Host) -> None:
-        """As an operator would: a node that has lost its rank, and that Ray may have given up,
-        starts anew."""
+    def _restart_node(self, host: Host) -> None:
+        """Restart the Ray node of a host that has lost its rank, as an operator would.
+
+        Ray may have given the node up.
+        """
         if host.address not in {rank["address"] for rank in self._engine.status()["ranks"]}:
             host.kill_ray()
             self._network.start_ray()

@@ -1,10 +1,10 @@
 """Several hosts on one machine: namespaces with their own network, processes and home directory.
 
-Each host is a process tree of its own (unshare(1)) on a bridge, with its own address, /root-like
-home, /tmp/ray and /dev/shm, so that Ray nodes, sshd and `ray stop` in one know nothing of another.
-The file system is shared otherwise: the package and its environment are there on all of them, as
-if installed at the same path. Everything ends with the processes, so nothing is left behind even
-if this one is killed. Needs root on Linux.
+Each host is a process tree of its own (unshare(1)) on a bridge, with its own address, root's home,
+/tmp/ray and /dev/shm, so that Ray nodes, sshd and `ray stop` on one host do not affect another. The
+rest of the file system is shared: the package and its environment are at the same path everywhere.
+Hosts end with their processes, so that nothing is left even if this one is killed. Needs root on
+Linux.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from cqil_dist.errors import LaunchError
 
 HEAD_PORT = 6379
 _TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
-_OPERATOR = 254  # the bridge's own address: where `ray up` is run
+_OPERATOR = 254  # the bridge's own address, where `ray up` is run
 _OBJECT_STORE_BYTES = 100_000_000
-# As in cluster/: a lost node is noticed in seconds, a stuck process is killed at once, and ranks
-# do not step back behind whatever else the machine does.
+# As in cluster/: a lost node is noticed within seconds, a stuck process is killed at once, and
+# ranks have no lower priority than the machine's other processes.
 RAY_SETTINGS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -38,9 +38,9 @@ RAY_SETTINGS = {
     "RAY_worker_niceness": "0",
 }
 
-# Runs as process 1 of a host. Ray's sessions and shared memory are private to it, and so is the
-# home directory of root, which sshd and Ray look up in the password file. Names are asked of
-# nobody: starting Ray looks up clouds' metadata servers, and would wait 10 s for an answer.
+# Process 1 of a host. Ray's sessions and shared memory are private to the host, and so is root's
+# home directory, which sshd and Ray look up in the password file. No name server is asked: Ray
+# looks up clouds' metadata servers when it starts, and would wait 10 s for an answer.
 _INIT = """
 set -e
 home=$1
@@ -58,7 +58,7 @@ while :; do sleep 3600 & wait; done
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here; None where they can."""
+    """The reason why hosts cannot be made on this machine; None if they can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "hosts are network namespaces: they need root on Linux"
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
@@ -73,6 +73,7 @@ class Host:
     """One host of a `Network`.
 
     Attributes:
+        name: its host name.
         address: its IPv4 address.
         home: root's home directory on it.
     """
@@ -93,7 +94,7 @@ class Host:
         network.plug_in(self._port, self._pid, self.address)
 
     def command(self, *words: str) -> list[str]:
-        """What to run here so that `words` run there, with the environment's commands on PATH."""
+        """The command that runs `words` on the host, with the environment's commands on PATH."""
         environment = {
             "HOME": str(self.home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -104,10 +105,10 @@ class Host:
         return ["nsenter", "-t", str(self._pid), "-a", "--", "env", *settings, *words]
 
     def run(self, *words: str, timeout_s: float = 120, check: bool = True) -> str:
-        """Run a command there to its end; returns its output.
+        """Run a command on the host to its end, and return its output.
 
         Raises:
-            LaunchError: it failed, with what it printed.
+            LaunchError: the command failed; the message has what it printed.
         """
         done = subprocess.run(
             self.command(*words),
@@ -123,48 +124,41 @@ class Host:
         return done.stdout
 
     def popen(self, *words: str, **options: Any) -> subprocess.Popen[str]:
-        """Start a command there; it ends with the host."""
+        """Start a command on the host, which ends with the host."""
         return subprocess.Popen(self.command(*words), text=True, cwd=self.home, **options)
 
     def start_ray(self, head: Host | None = None, *, cpus: int) -> None:
-        """Start its Ray node: the head of a cluster, or a member of `head`'s."""
+        """Start a Ray node on the host: the head of a cluster, or a member of `head`'s."""
         role = ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false"]
         if head is not None:
             role = [f"--address={head.address}:{HEAD_PORT}"]
-        self.run(
-            "env",
-            *(f"{name}={value}" for name, value in RAY_SETTINGS.items()),
-            "ray",
-            "start",
-            *role,
-            f"--node-ip-address={self.address}",
-            f"--num-cpus={cpus}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            "--disable-usage-stats",
-        )
+        settings = [f"{name}={value}" for name, value in RAY_SETTINGS.items()]
+        node = [f"--node-ip-address={self.address}", f"--num-cpus={cpus}"]
+        node += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+        self.run("env", *settings, "ray", "start", *role, *node)
 
     def processes(self, pattern: str) -> list[int]:
-        """Its processes whose command line matches, as numbered there."""
+        """Process ids, as the host numbers them, of processes whose command line matches."""
         return [int(pid) for pid in self.run("pgrep", "-f", pattern, check=False).split()]
 
     def signal(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to one of its processes, if that still exists."""
+        """Send a signal to one of the host's processes, if that still exists."""
         self.run("kill", f"-{number.value}", str(pid), check=False)
 
     def kill_ray(self) -> None:
-        """Kill its Ray node and all that runs in it."""
+        """Kill the host's Ray node and everything that runs in it."""
         self.run("pkill", "-KILL", "-f", "ray", check=False)
 
     def cut(self) -> None:
-        """Pull its network cable: nothing goes in or out, and nobody is told."""
+        """Disconnect the host: nothing goes in or out, and no connection is closed."""
         self._network.switch("ip", "link", "set", self._port, "down")
 
     def restore(self) -> None:
-        """Put the cable back."""
+        """Connect the host again."""
         self._network.switch("ip", "link", "set", self._port, "up")
 
     def power_off(self) -> None:
-        """End everything that runs on it. Idempotent."""
+        """End everything that runs on the host; calling this again has no effect."""
         self._init.kill()
         self._init.wait()
 
@@ -173,11 +167,11 @@ class Network:
     """Hosts on one bridge; use it in a `with` block.
 
     Args:
-        count: how many hosts: 10.77.0.1 and on.
+        count: how many hosts to make; their addresses are 10.77.0.1 and on.
 
     Attributes:
-        hosts: in order of address.
-        folder: holds their homes, and is removed at the end.
+        hosts: the hosts, in order of address.
+        folder: the directory of their homes, which is removed at the end.
         switch_pid: a process in the bridge's network namespace, whose address is 10.77.0.254.
     """
 
@@ -208,7 +202,7 @@ class Network:
         return f"10.77.0.{index}"
 
     def switch(self, *words: str) -> str:
-        """Run a command where the bridge is."""
+        """Run a command in the bridge's network namespace, and return its output."""
         done = subprocess.run(
             ["nsenter", "-t", str(self.switch_pid), "--net", "--", *words],
             capture_output=True,
@@ -224,8 +218,10 @@ class Network:
         return host
 
     def start_ray(self) -> None:
-        """A cluster of the hosts: the first is its head and has no room for ranks, the others have
-        room for one each. Hosts whose Ray node runs are left alone."""
+        """Start a Ray node on each host that has none.
+
+        The first host is the cluster's head, with no room for ranks; the others have room for one.
+        """
         head, *others = self.hosts
         idle = [host for host in self.hosts if not host.processes("raylet/raylet")]
         if head in idle:
@@ -243,13 +239,13 @@ class Network:
             ["addr", "add", f"{address}/24", "dev", "eth0"],
             ["link", "set", "eth0", "up"],
             ["link", "set", "lo", "up"],
-            # Leads nowhere; programs ask it which address is theirs.
+            # It leads nowhere, but programs find their own address by it.
             ["route", "add", "default", "via", self.address_of(_OPERATOR)],
         ):
             subprocess.run(["nsenter", "-t", str(pid), "--net", "--", "ip", *words], check=True)
 
     def close(self) -> None:
-        """End all hosts and remove their homes. Idempotent."""
+        """End all hosts and remove their homes; calling this again has no effect."""
         for host in self.hosts:
             host.power_off()
         self._switch.kill()
@@ -264,10 +260,10 @@ class Network:
 
 
 def _unshared(namespaces: Sequence[str], words: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
-    """Run `words` in namespaces of their own; they end with the returned process, and it with us.
+    """Run a command in new namespaces, which end with the process, as it ends with this one.
 
     Returns:
-        The process, and the pid by which to enter the namespaces.
+        The process, and the process id by which the namespaces can be entered.
     """
     process = subprocess.Popen(
         [

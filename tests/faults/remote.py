@@ -1,8 +1,6 @@
-"""An engine launched on another host, and used from here: JSON lines over a process's pipes.
+"""An engine launched on another host and used from here, over the pipes of a driver process.
 
-`remote_driver.py` is the far end: it launches what it is told, streams what it is asked for, and
-reports. `RemoteEngine` is the near end. Messages are numbered, and answers carry the number of
-what they answer.
+`remote_driver.py` runs on the other host, and describes the messages.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _DRIVER = Path(__file__).with_name("remote_driver.py")
 
 
 class _Answers:
-    """What comes in answer to one message."""
+    """The answers to one message."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -34,22 +32,23 @@ class _Answers:
         self._queue.put(answer)
 
     def next(self, timeout_s: float) -> _Message:
-        """Raises CqilError if it is an error, or does not come in time."""
+        """The next answer. Raises CqilError if it is an error, or does not come in time."""
         try:
             answer = self._queue.get(timeout=max(0.0, timeout_s))
         except queue.Empty:
-            raise CqilError("no answer in time") from None
+            raise CqilError(f"no answer within {timeout_s:.1f} s") from None
         if "error" in answer:
             raise CqilError(answer["error"])
         return answer
 
 
 class RemoteStream:
-    """A completion as it comes in.
+    """A completion in progress.
 
     Attributes:
-        token_ids, text: what has come so far.
+        token_ids, text: the completion so far.
         times: when each token came (`time.monotonic`).
+        result: the whole completion as JSON, once it has ended.
     """
 
     def __init__(self, answers: _Answers) -> None:
@@ -60,10 +59,10 @@ class RemoteStream:
         self._answers = answers
 
     def read(self, tokens: int | None = None, timeout_s: float = 180) -> Self:
-        """Wait until this many tokens have come, or until its end.
+        """Wait until this many tokens have come, or until the stream ends.
 
         Raises:
-            CqilError: it ended with an error, or nothing came within `timeout_s`.
+            CqilError: the stream ended with an error, or took longer than `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         while self.result is None and (tokens is None or len(self.token_ids) < tokens):
@@ -76,14 +75,14 @@ class RemoteStream:
 
 
 class RemoteEngine:
-    """Launches a model from a host; use it in a `with` block.
+    """An engine that a driver on a host launches; use it in a `with` block.
 
     Args:
         host: where the driver runs.
         options: of `cqil_dist.launch`.
 
     Raises:
-        CqilError: the launch failed; with the message it failed with.
+        CqilError: the launch failed, with that message.
     """
 
     def __init__(self, host: Host, **options: Any) -> None:
@@ -104,7 +103,7 @@ class RemoteEngine:
             raise
 
     def stream(self, prompt: Any, **sampling: Any) -> RemoteStream:
-        """Begin a completion."""
+        """Start a completion."""
         return RemoteStream(self._send("stream", prompt=prompt, **sampling))
 
     def status(self) -> dict[str, Any]:
@@ -112,7 +111,7 @@ class RemoteEngine:
         return self._send("status").next(timeout_s=60)
 
     def close(self) -> None:
-        """End the launch and the driver. Idempotent."""
+        """End the engine and the driver; calling this again has no effect."""
         assert self._process.stdin is not None
         if self._process.poll() is None:
             self._process.stdin.close()

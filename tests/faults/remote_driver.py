@@ -1,8 +1,7 @@
-"""Runs on another host: launches what it is told, streams what it is asked for, and reports.
+"""The driver that `RemoteEngine` runs on another host; it imports nothing but the package.
 
-The near end is `RemoteEngine`, which runs this file; it stands on the package alone. JSON lines
-over standard input and output: messages are numbered, and answers carry the number of what they
-answer.
+Messages are JSON lines on standard input: first the launch's options, then requests for a stream or
+for the status. Answers are JSON lines on standard output, each with the number of its message.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _Message = dict[str, Any]
 
 
 def main() -> None:
-    """Launch, then answer until standard input ends."""
+    """Launch an engine, then answer messages until standard input ends."""
     printing = threading.Lock()
 
     def answer(message: _Message, engine: cqil_dist.RunningEngine) -> None:

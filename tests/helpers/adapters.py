@@ -1,4 +1,4 @@
-"""Adapters for tiny models."""
+"""Random adapters for tiny models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cqil_dist.model.checkpoint import layer_tensor
 
 
 def random_adapter(path: Path, model: TinyModel, rank: int = 3, plan: str = "P2 S0 E6 D1") -> Path:
-    """Changes every projection of every layer by far more than rounding does."""
+    """Write an adapter that changes every projection of every layer far more than rounding does."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

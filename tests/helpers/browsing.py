@@ -1,4 +1,4 @@
-"""A real browser, where the machine has one."""
+"""A real browser, if the machine has one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The machine's own Chromium: Playwright's would have to be downloaded."""
+    """Start the machine's own Chromium, since Playwright's would have to be downloaded."""
     names = ("chromium", "chromium-browser", "google-chrome")
     if (found := next(filter(None, map(shutil.which, names)), None)) is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is on the path")

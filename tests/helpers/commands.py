@@ -26,7 +26,7 @@ def start_cqil(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def cqil(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run a command to its end."""
     process = start_cqil(*arguments)
     try:
         output, errors = process.communicate(timeout=120)
@@ -52,13 +52,13 @@ class Serving:
                 self.grpc, self.http = match.groups()
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        """Those it has started, by a part of their command line."""
+        """The processes that it has started, filtered by a part of their command line."""
         return descendants(name, self.process.pid)
 
 
 @contextmanager
 def cqil_serve(*arguments: str, **environment: str) -> Iterator[Serving]:
-    """On free ports, from when it serves until it is killed, with all that it has started."""
+    """Start `cqil serve` on free ports, and kill it with all its processes at the end."""
     process = start_cqil("serve", *arguments, "--grpc-port", "0", "--http-port", "0", **environment)
     serving = Serving(process)
     reading = threading.Thread(target=serving.read_errors, daemon=True)

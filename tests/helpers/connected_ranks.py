@@ -1,7 +1,7 @@
-"""All ranks of a model in this process, over real connections.
+"""All ranks of a model in this process, connected by real sockets.
 
-Each rank runs in a thread of its own with its own weights, cache and TCP connections, and gets what
-the coordinator would send it: the embedded tokens only where it starts.
+Each rank runs in a thread of its own, with its own weights, cache and TCP connections. It gets what
+the coordinator would send it: only the ranks of the first stage get the embedded tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLOTS, MAX_LEN = 5, 48
 
 
 class Ranks:
-    """All ranks of one assignment or several, connected, each in its thread."""
+    """The connected ranks of one assignment or several, each in its thread."""
 
     def __init__(
         self,
@@ -75,20 +75,20 @@ class Ranks:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if errors := [future.exception() for future in done if future.exception()]:
             for exchange in self.exchanges:
-                exchange.close()  # the others need not wait for their deadline
+                exchange.close()  # so that the others do not wait for their deadline
             raise AssertionError("a rank failed") from errors[0]
         return [future.result() for future in futures]
 
     def forward(
         self, segments: Sequence[Segment], token_ids: Sequence[int], plan: int = 0
     ) -> Tensor:
-        """The step's logits, put together from all ranks' shards."""
+        """The step's logits [R, V], joined from all ranks' shards."""
         hidden = self.hidden(segments, token_ids, plan)
         shards = [p.head(h) for p, h in zip(self.programs, hidden, strict=True)]
         return torch.cat(shards, dim=-1)
 
     def logits(self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0) -> Tensor:
-        """Logits after the last token of each chunk of `cuts` tokens."""
+        """Logits [R, V] after the last token of each chunk, which have `cuts` tokens."""
         rows: list[Tensor] = []
         start = 0
         for count in cuts:
@@ -102,7 +102,7 @@ class Ranks:
 def connected(
     model: TinyModel, *assignments: Assignment, dtype: torch.dtype = torch.float32
 ) -> Iterator[Ranks]:
-    """The ranks of one assignment, or of several over the same ranks, in a mesh on loopback."""
+    """Connect the ranks of one assignment, or of several over the same ranks, on loopback."""
     world = assignments[0].world
     mesh = tcp_mesh(
         world, width=model.config.hidden_size, dtype=dtype, deadline_s=DEADLINE_S, spin_s=0.0

@@ -1,4 +1,4 @@
-"""Real meshes on loopback, one thread per rank, for the tests beside this file."""
+"""Real meshes of exchanges on loopback, and threads that stand for ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def everyone(world: int, index: int = 0) -> Round:
 
 
 def in_threads(*bodies: Callable[[], T]) -> list[T]:
-    """Run all at the same time; the results in order, or the first error in order."""
+    """Run functions at the same time; return their results, or raise the first error, in order."""
     with ThreadPoolExecutor(len(bodies)) as pool:
         futures: list[Future[T]] = [pool.submit(body) for body in bodies]
         return [future.result() for future in futures]
@@ -38,14 +38,14 @@ def open_descriptors() -> int:
 
 
 def descriptors_at_first() -> int:
-    """Counted when those that earlier tests dropped are gone, or they would go within the test."""
+    """Count descriptors after collecting garbage, lest earlier tests' be closed during this one."""
     gc.collect()
     return open_descriptors()
 
 
 @contextmanager
 def tcp_mesh(world: int, **options: Any) -> Iterator[list[TcpExchange]]:
-    """One connected TcpExchange for each rank."""
+    """Connect one TcpExchange for each rank."""
     settings: dict[str, Any] = {
         "width": 576,
         "dtype": torch.float32,
@@ -73,7 +73,7 @@ def tcp_mesh(world: int, **options: Any) -> Iterator[list[TcpExchange]]:
 
 @contextmanager
 def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of one TCP connection."""
+    """Open a TCP connection, and give both its ends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = socket.create_connection(server.getsockname())
         far, _ = server.accept()

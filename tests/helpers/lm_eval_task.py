@@ -1,4 +1,4 @@
-"""A task of lm-eval's that needs no hub, and its scores."""
+"""A local task for lm-eval, and lm-eval's scores of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ metric_list:
 
 
 def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lm-eval's tasks, with one of our own; nothing is looked for on a hub."""
+    """A task manager of lm-eval that has the local task and asks no hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "questions.jsonl"
@@ -42,7 +42,7 @@ def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def evaluate(tasks: Any, kind: str, **arguments: Any) -> list[list[tuple[float, bool]]]:
-    """Log likelihood of each choice of each question, and whether it is the greedy one."""
+    """lm-eval's log likelihood of each question's choices, and whether each is the greedy one."""
     import lm_eval
 
     found = lm_eval.simple_evaluate(

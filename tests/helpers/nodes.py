@@ -1,4 +1,4 @@
-"""What tests on several nodes share: launching over them, and streams."""
+"""Launching over several nodes, and streams from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine over a whole tiny model, and what its requests give."""
+"""An engine over a whole tiny model, whose steps are recorded, and the answers to its requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = tuple(random_tokens(length, seed=length) for length in (3, 11, 1, 26))
 
 
 class ObservedModel(LocalModel):
-    """Keeps every step, and can be held up between two steps."""
+    """A model that records every step, and that can be paused between two steps."""
 
     def __init__(
         self, model: TinyModel, plan: Plan, slots: int, compare: Plan | None = None
@@ -40,8 +40,10 @@ class ObservedModel(LocalModel):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No step ends in this block, so that requests are submitted between the same steps
-        however fast the engine is."""
+        """Let no step end within the block.
+
+        Requests are then submitted between the same two steps, however fast the engine is.
+        """
         self._may_go_on.clear()
         try:
             yield
@@ -56,7 +58,7 @@ class ObservedModel(LocalModel):
 
 
 class LostInStep(ObservedModel):
-    """Is lost when its step of this number is sent, or when the answer is due."""
+    """A model whose ranks are lost in the step of this number, when it is sent or answered."""
 
     def __init__(self, model: TinyModel, number: int, sent: bool = False) -> None:
         super().__init__(model, model.plan(PLAN), 4)
@@ -76,7 +78,7 @@ class LostInStep(ObservedModel):
 
 
 def give_up(error: ExchangeError) -> tuple[StepModel, dict[str, float]]:
-    """In place of rebuilding: there is no other model."""
+    """A rebuild that fails, as there is no other model."""
     raise error
 
 
@@ -120,7 +122,7 @@ def ask(prompt: Prompt, params: SamplingParams, **rest: Any) -> GenerationInput:
 
 
 def read(request: Request, timeout_s: float = 30) -> list[Chunk]:
-    """All chunks of a stream. Raises the error it ends with; fails where it does not end."""
+    """All chunks of a stream; raises the error that it ends with, or fails if it does not end."""
     chunks: list[Chunk] = []
     errors: list[CqilError] = []
 
@@ -140,12 +142,12 @@ def read(request: Request, timeout_s: float = 30) -> list[Chunk]:
 
 
 def finish(request: Request) -> Completion:
-    """The completion, which is what the chunks were."""
+    """A request's completion, checked to be what its chunks add up to."""
     chunks = read(request)
     completion = chunks[-1].result
     assert completion is not None
     assert [chunk.result for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert "".join(chunk.text for chunk in chunks) == completion.text
-    assert tuple(id for chunk in chunks for id in chunk.token_ids) == completion.token_ids
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == completion.token_ids
     assert chunks[-1].finish_reason == completion.finish_reason
     return completion

@@ -1,13 +1,11 @@
-"""Calls through the `openai` package, and what they are asked with."""
+"""Calls through the `openai` package, and their arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from helpers.observed_engine import (
-    PLAN,
-)
+from helpers.observed_engine import PLAN
 from helpers.served import MODEL, Served
 from helpers.tiny_models import TinyModel
 from openai import OpenAI
@@ -22,33 +20,15 @@ MESSAGES: list[Any] = [
     {"role": "system", "content": "Go on."},
     {"role": "user", "content": "Is it far?"},
 ]
-# Fields that the package's methods do not have.
+# Fields that the methods of `openai` do not have.
 EXTRAS = (
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "ignore_eos",
-    "stop_token_ids",
-    "return_token_ids",
-    "return_timeline",
+    *("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids"),
+    *("return_token_ids", "return_timeline"),
 )
-# Of OpenAI's completions.
+# Optional fields of OpenAI's completions.
 OPTIONAL = (
-    "n",
-    "stop",
-    "seed",
-    "stream",
-    "echo",
-    "max_tokens",
-    "logprobs",
-    "top_p",
-    "user",
-    "suffix",
-    "best_of",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stream_options",
+    *("n", "stop", "seed", "stream", "echo", "max_tokens", "logprobs", "top_p", "user", "suffix"),
+    *("best_of", "presence_penalty", "frequency_penalty", "logit_bias", "stream_options"),
 )
 PACE_S = 0.02  # a whole context takes a second
 
@@ -61,7 +41,7 @@ def openai_of(service: Served, **options: Any) -> OpenAI:
 
 
 def arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """As the package takes them."""
+    """A request's fields as the methods of `openai` take them."""
     known = {name: value for name, value in options.items() if name not in EXTRAS}
     extra = {name: value for name, value in options.items() if name in EXTRAS}
     return {"model": MODEL, **known, "extra_body": extra}
@@ -106,7 +86,7 @@ def prompt_ids(model: TinyModel, text: str) -> list[int]:
 
 
 def expected_logprobs(model: TinyModel, name: str, ids: Sequence[int]) -> Tensor:
-    """After each token but the last."""
+    """The expected log probabilities [T - 1, V] after each token but the last."""
     if name == ORIGINAL:
         logits = model.original_logits(ids)
     else:

@@ -24,17 +24,17 @@ PROMPT_TOKENS = 7
 
 @dataclass
 class Server:
-    """How the server behaves, and what it saw.
+    """How the server behaves, and what it has seen.
 
     Attributes:
-        tokens: of every answer; `per_event` of them in one event.
-        pause_s: before each event.
-        usage: whether it tells token counts if asked to.
-        faults: by the number of the request, from 0: "429", "drop" (hangs up midway), "cut" (ends
-            midway in good order), "error" (an event), "ctrl-c" (of the whole process).
-        refuses: fields of a request that it does not take.
-        bodies: of the requests.
-        under_way, peak: requests at once, now and at most.
+        tokens: tokens of every answer; each event brings `per_event` of them.
+        pause_s: the pause before each event.
+        usage: whether it reports token counts when asked to.
+        faults: by the number of the request, from 0: "429", "drop" (closes the connection midway),
+            "cut" (ends the stream midway), "error" (an event), "ctrl-c" (to the whole process).
+        refuses: fields that it refuses a request for.
+        bodies: the bodies of the requests.
+        under_way, peak: requests in progress, now and at most.
     """
 
     url: str
@@ -55,7 +55,7 @@ class Server:
             return _error(401, "a key is needed")
         if self.models is None:
             return _error(404, "Not Found")
-        return JSONResponse({"data": [{"id": id, "owned_by": "a test"} for id in self.models]})
+        return JSONResponse({"data": [{"id": name, "owned_by": "a test"} for name in self.models]})
 
     async def answer(self, request: Request, chat: bool) -> Response:
         body = await request.json()
@@ -92,7 +92,7 @@ class Server:
     async def _events(
         self, body: dict[str, Any], fault: str | None, chat: bool
     ) -> AsyncIterator[str]:
-        if chat:  # an opening that brings no text
+        if chat:  # a first event without text
             yield _event(delta={"role": "assistant", "content": ""})
         for first in range(0, self.tokens, self.per_event):
             await asyncio.sleep(self.pause_s)
@@ -118,12 +118,13 @@ Behave: TypeAlias = Callable[..., Server]
 
 @contextmanager
 def serving(tls: Tls | None = None) -> Iterator[Behave]:
-    """A server on a free port of this machine, which behaves as it was last told to.
+    """Start a server on a free port of this machine, which behaves as it was last told to.
 
-    Gives a function that takes fields of `Server`; it has seen nothing then.
+    Yields:
+        A function that takes fields of `Server`, and returns the server as it is from then on.
     """
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        # asyncio does it only where a socket names its protocol; this one is handed down.
+        # Accepted connections inherit this; asyncio sets it only where a socket names its protocol.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"{'https' if tls else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
         told = [Server(url)]

@@ -1,4 +1,4 @@
-"""The page of `cqil serve` as a browser shows it."""
+"""The page of `cqil serve` in a browser's tab."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANSWER_MS = 120_000
 
 @dataclass
 class Tab:
-    """A page that notes what it asked for and what it complained of."""
+    """A tab that records its requests, and its errors and console messages."""
 
     page: Page
     url: str
@@ -41,7 +41,7 @@ class Tab:
         self.page.click("#generate")
 
     def wait(self, state: str) -> None:
-        """Until this is the state of both sides."""
+        """Wait until both sides are in this state."""
         for side in ("left", "right"):
             self.page.wait_for_selector(f"#{side}[data-state={state}]", timeout=ANSWER_MS)
 
@@ -52,7 +52,7 @@ class Tab:
         return self.page.locator(f"#{side} .tokens .token")
 
     def assert_undisturbed(self) -> None:
-        """Nothing was wrong, and nothing was asked for but what the page is made of."""
+        """Check that there was no error, and no request but for the page's own files and API."""
         assert self.complaints == []
         assert {request.url for request in self.requests} == {
             self.url + path
@@ -71,7 +71,7 @@ def attributes(located: Locator, name: str) -> list[str]:
 
 
 def choices(response: Response) -> list[Any]:
-    """Of a stream that has ended, in order."""
+    """The choices of a completed stream's events, in order."""
     events = [block.removeprefix("data: ") for block in response.text().split("\n\n") if block]
     assert events.pop() == "[DONE]"
     return [json.loads(event)["choices"][0] for event in events]

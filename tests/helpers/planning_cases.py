@@ -1,8 +1,9 @@
-"""What tests of planning have in common: text, and a tiny model as the commands load it."""
+"""Text and a tiny model, loaded as the commands load it, for tests of planning."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from helpers.tiny_models import TinyModel, random_tokens
@@ -22,7 +23,7 @@ from cqil_dist.progress import Progress, SilentProgress
 TEXT = "The harbour lies by the sea, and every morning the keeper buys bread. " * 30
 
 
-def measured(tiny: TinyModel, progress: Progress | None = None) -> MeasuredModel:
+def measured_model(tiny: TinyModel, progress: Progress | None = None) -> MeasuredModel:
     return MeasuredModel.of(str(tiny.path), ComputeConfig("cpu"), progress or SilentProgress())
 
 
@@ -36,7 +37,7 @@ def random_windows(count: int, seed: int, length: int = 32) -> Windows:
 
 
 def fitted_loras(fitting: Compensation, plan: Plan) -> dict[str, Lora]:
-    """What compensates a plan, by module."""
+    """The changes that compensate a plan, by module."""
     with fitting.applied(plan.changed) as merged:
         return merged.loras
 
@@ -45,12 +46,12 @@ HELD_OUT = random_windows(4, 2)
 
 
 def held_out_kl(tiny: TinyModel, plan: str, adapter: Path | None) -> float:
-    """Of the held-out text, by the reference, which knows neither peft nor gradients."""
+    """KL divergence on held-out text by the reference model, which knows no peft."""
     checkpoint = Checkpoint(tiny.path, None if adapter is None else Adapter(adapter))
-    changed = ReferenceModel(tiny.config, checkpoint, tiny.plan(plan))
-    total = 0.0
+    changed_model = ReferenceModel(tiny.config, checkpoint, tiny.plan(plan))
+    kls = []
     for tokens in HELD_OUT.token_ids_WT.tolist():
-        given = tiny.original_logits(tokens).log_softmax(-1)
-        said = changed.logits(tokens).log_softmax(-1)
-        total += float((given.exp() * (given - said)).sum(-1).mean())
-    return total / len(HELD_OUT.token_ids_WT)
+        original = tiny.original_logits(tokens).log_softmax(-1)
+        changed = changed_model.logits(tokens).log_softmax(-1)
+        kls.append(float((original.exp() * (original - changed)).sum(-1).mean()))
+    return fmean(kls)

@@ -1,4 +1,4 @@
-"""HTTP as no library would send it: bytes on a socket, at any pace, and the answers to them."""
+"""HTTP as raw bytes on a socket, at any pace and in any form, and the answers to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 
 
 class Connection(socket.socket):
-    """To the service's HTTP port."""
+    """A connection to the service's HTTP port."""
 
     def __init__(self, service: Served, timeout_s: float = 20) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Connection(socket.socket):
         self._reader = self.makefile("rb")  # one for all answers: it reads ahead
 
     def answer(self, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-        """The next answer: its status, headers (in lower case) and body."""
+        """The next answer's status, headers (with names in lower case) and body."""
         status = int(self._reader.readline().split()[1])
         headers = {name.lower(): value for name, value in parse_headers(self._reader).items()}
         if method == "HEAD":
@@ -48,10 +48,10 @@ class Connection(socket.socket):
                 return chunks
 
     def closes(self) -> bool:
-        """Wait, as long as the timeout says, for the service to close; what it says is dropped."""
+        """Whether the service closes within the connection's timeout; what it sends is dropped."""
         try:
             while self.recv(1 << 16):
-                """It goes on."""
+                """The service still sends."""
         except ConnectionError:
             return True
         except TimeoutError:
@@ -63,13 +63,13 @@ class Connection(socket.socket):
         super().close()
 
     def reset(self) -> None:
-        """Close as a program may that is killed: the service is told of an error."""
+        """Close with a reset, as a killed program does, which the service sees as an error."""
         self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
 
 def request(method: str, path: str, body: bytes = b"", *headers: str) -> bytes:
-    """The bytes of a request; its length is stated where it has a body and headers do not say."""
+    """The bytes of a request, with the length of its body unless headers state that."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
     stated = any(header.lower().startswith(("content-length", "transfer")) for header in headers)
     if body and not stated:
@@ -84,14 +84,14 @@ def completion(**fields: Any) -> bytes:
 
 
 def posted(body: bytes, *headers: str) -> bytes:
-    """The bytes of a request for a completion that has any body."""
+    """The bytes of a request for a completion with any body."""
     return request(
         "POST", "/v1/completions", body, *(headers or ("Content-Type: application/json",))
     )
 
 
 def ask(service: Served, data: bytes) -> tuple[int, Any]:
-    """What is answered to these bytes on a connection of their own: a status, and JSON or text."""
+    """Send bytes on a new connection; return the answer's status, and its JSON or text."""
     with Connection(service) as connection:
         connection.sendall(data)
         status, headers, body = connection.answer()

@@ -29,11 +29,7 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class Served:
-    """A service that runs on a loop of its own.
-
-    Attributes:
-        engine: what computes.
-    """
+    """A service that runs on an event loop of its own."""
 
     engine: Engine
     service: Service
@@ -42,7 +38,7 @@ class Served:
     api_key: str | None
 
     def run(self, work: Coroutine[Any, Any, _Result], timeout_s: float = 60) -> _Result:
-        """Have the service's loop do something."""
+        """Run a coroutine on the service's event loop, and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 
     def client(self, **options: Any) -> Client:
@@ -57,14 +53,14 @@ class Served:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is within: none served, none waiting, every slot free."""
+        """Whether the service has no request: none in progress, none waiting, every slot free."""
         status = self.engine.status()
         is_free = status.free_slots == status.slots
         return is_free and not status.waiting_requests and not self.service.requests
 
 
 class PacedModel(ObservedModel):
-    """Takes its time for each step, so that requests are under way for a while."""
+    """A model that takes a while for each step, so that requests stay in progress."""
 
     def __init__(self, model: TinyModel, slots: int, pace_s: float) -> None:
         super().__init__(model, model.plan(PLAN), slots)
@@ -94,7 +90,7 @@ def model_infos(engine: Engine, names: Sequence[str], **values: Any) -> list[Mod
 def coordinated(
     engine: Engine, names: Sequence[str] = (MODEL,), **info: Any
 ) -> Iterator[tuple[str, str]]:
-    """The coordinator's own service over an engine: its address and key."""
+    """Start the coordinator's own service over an engine; gives its address and key."""
     models = model_infos(engine, names, **info)
 
     def status() -> Status:
@@ -121,7 +117,7 @@ def coordinated(
 def served(
     engine: Engine, names: Sequence[str] = (MODEL,), info: Any = None, **config: Any
 ) -> Iterator[Served]:
-    """A started service; its fields of `ServeConfig` may be given."""
+    """Start a service over an engine, with these fields of `ServeConfig`."""
     settings = ServeConfig(**{"grpc_port": 0, "http_port": 0, **config})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="service", daemon=True)

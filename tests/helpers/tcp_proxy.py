@@ -1,4 +1,4 @@
-"""A wire that can be cut: passes TCP connections on to an address until it is."""
+"""A TCP proxy that can be cut off."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-class Wire:
-    """Listens on loopback.
+class TcpProxy:
+    """A proxy on loopback that forwards connections to a target until it is cut.
 
     Attributes:
         address: "host:port" to connect to in place of the target.
@@ -24,7 +24,7 @@ class Wire:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """End every connection at once, and take no other."""
+        """Close every connection at once, and accept no other."""
         for sock in list(self._sockets):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -37,10 +37,10 @@ class Wire:
                 far = socket.create_connection(self._target)
                 self._sockets += [near, far]
                 for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=_pass_on, args=(source, sink), daemon=True).start()
+                    threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
 
 
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+def _forward(source: socket.socket, sink: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)
@@ -49,10 +49,10 @@ def _pass_on(source: socket.socket, sink: socket.socket) -> None:
 
 
 @contextmanager
-def wire_to(target: str) -> Iterator[Wire]:
-    """A wire to a "host:port"."""
-    wire = Wire(target)
+def proxy_to(target: str) -> Iterator[TcpProxy]:
+    """Start a proxy to a "host:port"."""
+    proxy = TcpProxy(target)
     try:
-        yield wire
+        yield proxy
     finally:
-        wire.cut()
+        proxy.cut()

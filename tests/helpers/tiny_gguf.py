@@ -1,4 +1,4 @@
-"""A tiny random Llama model as a GGUF file: shared by the tests of the model store."""
+"""A tiny random Llama model in a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyGguf:
-    """A GGUF file, and the transformers model whose weights are in it."""
+    """A GGUF file, and the transformers model that has the same weights."""
 
     path: Path
     original: Any
@@ -31,15 +31,17 @@ def _byte_characters() -> list[str]:
 
 
 def _llama_cpp_order(weight: Any, heads: int) -> Any:
-    """A query or key projection in the row order that GGUF keeps for rotary embeddings."""
+    """A query or key projection with its rows in GGUF's order for rotary embeddings."""
     rows, columns = weight.shape
     split = weight.reshape(heads, 2, rows // heads // 2, columns)
     return split.swapaxes(1, 2).reshape(rows, columns)
 
 
 def write_tiny_gguf(path: Path, architecture: str = "llama", seed: int = 0) -> Any:
-    """Write a random Llama model with a byte-level tokenizer; its chat ends turns with a token
-    that the file does not name as its end token. Returns the transformers model."""
+    """Write a random Llama model with a byte-level tokenizer, and return it in transformers.
+
+    Its chat template ends turns with a token that the file does not name as its end token.
+    """
     import gguf
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +63,7 @@ def write_tiny_gguf(path: Path, architecture: str = "llama", seed: int = 0) -> A
     )
     original: Any = LlamaForCausalLM(config)
     original.eval()
-    with torch.no_grad():  # ones and small numbers would hide a norm that was lost
+    with torch.no_grad():  # with gains of 1, a missing norm would not show
         for parameter in original.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
 

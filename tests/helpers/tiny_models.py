@@ -1,7 +1,7 @@
-"""Tiny random models in Hugging Face's layout, and ways to run them: shared by many tests.
+"""Tiny random models in Hugging Face's layout, and ways to run them.
 
-Every tensor is random, gains and biases included, and large enough that a part which is left out,
-taken twice or put in another place moves the logits by far more than rounding does.
+Every tensor is random, gains and biases included, and large enough that a part which is missing,
+doubled or misplaced changes the logits by far more than rounding does.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _CORPUS = (
 
 BYPASSES = ("0", "1", "full", "parallel")
 
-# Of float32 logits computed in another order: that costs 1e-6. A part that is wrong costs 1e-2 or
-# more, in these models.
+# Relative, for float32 logits. Sums in another order change them by 1e-6, a part that is wrong by
+# 1e-2 or more.
 TOLERANCE = 1e-4
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> Any:
-    """A transformers config of a few narrow layers whose sizes are odd where they may be.
+    """A transformers config of a few narrow layers, with odd sizes where possible.
 
     Six query and three key/value heads, so that two shards of a layer have different widths.
     """
@@ -84,7 +84,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model directory, and the readers of it that tests compare."""
+    """A model's directory, and the implementations that tests compare on it."""
 
     path: Path
 
@@ -102,7 +102,7 @@ class TinyModel:
 
     @cached_property
     def original(self) -> Any:
-        """transformers' own float32 model, read from the same files."""
+        """transformers' float32 model, read from the same files."""
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
@@ -123,14 +123,14 @@ class TinyModel:
 
 
 class TinyModelFactory:
-    """Makes tiny models once each and keeps them for the session."""
+    """Makes each tiny model once, and keeps it for the session."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._made: dict[tuple[str, str | None], TinyModel] = {}
 
     def __call__(self, config: Any = None, *, max_shard_size: str | None = None) -> TinyModel:
-        """The model of a transformers config; Llama where none is given.
+        """The model of a transformers config; by default, of a Llama.
 
         Args:
             max_shard_size: save in several files of at most this size, with an index.
@@ -145,7 +145,7 @@ class TinyModelFactory:
 
 
 def write_tiny_model(path: Path, config: Any, max_shard_size: str | None = None) -> None:
-    """Write random float32 weights and a byte-level tokenizer; the same ones every time."""
+    """Write random float32 weights and a byte-level tokenizer, the same ones every time."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     with torch.random.fork_rng(), torch.no_grad():
@@ -165,7 +165,7 @@ def write_tiny_model(path: Path, config: Any, max_shard_size: str | None = None)
 
 
 def byte_level_tokenizer() -> Any:
-    """Trained on a few sentences; any text goes through it and comes back unchanged."""
+    """A tokenizer trained on a few sentences, which decodes any text's tokens to the same text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -183,21 +183,21 @@ def byte_level_tokenizer() -> Any:
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
-    """Token ids other than the end of text."""
+    """Random token ids without the end of text."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(1, VOCAB, (count,), generator=generator).tolist()
     return ids
 
 
 def relative_difference(given: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a part of the largest logit; infinite where a number is NaN."""
+    """The largest difference, relative to the largest logit; infinite if a number is NaN."""
     assert given.shape == expected.shape, f"{tuple(given.shape)} against {tuple(expected.shape)}"
     difference = float((given - expected).abs().max() / expected.abs().max())
     return difference if difference == difference else float("inf")
 
 
 def assert_near(given: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Equal but for the order in which sums were taken."""
+    """Check that two tensors differ only by rounding."""
     difference = relative_difference(given, expected)
     assert difference <= tolerance, f"logits differ by {difference:.1e} of the largest"
 
@@ -242,10 +242,10 @@ class LocalModel:
         return StepResult(most_likely([best_of_shard(logits, range(logits.shape[-1]))]))
 
     def check(self) -> None:
-        """Never lost."""
+        """Do nothing: this model cannot be lost."""
 
     def compute(self, step: Step) -> Tensor:
-        """Logits after each token of the step that wants them."""
+        """The logits [R, V] that the step asks for."""
         hidden = self._embedding(step.token_ids)
         return self.program.step(step.segments, hidden, self._exchange, step.plan_index)
 
@@ -257,7 +257,7 @@ class LocalModel:
     def logits(
         self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0, plan: int = 0
     ) -> Tensor:
-        """Logits after the last token of each chunk, when computed in chunks of `cuts` tokens."""
+        """Logits [R, V] after the last token of each chunk, which have `cuts` tokens."""
         assert sum(cuts) == len(token_ids)
         rows: list[Tensor] = []
         start = 0
@@ -269,7 +269,7 @@ class LocalModel:
 
 
 def ends_of(cuts: Sequence[int]) -> list[int]:
-    """Row of each chunk's last token."""
+    """The position of each chunk's last token."""
     return [sum(cuts[: index + 1]) - 1 for index in range(len(cuts))]
 
 

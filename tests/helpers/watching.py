@@ -1,4 +1,4 @@
-"""Watching other threads and processes."""
+"""Waiting for other threads, and finding processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import psutil
 
 
 def wait_for(happened: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    """Wait until a condition holds; fails, saying what did not happen, after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
@@ -17,7 +18,7 @@ def wait_for(happened: Callable[[], bool], what: str, timeout_s: float = 60) -> 
 
 
 def descendants(name: str = "", of: int | None = None) -> list[psutil.Process]:
-    """Live processes that this one (or another) has started, by a part of their command line."""
+    """Live descendants of this process (or another), filtered by a part of their command line."""
     found: list[psutil.Process] = []
     for process in psutil.Process(of).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it has just ended; so has one that is a zombie
@@ -27,8 +28,8 @@ def descendants(name: str = "", of: int | None = None) -> list[psutil.Process]:
 
 
 def actors(name: str) -> set[int]:
-    """Processes of live actors of this class in Ray clusters of ours, by Ray's process titles.
+    """Process ids of live Ray actors of this class, found by the titles that Ray gives processes.
 
-    Others on this machine are none of our tests' affair.
+    Only clusters that this process has started are searched, as the machine may have others.
     """
     return {process.pid for process in descendants(f"ray::{name}")}

@@ -1,4 +1,4 @@
-"""Requests on the wire that nobody means: any values, and damaged bytes."""
+"""Random gRPC requests, with any values, and damaged ones."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ ANY_REQUESTS = st.one_of(
 
 @st.composite
 def damaged_requests(draw: st.DrawFn) -> bytes:
-    """A request cut short, with bits flipped, or with a part of it doubled."""
+    """A request that is truncated, has flipped bits, or has a part of it doubled."""
     data = bytearray(draw(st.sampled_from(SOME_REQUESTS)).SerializeToString())
     for place in draw(st.lists(st.integers(0, 8 * len(data) - 1), max_size=4)):
         data[place // 8] ^= 1 << place % 8

@@ -1,12 +1,12 @@
-"""Measures any OpenAI-compatible address under load, from outside, as its clients see it.
+"""Measures any OpenAI-compatible server under load, from outside, as its clients see it.
 
-Knows the address, HTTP and time; nothing of engines, plans or models, so that our service and
+Knows the address, HTTP and time; nothing of engines, plans or models, so that cqil's service and
 others are measured by the same program.
 
-    load, prompts      what is asked, and how fast
-    target             the address, and what it takes to be let in
-    stream             one request: bytes and their times, then what they said
-    run                many requests, each when it is due, and a bound on how many at once
-    measure            the whole measurement: bounds taking turns
-    summary, tables    figures for the report, and how they look on a terminal
+    load, prompts      the requests, and the rate at which they are sent
+    target             the server's address, TLS and API key
+    stream             one request: its answer's bytes and their times, and how they are read
+    run                many requests, each sent when due, with a limit on how many at once
+    measure            the whole measurement: runs of each limit, taking turns
+    summary, tables    the figures of the report, and their tables on a terminal
 """

@@ -1,7 +1,7 @@
-"""The whole measurement: who is there, whether it takes our requests, and runs taking turns.
+"""The whole measurement of a server: its models, a test request, and runs taking turns.
 
-Every repeat runs all concurrencies one after another, so that what else the machines do falls on
-all alike. All runs ask the same prompts in the same order at the same moments.
+Every repeat has a run of each concurrency, one after another, so that whatever else the machines do
+affects all alike. All runs send the same prompts in the same order at the same moments.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from cqil_dist.benchmarks.serve.target import Listing, Target, list_models
 from cqil_dist.errors import RequestError, ServiceError, ServiceUnavailable
 from cqil_dist.progress import Progress, Task
 
-_PROBE = "The sea is"  # none of the prompts: a prefix cache may keep it
+_PROBE = "The sea is"  # not one of the prompts: a prefix cache may keep it
 _NO_ENDPOINT = (404, 405)
 _REFUSALS = (400, *_NO_ENDPOINT, 422)
 
 
 @dataclass
 class Measurement:
-    """What was found so far.
+    """The findings of a measurement so far.
 
     Attributes:
+        model: the model that requests name.
         started: ISO time at which the first run began.
-        runs: in the order they ran.
-        interrupted: by Ctrl-C.
+        runs: the runs, in order.
+        interrupted: whether Ctrl-C ended the measurement.
     """
 
     listing: Listing = field(default_factory=Listing)
@@ -44,11 +45,11 @@ class Measurement:
 
 
 def measure(target: Target, load: Load, progress: Progress) -> Measurement:
-    """Measure. Ctrl-C ends it with what there is so far.
+    """Measure a server under load; Ctrl-C ends the measurement with the answers so far.
 
     Raises:
-        CqilError: nobody is there, or does not let us in, or refuses the requests.
-        KeyboardInterrupt: before the first answer.
+        CqilError: the server cannot be reached, or refuses the key or the requests.
+        KeyboardInterrupt: there was no answer yet.
     """
     found = Measurement()
     try:
@@ -74,7 +75,7 @@ async def _measure(target: Target, load: Load, progress: Progress, found: Measur
             await run.send(client, requests, due_s, load.timeout_s, task.advance)
 
         if count := load.num_warmups:
-            # As many at once as the largest run has: the server's batches and connections get warm.
+            # As many at once as in the largest run: the server's batches and connections warm up.
             run = Run(max(bound or count for bound in load.max_concurrency))
             with progress.task("Warming up", total=count, unit="requests") as task:
                 await send(run, [0.0] * count, task)
@@ -88,31 +89,33 @@ async def _measure(target: Target, load: Load, progress: Progress, found: Measur
 
 
 def _choose_model(target: Target, load: Load, listing: Listing) -> str:
-    """The model asked for, else the first one listed."""
+    """The model that was asked for, or else the first one that the server lists."""
     if load.model is not None:
         return load.model
     if not listing.models:
         raise ServiceError(
-            f"{target.shown}/v1/models lists no models: name one with --model, and look whether "
+            f"{target.shown}/v1/models lists no models: name one with --model, and check that "
             "this is the address of an OpenAI-compatible server"
         )
     return listing.models[0]
 
 
 async def _probe(client: httpx.AsyncClient, target: Target, load: Load, found: Measurement) -> None:
-    """Ask once: what is wrong with every request shows here, in place of a run of failures.
+    """Send one request, so that a mistake in all of them shows as one error, not as a failed run.
 
-    A server that is busy or fails may answer the next one; the measurement counts its failures.
+    A server that is busy or fails may answer the next request: the measurement counts its failures.
     """
     request = load.request(client, found.model, _PROBE)
     recording = await record(client, request, load.timeout_s, time.perf_counter())
-    target.refuse_strangers(recording.status)
+    target.require_access(recording.status)
     failure = read(recording).failure
     if recording.status is None:
         raise ServiceUnavailable(f"{target.shown} gave no answer: {failure}")
     if recording.status in _REFUSALS:
-        told = f"{target.shown}{load.endpoint.path} refuses the request ({failure})"
-        raise RequestError(f"{told}: {_way_out(load, found, recording.status)}")
+        raise RequestError(
+            f"{target.shown}{load.endpoint.path} refuses the request ({failure}): "
+            f"{_way_out(load, found, recording.status)}"
+        )
 
 
 def _way_out(load: Load, found: Measurement, status: int) -> str:

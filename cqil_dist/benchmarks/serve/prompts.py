@@ -1,8 +1,7 @@
-"""The fixed set of prompts that is asked: prose, questions, code and lists, short and of some
-hundred words.
+"""The benchmark's fixed prompts: prose, questions, code and lists, of a line or some hundred words.
 
-Two results can be compared where `content_hash` is the same. Knows no tokenizer: how many tokens a
-prompt has depends on the model, and the server tells.
+Two results can be compared if their `content_hash` is the same. Knows no tokenizer: the number of
+tokens in a prompt depends on the model, and the server reports it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def total_{name}(orders: list[Order]) -> int:
 '''
 
 PROMPTS: tuple[str, ...] = (
-    # Prose that begins and wants to go on.
+    # Prose to continue.
     "The old ferryman counted his coins by the light of the stove and",
     "When the rain finally stopped, the children ran down to the river, because",
     "Nobody in the valley remembered who had planted the pear tree. It stood",
@@ -73,12 +72,12 @@ PROMPTS: tuple[str, ...] = (
 
 
 def content_hash() -> str:
-    """Names the set; it changes with any of the texts and with their order."""
+    """Checksum of the prompts; it changes with each of them and with their order."""
     return hashlib.sha256("\0".join(PROMPTS).encode()).hexdigest()[:16]
 
 
 def chosen(count: int, seed: int) -> list[str]:
-    """`count` prompts: the whole set in an order of chance, then again in another, and so on."""
+    """`count` prompts: all of them in a random order, then again in another, and so on."""
     order = random.Random(seed)
     texts: list[str] = []
     while len(texts) < count:
@@ -87,5 +86,5 @@ def chosen(count: int, seed: int) -> list[str]:
 
 
 def made_unique(text: str) -> str:
-    """The prompt behind a number that no request had before, of a fixed length."""
+    """The prompt after a random number of 8 digits, so that no server has it in a prefix cache."""
     return f"Note {secrets.randbelow(10**8):08d}. {text}"

@@ -1,6 +1,6 @@
-"""One run: a list of requests, each sent when it is due, and at most so many at once.
+"""One run: a list of requests, each sent when it is due, and no more at once than a limit.
 
-Knows nothing of what the requests ask or of other runs.
+Knows nothing of the requests' content or of other runs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cqil_dist.benchmarks.serve.stream import Answer, Recording, read, record
 def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
     """Seconds from the start at which each of `count` requests is due, ascending from 0.
 
-    Gaps are drawn from a gamma distribution with mean 1 / `rate` and shape `burstiness`: 1 makes
-    a Poisson process, less comes in bursts, more is more regular. The same seed gives the same
-    moments, at another rate the same moments scaled. An infinite rate makes all due at once.
+    Gaps are drawn from a gamma distribution with mean 1 / `rate` and shape `burstiness`: 1 gives
+    a Poisson process, less gives bursts, more is more regular. The same seed gives the same
+    moments, scaled if the rate is another. At an infinite rate, all are due at once.
     """
     if math.isinf(rate):
         return [0.0] * count
@@ -34,16 +34,16 @@ def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[floa
 
 @dataclass
 class Run:
-    """A run, and what it found.
+    """A run and its answers.
 
     Attributes:
-        max_concurrency: most requests at once; None for no bound. What is due while so many are
-            under way waits its turn, first come, first served.
-        duration_s: from the start to the end of the last answer, or until Ctrl-C.
-        client_cpu_share: of one core, what this process used meanwhile. Near 1 the client is what
-            was measured.
-        peak: most requests that were under way at once.
-        answers: in the order they ended; fewer than requests if the run was interrupted.
+        max_concurrency: the most requests at once; None for no limit. A request that is due while
+            so many are in progress waits, first come, first served.
+        duration_s: seconds from the start to the end of the last answer, or until Ctrl-C.
+        client_cpu_share: CPU time that this process used, as a fraction of one core's. Near 1, the
+            client is what was measured.
+        peak: the most requests that were in progress at once.
+        answers: in the order they ended; fewer than the requests if the run was interrupted.
     """
 
     max_concurrency: int | None
@@ -60,22 +60,24 @@ class Run:
         timeout_s: float,
         on_end: Callable[[], None],
     ) -> None:
-        """Send all, each at its arrival (seconds from now) or as soon as there is room after.
+        """Send all requests, each when it is due, or later as soon as the limit allows.
 
         Args:
+            arrivals_s: when each request is due, in seconds from now.
+            timeout_s: the most seconds of one answer.
             on_end: called after every request.
         """
-        room = asyncio.Semaphore(self.max_concurrency or len(requests))
+        limit = asyncio.Semaphore(self.max_concurrency or len(requests))
         recordings: list[Recording] = []
-        under_way = 0
+        in_progress = 0
 
         async def send_one(request: httpx.Request, due_s: float) -> None:
-            nonlocal under_way
-            async with room:
-                under_way += 1
-                self.peak = max(self.peak, under_way)
+            nonlocal in_progress
+            async with limit:
+                in_progress += 1
+                self.peak = max(self.peak, in_progress)
                 recordings.append(await record(client, request, timeout_s, due_s))
-                under_way -= 1
+                in_progress -= 1
             on_end()
 
         started_s, cpu_s = time.perf_counter(), time.process_time()

@@ -1,8 +1,8 @@
-"""One request's answer: noted as bytes and the moments they came, and read when the run has ended.
+"""One request's answer: recorded as bytes with their times, and interpreted after the run.
 
-Reading JSON would take the event loop's time from the other streams, so `record` interprets
-nothing. `read` knows server-sent events and the answers of the OpenAI API, as strictly as needed
-and no further: servers differ in what they send before the first text and after the last.
+Parsing JSON would take the event loop's time from the other streams, so `record` interprets
+nothing. `read` interprets server-sent events of the OpenAI API, no more strictly than necessary:
+servers differ in what they send before the first text and after the last.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 
 import httpx
 
-# Text of a chat's delta: the answer, or what a reasoning model thinks before it (under the names of
-# vLLM and of llama.cpp); it streams in either.
+# The text of a chat's delta: the answer, or the reasoning before it under the names that vLLM and
+# llama.cpp give it.
 _DELTA_TEXTS = ("content", "reasoning", "reasoning_content")
 _LONGEST_MESSAGE = 300
 
 
 @dataclass
 class Recording:
-    """An answer as it came. Moments are `time.perf_counter` seconds.
+    """An answer as it was received. Times are `time.perf_counter` seconds.
 
     Attributes:
         due_s: when the request was to be sent.
         sent_s: when it was sent; latencies count from here.
-        ended_s: when its answer had come, or failed.
-        status: of HTTP; None where no headers came.
-        pieces: when bytes came, and which.
-        error: why there is no whole answer, as far as the connection knows; None if there is one.
+        ended_s: when its answer was complete, or had failed.
+        status: the HTTP status; None if no headers came.
+        pieces: the received bytes, each piece with its time.
+        error: the connection's error if the answer is not complete, else None.
     """
 
     due_s: float
@@ -48,11 +48,11 @@ class Recording:
 async def record(
     client: httpx.AsyncClient, request: httpx.Request, timeout_s: float, due_s: float
 ) -> Recording:
-    """Send a request and note its answer. What goes wrong is noted as well, not raised.
+    """Send a request and record its answer; errors are recorded as well, and not raised.
 
     Args:
-        timeout_s: most seconds for the whole answer.
-        due_s: when it was to be sent, which may be past.
+        timeout_s: the most seconds for the whole answer.
+        due_s: when the request was to be sent, which may have passed.
     """
     recording = Recording(due_s, sent_s=time.perf_counter())
     try:
@@ -70,20 +70,19 @@ async def record(
 
 
 def reason(error: Exception) -> str:
-    """What went wrong with a connection; several of httpx's errors carry no text of their own."""
+    """A connection's error in words; several of httpx's errors have no text beside their type."""
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 @dataclass
 class Answer:
-    """What a recording says.
+    """A recorded answer, interpreted.
 
     Attributes:
-        due_s, sent_s, ended_s: as of the `Recording`.
-        text_s: when each event that brought text came. Events are not tokens: one may bring
-            several.
-        usage: counts of tokens, by the API's names; empty where the server gives none.
-        failure: why it does not count; None where it does.
+        due_s, sent_s, ended_s: as in the `Recording`.
+        text_s: the time of each event with text. Events are not tokens: one may hold several.
+        usage: numbers of tokens, by the API's names; empty if the server reports none.
+        failure: why the request failed; None if it succeeded.
     """
 
     due_s: float
@@ -95,38 +94,38 @@ class Answer:
 
     @property
     def output_tokens(self) -> int:
-        """By the server's usage, else the events with text."""
+        """Tokens of the answer by the server's usage or, without that, its events with text."""
         return self.usage.get("completion_tokens", len(self.text_s))
 
     @property
     def queueing_ms(self) -> float:
-        """From the moment it was due until it was sent, milliseconds."""
+        """Milliseconds from when the request was due until it was sent."""
         return 1000 * (self.sent_s - self.due_s)
 
     @property
     def ttft_ms(self) -> float:
-        """Time to first token: until the first event with text, milliseconds."""
+        """Time to first token: milliseconds from sending until the first event with text."""
         return 1000 * (self.text_s[0] - self.sent_s)
 
     @property
     def e2el_ms(self) -> float:
-        """End-to-end latency: until the end of the stream, milliseconds."""
+        """End-to-end latency: milliseconds from sending until the end of the stream."""
         return 1000 * (self.ended_s - self.sent_s)
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per output token after the first, milliseconds; None where there is one at most."""
+        """Milliseconds per output token after the first; None if there is one token at most."""
         after_first = self.output_tokens - 1
         return 1000 * (self.text_s[-1] - self.text_s[0]) / after_first if after_first > 0 else None
 
     @property
     def itl_ms(self) -> list[float]:
-        """Gaps between events with text, milliseconds."""
+        """Inter-token latencies: milliseconds between events with text."""
         return [1000 * (after - before) for before, after in pairwise(self.text_s)]
 
 
 def read(recording: Recording) -> Answer:
-    """Interpret a recording. Whatever it holds, this raises nothing: it may be a failure."""
+    """Interpret a recording; whatever it holds, this raises no error but notes a failure."""
     answer = Answer(recording.due_s, recording.sent_s, recording.ended_s)
     if recording.status not in (200, None):
         answer.failure = f"HTTP {recording.status}: {_message(recording)}".rstrip(": ")
@@ -141,7 +140,7 @@ def read(recording: Recording) -> Answer:
 
 
 def _read_events(recording: Recording, answer: Answer) -> str | None:
-    """Find the text's moments and the usage; returns why the stream does not count, if so."""
+    """Note the times of text and the usage; return why the stream is a failure, if it is one."""
     events, finished = 0, False
     for at, data in _events(recording.pieces):
         events += 1
@@ -150,8 +149,8 @@ def _read_events(recording: Recording, answer: Answer) -> str | None:
             continue
         event = json.loads(data)
         if event.get("error"):
-            return f"an event brought an error: {_told(event)}"
-        if usage := event.get("usage"):  # so far, where it comes with every event
+            return f"an event brought an error: {_error_text(event)}"
+        if usage := event.get("usage"):  # the last counts: some servers send it with every event
             answer.usage = {name: n for name, n in usage.items() if isinstance(n, int)}
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -166,9 +165,9 @@ def _read_events(recording: Recording, answer: Answer) -> str | None:
 
 
 def _events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """Data of the events, with the moment at which each was there.
+    """The data of each event, with the time at which it was complete.
 
-    Every event of the OpenAI API is one `data:` line; comments and other fields are passed over.
+    Every event of the OpenAI API is one `data:` line; comments and other fields are skipped.
     """
     rest, at = b"", 0.0
     for at, piece in pieces:
@@ -181,13 +180,13 @@ def _events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, byte
 def _message(recording: Recording) -> str:
     body = b"".join(piece for _, piece in recording.pieces)
     try:
-        return _told(json.loads(body))
+        return _error_text(json.loads(body))
     except ValueError:
-        return _told(body.decode(errors="replace"))
+        return _error_text(body.decode(errors="replace"))
 
 
-def _told(error: Any) -> str:
-    """The message in one line, from any of the shapes that servers give errors."""
+def _error_text(error: Any) -> str:
+    """The message of an error, in any form that servers give it, as one line."""
     for name in ("error", "message", "detail"):
         if isinstance(error, dict):
             error = error.get(name) or error

@@ -1,7 +1,7 @@
-"""Figures of a measurement, for its JSON and its table.
+"""The figures of a measurement, for its JSON and its tables.
 
-Names and meanings of vLLM's serving benchmark where it has the figure; throughputs are per second
-of the runs' duration, latencies in milliseconds.
+Figures that vLLM's serving benchmark has too have its names and meanings. Throughputs are per
+second of the runs' duration, latencies in milliseconds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _STATISTICS: dict[str, Callable[[Sequence[float]], Any]] = {
 def report(
     target: Target, load: Load, found: Measurement, client: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that serve.json says.
+    """The content of serve.json.
 
     Args:
-        client: what this program ran on.
+        client: the machine and software that this program ran on.
     """
     paced = math.isfinite(load.request_rate)
     setting = asdict(load) | {
@@ -45,7 +45,7 @@ def report(
         "served_by": found.listing.owner,
         "server": found.listing.server,
         "model": found.model,
-        "request_rate": load.request_rate if paced else "inf",  # for JSON has none
+        "request_rate": load.request_rate if paced else "inf",  # JSON has no infinity
         "prompts": {"hash": prompts.content_hash(), "count": len(prompts.PROMPTS)},
         "started": found.started,
         "client": client | {"httpx": version("httpx")},
@@ -59,10 +59,10 @@ def report(
 
 
 def results(runs: Iterable[Run], *, paced: bool) -> list[dict[str, Any]]:
-    """One entry a concurrency, in the order they were first run, of all its repeats together.
+    """The figures of each concurrency over all its repeats, in the order they were first run.
 
     Args:
-        paced: requests had moments at which they were due, so that queueing says something.
+        paced: whether requests were due one by one, so that the time they queued is meaningful.
     """
     by_bound: dict[int | None, list[Run]] = {}
     for run in runs:
@@ -90,7 +90,7 @@ def _result(bound: int | None, runs: Sequence[Run], paced: bool) -> dict[str, An
 
 
 def _throughput(good: Sequence[Answer], duration_s: float) -> dict[str, Any]:
-    """Of answers that count. Prompt tokens are known where the server tells of all of them."""
+    """Tokens and throughputs of the successful answers; prompt tokens only if all report them."""
     known = [answer.usage["prompt_tokens"] for answer in good if "prompt_tokens" in answer.usage]
     inputs = sum(known) if len(known) == len(good) else None
     outputs = sum(answer.output_tokens for answer in good)
@@ -124,7 +124,7 @@ def _latencies(good: Sequence[Answer], paced: bool) -> dict[str, float | None]:
 
 
 def _repeat(run: Run) -> dict[str, Any]:
-    """Of one repeat alone: how far repeats lie apart says how far to trust their union."""
+    """The figures of a single repeat: how far repeats differ tells how far to trust their union."""
     good = [answer for answer in run.answers if answer.failure is None]
     latencies = _latencies(good, paced=False)
     return {

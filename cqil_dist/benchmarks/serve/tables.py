@@ -1,4 +1,4 @@
-"""How a measurement of a server looks on a terminal. Knows the report's JSON alone."""
+"""Tables of a server's measurement on a terminal, made from the report's JSON alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BUSY = 0.5
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Throughput, latencies, failures, and what to keep in mind of them."""
+    """Print throughput, latencies, failures, and notes on how to read them."""
     _print(console, _heading(report["setting"]))
     results = report["results"]
     console.print(_throughput_table(results))
@@ -87,6 +87,7 @@ def _failures(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def notes(report: dict[str, Any]) -> Iterator[str]:
+    """Remarks on how to read the figures."""
     if any(result["output_tokens_from"] in ("events", "mixed") for result in report["results"]):
         yield "Without usage, output tokens are events with text, of which each may hold several."
     if any((result["output_tokens_per_event"] or 0) > 1.2 for result in report["results"]):

@@ -1,6 +1,6 @@
-"""The address that is measured: how it is reached, and which models it says it has.
+"""The server that is measured: how to reach it, and which models it lists.
 
-Knows connections, TLS and keys; not what is asked of the models.
+Knows connections, TLS and keys; nothing of the requests to its models.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from cqil_dist.benchmarks.serve.stream import reason
 from cqil_dist.errors import CqilError, ServiceUnavailable, Unauthenticated
 
 _LISTING_TIMEOUT_S = 30.0
-# uvicorn and llama.cpp hang up on connections that idle for 5 s: give them up first, or a request
-# might be sent into the hanging up.
+# uvicorn and llama.cpp close connections that are idle for 5 s. They are closed here first, or a
+# request might be sent on one that the server is closing.
 _IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """An address, and what it takes to be let in.
+    """A server's address, TLS settings and API key.
 
     Attributes:
-        base_url: with or without the /v1 of the OpenAI API.
-        api_key: sent as a bearer token.
-        insecure: take any certificate.
-        ca_cert: PEM file of whom to believe, in place of the public authorities.
+        base_url: the address, with or without the /v1 of the OpenAI API.
+        api_key: the key that is sent as a bearer token, if any.
+        insecure: whether to accept any certificate.
+        ca_cert: PEM file of the authority to trust in place of the public ones.
 
     Raises:
-        CqilError: it is no http address.
+        CqilError: the address is not an http or https URL.
     """
 
     base_url: str
@@ -42,7 +42,7 @@ class Target:
     ca_cert: Path | None = None
 
     def __post_init__(self) -> None:
-        with suppress(ValueError):  # of brackets without an end, or a port that is none
+        with suppress(ValueError):  # an unclosed bracket, or a port that is no number
             parts = urlsplit(self.base_url)
             if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
                 return
@@ -52,19 +52,19 @@ class Target:
 
     @property
     def root(self) -> str:
-        """The address that the paths of the OpenAI API, /v1/..., follow."""
+        """The URL to which the paths of the OpenAI API, /v1/..., are appended."""
         parts = urlsplit(self.base_url)
         path = parts.path.rstrip("/").removesuffix("/v1")
         return parts._replace(path=path, query="", fragment="").geturl()
 
     @property
     def shown(self) -> str:
-        """The root without a password that the address may carry."""
+        """The root as it may be shown, without a user name and password."""
         parts = urlsplit(self.root)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     def client(self) -> httpx.AsyncClient:
-        """Straight to the address. Raises CqilError if `ca_cert` cannot be read."""
+        """An HTTP client for the server. Raises CqilError if `ca_cert` cannot be read."""
         headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -73,7 +73,7 @@ class Target:
             headers=headers,
             verify=self._verify(),
             timeout=None,  # each request has a limit as a whole
-            limits=httpx.Limits(keepalive_expiry=_IDLE_S),  # as many connections as it takes
+            limits=httpx.Limits(keepalive_expiry=_IDLE_S),  # any number of connections
             trust_env=False,  # a proxy of the environment would be measured too
         )
 
@@ -85,8 +85,8 @@ class Target:
         except OSError as error:  # ssl.SSLError is one
             raise CqilError(f"cannot read certificates from {self.ca_cert}: {error}") from error
 
-    def refuse_strangers(self, status: int | None) -> None:
-        """Raises Unauthenticated if this is the HTTP status of a key that does not fit."""
+    def require_access(self, status: int | None) -> None:
+        """Raise Unauthenticated if this is the HTTP status of a missing or wrong key."""
         if status in (401, 403):
             told = "asks for a key" if self.api_key is None else "does not accept the key"
             raise Unauthenticated(
@@ -96,11 +96,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Listing:
-    """What /v1/models said.
+    """The answer of /v1/models.
 
     Attributes:
-        models: ids; empty where the server has no such endpoint.
-        owner: of the first one, which tells servers apart ("vllm", "llamacpp", "cqil_dist").
+        models: the models' ids; empty if the server has no such endpoint.
+        owner: the first model's owner, which tells servers apart ("vllm", "llamacpp", "cqil_dist").
         server: the Server header.
     """
 
@@ -110,11 +110,11 @@ class Listing:
 
 
 async def list_models(client: httpx.AsyncClient, target: Target) -> Listing:
-    """Ask for the models.
+    """Ask a server for its models.
 
     Raises:
-        ServiceUnavailable: nobody answers at the address.
-        Unauthenticated: the key is missing, or another.
+        ServiceUnavailable: the server cannot be reached.
+        Unauthenticated: the key is missing or wrong.
     """
     try:
         answer = await client.get("/v1/models", timeout=_LISTING_TIMEOUT_S)
@@ -125,7 +125,7 @@ async def list_models(client: httpx.AsyncClient, target: Target) -> Listing:
         raise ServiceUnavailable(
             f"cannot reach {target.shown} ({reason(error)}): {way_out}"
         ) from error
-    target.refuse_strangers(answer.status_code)
+    target.require_access(answer.status_code)
     server = answer.headers.get("server")
     try:
         entries = answer.json()["data"]

@@ -1,1 +1,1 @@
-"""How good a model is under a plan: perplexity and tasks, with intervals, beside the original."""
+"""Evaluating a plan beside the original model: perplexity and tasks, with confidence intervals."""

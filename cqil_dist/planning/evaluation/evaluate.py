@@ -1,4 +1,4 @@
-"""A plan beside the original, on the same text and the same questions."""
+"""Scoring a plan and the original model on the same text and the same questions."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _ACCURACIES = ("acc", "acc_norm")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a text, a task, or several tasks.
+    """A text, a task, or several tasks, on which models are scored.
 
     Attributes:
-        items: what of it, such as "128 windows of 512 tokens".
-        digest: of its tokens.
+        items: what is taken of it, such as "128 windows of 512 tokens".
+        digest: checksum of its tokens.
     """
 
     name: str
@@ -53,10 +53,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """One measure of both models.
+    """One measure of the original model and of the plan.
 
     Attributes:
         measure: "perplexity", "acc" or "acc_norm".
+        of: the text or task that was scored.
     """
 
     measure: str
@@ -75,10 +76,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured of a plan.
+    """The result of an evaluation.
 
     Attributes:
-        setting: how it was computed.
+        setting: the device, precision and programs' versions that it was computed with.
+        adapter: the directory of the plan's adapter.
     """
 
     model: str
@@ -101,36 +103,40 @@ class Evaluation:
 
 
 def evaluate(
-    measured: MeasuredModel,
+    measured_model: MeasuredModel,
     plan: Plan,
     adapter: Adapter | None,
     texts: Sequence[Windows],
     tasks: Sequence[Task],
     prompts: Sequence[str] = PROMPTS,
 ) -> Evaluation:
-    """Score the original, once for each text and task, and the plan with its adapter.
+    """Score the original model and the plan, with its adapter, on texts and tasks.
+
+    The original model's scores are kept in the cache, and not computed again for another plan.
 
     Raises:
-        TextError: a text or task has but one item, which says nothing of how sure a score is; two
-            have the same name; a task's continuation cannot be scored.
+        TextError: a text or task has a single item, which gives no interval; two have the same
+            name; or a continuation in a task cannot be scored.
     """
     _check(texts, tasks)
-    questions = [_Questions.of(task, measured) for task in tasks]
-    original = _by_item(measured, texts, questions, measured.results)
-    answers = [completion(measured, prompt) for prompt in prompts]
-    merged = merge(measured.model, adapter)
+    model = measured_model.model
+    questions = [_Questions.of(task, measured_model) for task in tasks]
+    original = _by_item(measured_model, texts, questions, measured_model.results)
+    answers = [completion(measured_model, prompt) for prompt in prompts]
+    merged = merge(model, adapter)
     try:
-        with grouped(measured.model, plan.groups):
-            other = _by_item(measured, texts, questions, None)
+        with grouped(model, plan.groups):
+            other = _by_item(measured_model, texts, questions, None)
             samples = [
-                Sample(prompt, answer, completion(measured, prompt))
+                Sample(prompt, answer, completion(measured_model, prompt))
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
     finally:
         merged.undo()
+    name, setting = measured_model.name, measured_model.setting
     path = None if adapter is None else adapter.path
     results = _compared(original, other)
-    return Evaluation(measured.name, measured.setting, plan, path, tuple(results), tuple(samples))
+    return Evaluation(name, setting, plan, path, tuple(results), tuple(samples))
 
 
 def _check(texts: Sequence[Windows], tasks: Sequence[Task]) -> None:
@@ -138,23 +144,23 @@ def _check(texts: Sequence[Windows], tasks: Sequence[Task]) -> None:
     counts += [(task.name, len(task.items)) for task in tasks]
     for name, count in counts:
         if count < 2:
-            raise TextError(f"{name} has {count} item, but an interval takes 2 or more; give more")
+            raise TextError(f"{name} has {count} item, but an interval takes 2 or more; add items")
         if [other for other, _ in counts].count(name) > 1:
             raise TextError(f"two texts or tasks are called {name}; rename one to tell them apart")
 
 
 @dataclass(frozen=True)
 class _Questions:
-    """A task in the model's tokens, all of it such as it can score."""
+    """A task in the model's tokens, all of which the model can score."""
 
     task: Task
     requests: list[Encoded]
 
     @classmethod
-    def of(cls, task: Task, measured: MeasuredModel) -> _Questions:
+    def of(cls, task: Task, measured_model: MeasuredModel) -> _Questions:
+        tokenizer, max_len = measured_model.tokenizer, measured_model.config.max_positions
         requests = [request for item in task.items for request in item.requests]
-        most = measured.config.max_positions
-        return cls(task, [encode(measured.tokenizer, each, most) for each in requests])
+        return cls(task, [encode(tokenizer, each, max_len) for each in requests])
 
     @property
     def subject(self) -> Subject:
@@ -162,32 +168,33 @@ class _Questions:
         return Subject(self.task.name, count, _digest(repr(self.requests)))
 
 
-# By measure, and text or task: of each window or question, a loss in nats, or 1 where it is right.
+# For each measure and text or task, one number an item: a window's loss in nats a token, or 1 for a
+# question that is answered right and 0 for one that is not.
 _ByItem = dict[tuple[str, Subject], list[float]]
 
 
 def _by_item(
-    measured: MeasuredModel,
+    measured_model: MeasuredModel,
     texts: Sequence[Windows],
     tasks: Sequence[_Questions],
-    kept: Path | None,
+    cache: Path | None,
 ) -> _ByItem:
-    """Of the measured model as it is now.
+    """The scores of the model as it is now, with or without a plan and an adapter.
 
     Args:
-        kept: folder of earlier scores of this very model, which are not computed again.
+        cache: folder of the same model's earlier scores; None where scores are not kept.
     """
-    model, progress = measured.model, measured.progress
+    model, progress = measured_model.model, measured_model.progress
     found: _ByItem = {}
     for text in texts:
         count, length = text.token_ids_WT.shape
         subject = Subject(text.source, f"{count} windows of {length} tokens", text.digest)
         losses = partial(loss_by_window, model, text, progress)
-        found["perplexity", subject] = list(_once(kept, subject.digest, losses))
+        found["perplexity", subject] = list(_once(cache, subject.digest, losses))
     for questions in tasks:
         task, subject = questions.task, questions.subject
         score = partial(likelihoods, model, questions.requests, progress, f"Scoring {task.name}")
-        scores = (Likelihood(*each) for each in _once(kept, subject.digest, score))
+        scores = (Likelihood(*each) for each in _once(cache, subject.digest, score))
         answered = [(item, [next(scores) for _ in item.requests]) for item in task.items]
         found["acc", subject] = [item.accuracy(each) for item, each in answered]
         found["acc_norm", subject] = [item.normalized_accuracy(each) for item, each in answered]
@@ -195,7 +202,7 @@ def _by_item(
 
 
 def _compared(original: _ByItem, other: _ByItem) -> list[Result]:
-    """Perplexities, and accuracies with their means over tasks."""
+    """The results: perplexities, then accuracies, each with its mean over the tasks."""
     results: list[Result] = []
     for measure in ("perplexity", *_ACCURACIES):
         compare = compare_perplexities if measure == "perplexity" else compare_means
@@ -220,11 +227,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _once(kept: Path | None, digest: str, score: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-    """Read from the folder what was scored before."""
-    if kept is None:
+def _once(cache: Path | None, digest: str, score: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+    """The scores in the cache, where they are computed and kept if they are missing."""
+    if cache is None:
         return score()
-    file = kept / f"scored-{digest}.json"
+    file = cache / f"scored-{digest}.json"
     if not file.is_file():
         write_record(file, {"scores": score()})
     scores: list[Any] = json.loads(file.read_text(encoding="utf-8"))["scores"]

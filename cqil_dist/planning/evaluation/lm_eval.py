@@ -1,4 +1,4 @@
-"""lm-eval's view of a model under a plan: its own Hugging Face class, with the layers grouped.
+"""A model class for lm-eval: its own Hugging Face class, with the layers in a plan's groups.
 
 Importing this module registers it:
 
@@ -29,11 +29,11 @@ class GroupedLM(HFLM):  # type: ignore[misc]
     """A model under a plan, for lm-eval 0.4.13.
 
     Args:
-        pretrained: whatever `--model` may be.
-        plan: anything `Plan.parse` reads.
-        adapter: directory of the plan's adapter.
+        pretrained: a model in any form that the `--model` of the cqil command takes.
+        plan: a plan in any form that `Plan.parse` reads, or the name of a recommended one.
+        adapter: the directory of the plan's adapter.
         device, dtype, matmul_precision: as in `ComputeConfig`.
-        options: of lm-eval's `HFLM`, such as `batch_size`.
+        options: further options of lm-eval's `HFLM`, such as `batch_size`.
 
     Raises:
         CqilError: the model, the plan or the adapter cannot be used.
@@ -50,14 +50,14 @@ class GroupedLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         computing = ComputeConfig(device.removesuffix(":0"), dtype, matmul_precision)
-        measured = MeasuredModel.of(pretrained, computing, ConsoleProgress())
-        parsed = measured.plan(plan)
+        measured_model = MeasuredModel.of(pretrained, computing, ConsoleProgress())
+        model, parsed = measured_model.model, measured_model.plan(plan)
         if adapter is None:
-            note_missing_compensation(plan, pretrained, measured.progress, "adapter")
-        changes = None if adapter is None else measured.adapter(Path(adapter), parsed)
-        merge(measured.model, changes)
-        # As ours are: bfloat16 has no more than eight bits for a sum of many tokens.
+            note_missing_compensation(plan, pretrained, measured_model.progress, "adapter")
+        else:
+            merge(model, measured_model.adapter(Path(adapter), parsed))
+        # As `cqil eval` does: bfloat16 has only eight bits for the sum over many tokens.
         options.setdefault("softmax_dtype", "float32")
-        super().__init__(pretrained=measured.model, tokenizer=measured.tokenizer, **options)
+        super().__init__(pretrained=model, tokenizer=measured_model.tokenizer, **options)
         self._computing = ExitStack()
-        self._computing.enter_context(grouped(measured.model, parsed.groups))
+        self._computing.enter_context(grouped(model, parsed.groups))

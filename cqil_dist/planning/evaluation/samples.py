@@ -1,4 +1,4 @@
-"""What a model says after some prompts, greedily: two models' answers are read side by side."""
+"""Greedy completions of a few prompts, to read two models' side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMPLETION_TOKENS = 40
 
 @dataclass(frozen=True)
 class Sample:
-    """What both models say after a prompt."""
+    """A prompt, and how both models complete it."""
 
     prompt: str
     original: str
@@ -29,15 +29,15 @@ class Sample:
 
 
 @torch.inference_mode()
-def completion(measured: MeasuredModel, prompt: str) -> str:
-    """Of the measured model as it is now."""
-    ids: Any = measured.tokenizer(prompt)["input_ids"]
-    given = torch.tensor([ids], device=measured.device)
-    said = measured.model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
+def completion(measured_model: MeasuredModel, prompt: str) -> str:
+    """How the model, as it is now, goes on after a prompt."""
+    tokenizer = measured_model.tokenizer
+    ids: Any = tokenizer(prompt)["input_ids"]
+    prompt_1T = torch.tensor([ids], device=measured_model.device)
+    output_1T = measured_model.model.generate(
+        prompt_1T,
+        attention_mask=torch.ones_like(prompt_1T),
         max_new_tokens=_COMPLETION_TOKENS,
         do_sample=False,
     )
-    text = measured.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
-    return str(text)
+    return str(tokenizer.decode(output_1T[0, len(ids) :], skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Log likelihoods of continuations, many at a time, as lm-eval defines them."""
+"""Log likelihoods of continuations in batches, as lm-eval defines them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cqil_dist.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens that are computed at once, padding included.
+# The most tokens that are computed at once, padding included.
 _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation whose likelihood after a context is asked for (lm-eval's `loglikelihood`)."""
+    """A continuation to score after a context (lm-eval's `loglikelihood`)."""
 
     context: str
     continuation: str
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: its log likelihood, and whether each token was the most likely one."""
+    """A continuation's log likelihood, and whether greedy decoding would give it."""
 
     logprob: float
     greedy: bool
@@ -38,22 +38,23 @@ class Likelihood(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a context and of its continuation."""
+    """The token ids of a context and of its continuation."""
 
     context: list[int]
     continuation: list[int]
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens of both together."""
         return len(self.context) + len(self.continuation)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, request: Request, max_len: int) -> Encoded:
-    """Split as lm-eval does.
+    """Encode a context and its continuation as lm-eval does.
 
-    The two are encoded together, so that the tokens are those of running text. Blanks at the
-    context's end belong to the continuation; an empty context is the token that texts begin with.
+    The two are tokenised together, so that the tokens are those of running text. Blanks at the
+    context's end count as the continuation's. In place of an empty context stands the token that
+    begins a text, or else the one that ends it.
 
     Args:
         max_len: tokens the model takes; of a longer context the end is kept.
@@ -70,16 +71,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, request: Request, max_len: int) -
     if len(following) > max_len:
         raise TextError(
             f"the continuation {request.continuation[:60]!r} has {len(following)} tokens but the "
-            f"model takes {max_len}"
+            f"model takes {max_len}; leave the item out"
         )
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    # The last token is asked for, not given: one more than the model takes fits.
+    # The last token is predicted, and not an input: one more token fits than the model takes.
     return Encoded((ids or [first])[-(max_len + 1 - len(following)) :], following)
 
 
 @torch.inference_mode()
 def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress) -> list[float]:
-    """Cross entropy of each window's tokens after the first, nats a token."""
+    """Cross entropy of each window's tokens after the first, in nats a token."""
     losses: list[float] = []
     with progress.task("Computing perplexity", len(windows.token_ids_WT), "windows") as task:
         for tokens_T in windows.token_ids_WT:
@@ -95,7 +96,7 @@ def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress)
 def likelihoods(
     model: PreTrainedModel, requests: Sequence[Encoded], progress: Progress, description: str
 ) -> list[Likelihood]:
-    """The likelihood of each continuation after its context, in order."""
+    """The likelihood of each continuation after its context, in the order of the requests."""
     found: dict[int, Likelihood] = {}
     with progress.task(description, len(requests), "continuations") as task:
         for batch in _batches([each.tokens for each in requests]):
@@ -106,7 +107,7 @@ def likelihoods(
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of about the same length, longest first: what does not fit shows soon."""
+    """Indices in batches of similar length, longest first: too little memory shows early."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         count = max(1, _BATCH_TOKENS // lengths[order[0]])
@@ -116,7 +117,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def _likelihoods(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[Likelihood]:
     longest = max(row.tokens for row in rows)
-    # Padding comes after what is asked for, and attention is causal: no mask is needed.
+    # Padding comes last and attention is causal, so that no mask is needed.
     tokens_BT = torch.zeros(len(rows), longest - 1, dtype=torch.long)
     for index, row in enumerate(rows):
         tokens_BT[index, : row.tokens - 1] = torch.tensor((row.context + row.continuation)[:-1])

@@ -1,10 +1,10 @@
-"""Tasks in JSON lines: multiple choice, which of two contexts, and the last word.
+"""Tasks in files of JSON lines: multiple choice, a choice of contexts, or the last word.
 
     {"context": ..., "choices": [...], "gold": i}
     {"contexts": [...], "continuation": ..., "gold": i}
     {"context": ..., "continuation": ...}
 
-Choices and continuations begin with the blank that sets them off from the context.
+Choices and continuations begin with the blank that separates them from the context.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from cqil_dist.planning.evaluation.scoring import Likelihood, Request
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question of a task.
 
     Attributes:
-        requests: whose likelihoods decide.
-        gold: which of them is right; None where the one continuation has to be the most likely.
+        requests: the continuations to choose from, each with its context.
+        gold: index of the right one; None if there is only one, which greedy decoding has to give.
     """
 
     requests: tuple[Request, ...]
     gold: int | None
 
     def accuracy(self, found: Sequence[Likelihood]) -> float:
-        """1 where the most likely one is right (lm-eval's `acc`)."""
+        """1 if the most likely continuation is right, else 0 (lm-eval's `acc`)."""
         if self.gold is None:
             return float(found[0].greedy)
         return float(_best([each.logprob for each in found]) == self.gold)
 
     def normalized_accuracy(self, found: Sequence[Likelihood]) -> float:
-        """By likelihood a character of the continuation (lm-eval's `acc_norm`)."""
+        """1 if the most likely one a character is right, else 0 (lm-eval's `acc_norm`)."""
         if self.gold is None:
             return self.accuracy(found)
         lengths = [len(each.continuation.lstrip()) for each in self.requests]
@@ -48,20 +48,20 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A named set of questions."""
+    """A named list of questions."""
 
     name: str
     items: tuple[Item, ...]
 
 
 def read_task(path: Path, limit: int | None = None) -> Task:
-    """The task in a file, or the first `limit` items of it.
+    """Read the task in a file, or its first `limit` items.
 
     Raises:
-        TextError: naming the line that is of none of the forms above.
+        TextError: the file cannot be read or holds no item, or a line has none of the three forms.
     """
     try:
-        # Not splitlines: JSON's strings may hold what Unicode calls the end of a line.
+        # Not splitlines, which also splits at Unicode line ends; JSON strings may hold those.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot read a task from {path}: {error}") from error
@@ -77,7 +77,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
                 '{"context", "continuation"}'
             ) from error
     if not items:
-        raise TextError(f"{path} holds no item")
+        raise TextError(f"{path} holds no item; a task has one a line")
     return Task(path.stem, tuple(items))
 
 

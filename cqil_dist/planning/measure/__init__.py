@@ -1,1 +1,1 @@
-"""What every kind of planning stands on: the model in groups, its text, and how far plans are."""
+"""Measuring plans: the model in groups, calibration text, divergence from the original model."""

@@ -1,4 +1,4 @@
-"""The unchanged model on some text, remembered: what every plan is compared with."""
+"""The original model on some text: the baseline that every plan is compared with."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Baseline:
-    """A model's inputs to every layer, and its next-token distributions, on some text.
+    """The original model's layer inputs and next-token distributions on some text.
 
-    Layers before the first that a plan changes are not computed again. Holds 4 bytes a token and
-    vocabulary entry, and a hidden state a token and layer.
+    They are kept, so that a comparison computes no layer before the first changed group. They take
+    4 bytes a token and vocabulary entry, and a hidden state a token and layer.
 
     Attributes:
-        states_WL: by window, what each layer takes and what the last makes of it: [1, T, D] each.
-        perplexity: on the text.
+        states_WL: for each window, every layer's input and the last layer's output, [1, T, D] each.
+        perplexity: of the original model on the text.
     """
 
     @torch.inference_mode()
@@ -45,7 +45,9 @@ class Baseline:
         self.states_WL: list[list[Tensor]] = []
         self._logprobs_WTV: list[Tensor] = []
         losses: list[float] = []
-        with progress.task("Computing the original", len(windows.token_ids_WT), "windows") as task:
+        with progress.task(
+            "Computing the original model", len(windows.token_ids_WT), "windows"
+        ) as task:
             for tokens_T in windows.token_ids_WT:
                 self.states_WL.append(hidden_states(model, tokens_T))
                 with grouped(model, []):
@@ -56,29 +58,29 @@ class Baseline:
 
     @torch.inference_mode()
     def compare(self, groups: Sequence[Group]) -> Divergence:
-        """Run these groups. Layers that none of them name are left out of the model."""
-        changed = (
-            index
-            for index, group in enumerate(groups)
-            if group.layers != (index,) or not group.is_exact
-        )
+        """The divergence of a model made of these groups from the original model.
+
+        Layers that no group names are left out.
+        """
+        changed = (n for n, each in enumerate(groups) if each.layers != (n,) or not each.is_exact)
         start = next(changed, len(groups))
         kls: list[float] = []
         losses: list[float] = []
         with grouped(self.model, groups[start:]):
             for window, tokens_T in enumerate(self.windows.token_ids_WT):
                 logprobs_TV = self._logprobs(self.states_WL[window][start])
-                original_TV = self._logprobs_WTV[window]
-                kl = F.kl_div(logprobs_TV, original_TV, log_target=True, reduction="sum")
+                baseline_TV = self._logprobs_WTV[window]
+                kl = F.kl_div(logprobs_TV, baseline_TV, log_target=True, reduction="sum")
                 kls.append(float(kl) / len(tokens_T))
                 losses.append(_loss(logprobs_TV, tokens_T))
         return Divergence(fmean(kls), fmean(losses))
 
     def _logprobs(self, state_1TD: Tensor) -> Tensor:
-        """Log probabilities [T, V] of what the groups in place make of a state."""
+        """Next-token log probabilities [T, V] that the groups in place give from a hidden state."""
         hidden_TD = final_hidden(self.model, inputs_embeds=state_1TD)[0]
         return next_token_logits(self.model, hidden_TD).log_softmax(-1)
 
 
 def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> float:
+    """Cross entropy of a window's tokens after the first, in nats a token."""
     return float(F.nll_loss(logprobs_TV[:-1], tokens_T[1:].to(logprobs_TV.device)))

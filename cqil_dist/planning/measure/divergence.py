@@ -1,4 +1,4 @@
-"""How far a changed model is from the original."""
+"""The distance of a changed model from the original model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a changed model is from the original, on some text; means over its tokens.
+    """How far a changed model is from the original model, averaged over the tokens of a text.
 
     Attributes:
-        kl: KL(original || changed) of the next token, nats.
-        loss: the changed model's cross entropy on the text itself, nats.
+        kl: KL(original || changed) of the next token's distribution, in nats.
+        loss: the changed model's cross entropy on the text, in nats.
     """
 
     kl: float
@@ -20,4 +20,5 @@ class Divergence:
 
     @property
     def perplexity(self) -> float:
+        """The changed model's perplexity on the text."""
         return math.exp(self.loss)

@@ -1,7 +1,7 @@
 """A transformers model that computes its layers in a plan's groups.
 
-What measuring and training plans takes: batches of whole sequences, gradients, peft's adapters,
-`generate` with its cache. The group equations are the reference's own.
+Batches of whole sequences, gradients, peft's adapters and `generate` with its cache work as they do
+without a plan. The group equations are those of the reference model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in a directory, for evaluation.
+    """Load the model in a directory, in evaluation mode.
 
     Raises:
         UnsupportedModel: its structure is not one whose layers can be grouped.
@@ -34,7 +34,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    ModelConfig.from_directory(path)  # refuses what cannot be grouped
+    ModelConfig.from_directory(path)  # refuses structures that cannot be grouped
     model: PreTrainedModel
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -42,8 +42,8 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot read the weights in {path}: {error}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers makes such up
-        raise CheckpointError(f"the checkpoint in {path} lacks {missing[0]}; it is not complete")
+    if missing := sorted(found["missing_keys"]):  # transformers has made up random values
+        raise CheckpointError(f"the checkpoint in {path} lacks {missing[0]}; fetch the model again")
     return model.to(device).eval()
 
 
@@ -51,51 +51,51 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
 def grouped(
     model: PreTrainedModel, groups: Sequence[Group], *, checkpointing: bool = False
 ) -> Iterator[None]:
-    """Within the block the model computes these groups, in order.
+    """Make the model compute these groups, in order, within the block.
 
-    Layers that no group names pass their input on: computing can begin in the midst of the model,
-    or leave layers out. Whatever runs the model's backward pass does so within the block too.
+    Layers that no group names pass their input on unchanged, so that computing can start at a later
+    layer, or skip some. A backward pass has to run within the block too.
 
     Args:
-        model: of a supported family, with an adapter or without.
-        checkpointing: keep nothing but the groups' inputs for the backward pass.
+        model: a model of a supported family, with or without an adapter.
+        checkpointing: keep only groups' inputs, and compute groups again in the backward pass.
 
     Raises:
         PlanError: a group names a layer that the model lacks.
     """
     decoder: Any = model.get_decoder()
     layers = decoder.layers
-    standing_in = [_Passing(layer) for layer in layers]
+    proxies = [_LayerProxy(layer) for layer in layers]
     for group in groups:
         if group.layers[-1] >= len(layers):
             raise PlanError(
                 f"a group names layer {group.layers[-1]} but the model has {len(layers)} layers"
             )
-        members = [standing_in[layer] for layer in group.layers]
+        members = [proxies[layer] for layer in group.layers]
         members[-1].group = _GroupOfLayers(group, members, checkpointing)
-    decoder.layers = nn.ModuleList(standing_in)
+    decoder.layers = nn.ModuleList(proxies)
     try:
         yield
     finally:
         decoder.layers = layers
 
 
-def final_hidden(model: PreTrainedModel, **given: Tensor) -> Tensor:
-    """Hidden states [B, T, D] after the final norm; given `input_ids` or `inputs_embeds`."""
+def final_hidden(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Hidden states [B, T, D] after the final norm, from `input_ids` or `inputs_embeds`."""
     decoder: Any = model.get_decoder()
-    hidden_BTD: Tensor = decoder(**given, use_cache=False).last_hidden_state
+    hidden_BTD: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden_BTD
 
 
 def next_token_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    """Float32 logits [N, V] of what `final_hidden` gave."""
+    """Float32 logits [N, V] of hidden states that the final norm has been applied to."""
     head: Any = model.get_output_embeddings()
     logits_NV: Tensor = head(hidden_ND)
     return logits_NV.float()
 
 
 def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Tensor) -> Tensor:
-    """What these groups make of the first one's input; the final norm is not applied."""
+    """The last group's output [B, T, D], before the final norm, from the first one's input."""
     decoder: Any = model.get_decoder()
     norm, decoder.norm = decoder.norm, nn.Identity()
     try:
@@ -106,7 +106,7 @@ def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Te
 
 
 def hidden_states(model: PreTrainedModel, tokens_T: Tensor) -> list[Tensor]:
-    """What the model hands to each layer, in order, and what the last makes of it: [1, T, D]."""
+    """Every layer's input, in order, and the last layer's output: [1, T, D] each."""
     decoder: Any = model.get_decoder()
     states = [decoder.embed_tokens(tokens_T[None].to(model.device))]
     for layer in range(len(decoder.layers)):
@@ -114,27 +114,28 @@ def hidden_states(model: PreTrainedModel, tokens_T: Tensor) -> list[Tensor]:
     return states
 
 
-class _Passing(nn.Module):
-    """Stands in for one layer: passes its input on, unless it is the last member of a group.
+class _LayerProxy(nn.Module):
+    """A layer's replacement, which returns its input unless it is the last member of a group.
 
-    The model hands every layer masks of its own kind: each member remembers what it was handed.
+    Layers differ in the attention mask that they are called with (some have sliding windows), so
+    each proxy keeps the arguments of its own call for its layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer: Any = layer
         self.group: _GroupOfLayers | None = None
-        self.handed: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **handed: Any) -> Tensor:
-        self.handed = handed
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
         return hidden_states if self.group is None else self.group(hidden_states)
 
 
 class _GroupOfLayers:
-    """The members of one group, computed together. Not a module: the members are, already."""
+    """The members of one group, computed together; no module, since its members are modules."""
 
-    def __init__(self, group: Group, members: Sequence[_Passing], checkpointing: bool) -> None:
+    def __init__(self, group: Group, members: Sequence[_LayerProxy], checkpointing: bool) -> None:
         self._group = group
         self._members = dict(zip(group.layers, members, strict=True))
         self._checkpointing = checkpointing
@@ -152,7 +153,7 @@ class _GroupOfLayers:
         member = self._members[index]
         output: Tensor
         output, _ = member.layer.self_attn(
-            hidden_states=member.layer.input_layernorm(x), **member.handed
+            hidden_states=member.layer.input_layernorm(x), **member.arguments
         )
         return output
 

@@ -1,4 +1,4 @@
-"""How far a changed model is from the original, on text that nothing was fitted to."""
+"""Divergence of a changed model from the original model on text that nothing was fitted to."""
 
 from __future__ import annotations
 
@@ -16,38 +16,42 @@ from cqil_dist.planning.measure.windows import Windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens that go through the layers together.
+# The most tokens that go through the layers together.
 _TOKENS_AT_ONCE = 2048
 
 
 class HeldOut:
-    """Text that is kept out, and the original's hidden states on it."""
+    """Held-out text, and the original model's final hidden states on it."""
 
     @torch.no_grad()
     def __init__(
         self, model: PreTrainedModel, windows: Windows, original: Callable[[Tensor], Tensor]
     ) -> None:
-        """Args: original: final hidden states [C, T, D] of tokens [C, T]."""
+        """Compute the original model's final hidden states.
+
+        Args:
+            original: computes them, [C, T, D], from tokens [C, T].
+        """
         self._model = model
         self._tokens_WT = windows.token_ids_WT.to(model.device)
         self._original_WTD = self._hidden(original)
 
     @torch.no_grad()
     def kl(self, groups: Sequence[Group], changed: Callable[[Tensor], Tensor]) -> float:
-        """KL(original || changed) of the next token, nats, mean over tokens.
+        """KL(original || changed) of the next token, in nats, averaged over the tokens.
 
         Args:
-            groups: that the model computes meanwhile.
-            changed: as `original`; the head is the model's own.
+            groups: the groups of the model while `changed` is called.
+            changed: computes the changed model's final hidden states, as `original` does.
         """
         with grouped(self._model, groups):
             changed_WTD = self._hidden(changed)
         return float(kl_loss(self._model, self._original_WTD, changed_WTD))
 
     def _hidden(self, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([compute(tokens_CT) for tokens_CT in at_once(self._tokens_WT)])
+        return torch.cat([compute(tokens_CT) for tokens_CT in micro_batches(self._tokens_WT)])
 
 
-def at_once(tokens_WT: Tensor) -> Sequence[Tensor]:
-    """Windows in parts that are computed together: larger batches cost time, not memory."""
+def micro_batches(tokens_WT: Tensor) -> Sequence[Tensor]:
+    """Split windows [W, T] into batches [C, T] small enough to compute at once."""
     return torch.split(tokens_WT, max(1, _TOKENS_AT_ONCE // tokens_WT.shape[1]))

@@ -1,8 +1,8 @@
-"""KL divergence of the next token from hidden states, without all logits at once.
+"""KL divergence of the next token from hidden states, without holding all logits at once.
 
-The gradient with respect to logits is the difference of the two distributions: it is there as soon
-as the loss is, and no more than a part of the positions has its distributions at hand at a time.
-Liger-Kernel (arXiv 2410.10989) fuses the head with its loss so.
+The gradient with respect to the logits is the difference of the two distributions, so it can be
+computed together with the loss, a few positions at a time. Liger-Kernel (arXiv 2410.10989) fuses
+the head with its loss in the same way.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from cqil_dist.planning.measure.grouped_model import next_token_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Positions whose distributions over the vocabulary are held at once, by teacher and student.
+# Positions for which both distributions over the vocabulary are held at once.
 _ROWS_AT_ONCE = 128
 
 
 def kl_loss(model: PreTrainedModel, teacher_CTD: Tensor, student_CTD: Tensor) -> Tensor:
-    """KL(teacher || student) of the next token, nats, mean over positions: a scalar with gradient.
+    """KL(teacher || student) of the next token, in nats, averaged over positions.
+
+    The scalar has a gradient with respect to the student's hidden states.
 
     Args:
-        model: whose head makes logits of both; it is not trained.
-        teacher_CTD: hidden states [C, T, D], as are the student's.
+        model: the model whose head gives both distributions; the head gets no gradient.
+        teacher_CTD: the teacher's final hidden states, [C, T, D].
+        student_CTD: the student's final hidden states, [C, T, D].
     """
     loss: Tensor = _KLLoss.apply(student_CTD, teacher_CTD, model)  # type: ignore[no-untyped-call]
     return loss
@@ -35,21 +38,21 @@ def kl_loss(model: PreTrainedModel, teacher_CTD: Tensor, student_CTD: Tensor) ->
 class _KLLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_CTD: Tensor, teacher_CTD: Tensor, model: Any) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+        differentiable = ctx.needs_input_grad[0]
         teacher_ND, student_ND = teacher_CTD.flatten(0, -2), student_CTD.flatten(0, -2)
         total = 0.0
-        gradient_ND = torch.empty_like(student_ND) if wanted else None
+        gradient_ND = torch.empty_like(student_ND) if differentiable else None
         for first in range(0, len(student_ND), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            leaf_RD = student_ND[rows].detach().requires_grad_(wanted)
+            leaf_RD = student_ND[rows].detach().requires_grad_(differentiable)
             with torch.enable_grad():
                 logits_RV = next_token_logits(model, leaf_RD)
             teacher_RV = next_token_logits(model, teacher_ND[rows]).log_softmax(-1)
             student_RV = logits_RV.detach().log_softmax(-1)
-            likely_RV = teacher_RV.exp()
-            total += float((likely_RV * teacher_RV.sub_(student_RV)).sum())
+            target_RV = teacher_RV.exp()
+            total += float((target_RV * teacher_RV.sub_(student_RV)).sum())
             if gradient_ND is not None:
-                change_RV = student_RV.exp_().sub_(likely_RV).div_(len(student_ND))
+                change_RV = student_RV.exp_().sub_(target_RV).div_(len(student_ND))
                 (gradient_ND[rows],) = torch.autograd.grad(logits_RV, leaf_RD, change_RV)
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND.view_as(student_CTD))

@@ -1,10 +1,10 @@
-"""One model, and what is kept of measuring it: text that it said, and how far plans are from it.
+"""The model that planning measures, and the measurements of it that are kept.
 
-Under the cache directory, for each model by its content:
+The cache directory has a folder for each model, named by the checksum of its files:
 
-    plans/<model>/sampled-*.pt                   text that the model said
-    plans/<model>/<how>/compared-*.jsonl         groups and plans measured on a text
-    plans/<model>/<how>/scored-*.json            the original, scored on a text or a task
+    plans/<model>/sampled-*.pt                   text sampled from the model
+    plans/<model>/<setting>/compared-*.jsonl     groups and plans measured on a text
+    plans/<model>/<setting>/scored-*.json        the original model's scores on a text or a task
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
 
 _SAMPLED_TOKENS = 262_144
 
-# Kept measurements are of this version. It is raised by hand with every change to what is computed
-# (the group equations, text windows, compensation, scores), so that nothing measured by other
-# arithmetic is taken up again, and an edit of a comment costs nobody hours.
+# Part of the key of every kept measurement. It is raised by hand with each change to what is
+# computed (the group equations, text windows, compensation, scores), so that nothing measured by
+# other arithmetic is used again, and editing a comment costs nobody hours.
 MEASUREMENT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model that is measured.
+    """A model, and the device and precision that it is measured in.
 
     Attributes:
-        name: what the user calls it.
-        device: where it is computed.
-        dtype: of its weights there.
-        matmul_precision: of float32 products, in torch's words.
+        name: the model's name or path, as the user gave it.
+        path: the directory of its files.
+        dtype: of its weights.
+        matmul_precision: of float32 products, as torch names it.
     """
 
     name: str
@@ -67,11 +67,13 @@ class MeasuredModel:
 
     @classmethod
     def of(cls, name: str, computing: ComputeConfig, progress: Progress) -> MeasuredModel:
-        """Fetch the model if need be. Sets the process's precision of float32 products.
+        """Find the model, and download it if necessary.
+
+        This sets the process's precision of float32 products.
 
         Raises:
             ModelError: the model cannot be found.
-            ConfigError: there is no such device.
+            ConfigError: the device is "cuda", but there is no GPU.
         """
         device, dtype = computing.device, computing.dtype
         if device == "auto":
@@ -96,14 +98,16 @@ class MeasuredModel:
         return ModelConfig.from_directory(self.path)
 
     def plan(self, source: PlanSource) -> Plan:
-        """Raises PlanError where there is no such plan for this model."""
+        """The plan that the user gave. Raises PlanError if it is none for this model."""
         return plan_for(source, self.name, self.config.num_layers)
 
     def concurrent_plan(self, source: PlanSource) -> Plan:
-        """One that loses something. Raises PlanError where there is none, or it loses nothing."""
+        """The plan that the user gave. Raises PlanError also if it changes nothing."""
         plan = self.plan(source)
         if plan.is_sequential:
-            raise PlanError(f"plan {plan} is the original model: it loses nothing to win back")
+            raise PlanError(
+                f"plan {plan} is the original model: it loses nothing to win back; give another"
+            )
         return plan
 
     @cached_property
@@ -116,7 +120,7 @@ class MeasuredModel:
 
     @cached_property
     def folder(self) -> Path:
-        """Where what is measured of this model is kept. Raises ConfigError if nothing can be."""
+        """The model's folder in the cache. Raises ConfigError if it cannot be written to."""
         files = sorted([self.path / "config.json", *self.path.glob("*.safetensors")])
         content = "".join(content_sha256(file.resolve(), self.progress) for file in files)
         folder = cache_dir() / "plans" / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -124,13 +128,16 @@ class MeasuredModel:
         return folder
 
     def windows(self, files: Sequence[Path], length: int, tokens: int | None, seed: int) -> Windows:
-        """Calibration text: of these files, or where there are none, of the model's own.
+        """Calibration text from files or, if none are given, sampled from the model.
 
         Args:
-            tokens: how much; None for all that the files hold, or 262,144 of the model's own.
+            length: tokens of a window.
+            tokens: how many in all; None takes everything in the files, or samples 262,144.
+            seed: of the windows' choice, or of the sampling.
 
         Raises:
-            TextError: the files cannot be read or hold too little, or the model takes less at once.
+            TextError: a file cannot be read, the files hold too little text, or windows are longer
+                than the model's context.
         """
         if length > self.config.max_positions:
             raise TextError(
@@ -143,7 +150,7 @@ class MeasuredModel:
         return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
 
     def extended(self, text: Windows, tokens: int, seed: int) -> Windows:
-        """A text with so many tokens of the model's own, half of them going on from it."""
+        """A text mixed with so many tokens sampled from the model, half of which continue it."""
         if not tokens:
             return text
         sampled = self._sampled(text.token_ids_WT.shape[1], tokens, seed, text)
@@ -164,18 +171,18 @@ class MeasuredModel:
 
     @property
     def results(self) -> Path:
-        """Folder of what depends on how the model is computed, and by which programs."""
+        """The folder of measurements by this device, precision and versions of the programs."""
         programs = [f"{name}-{version}" for name, version in _programs().items()]
         return self.folder / "-".join([self.numerics, *programs])
 
     @property
     def numerics(self) -> str:
-        """How, where it makes a difference to what is measured."""
+        """The device, dtype and precision in one word, as part of a cache key."""
         return "-".join(self._computed.values())
 
     @property
     def setting(self) -> dict[str, str]:
-        """How the model is computed, and by which programs, for people."""
+        """The device, dtype, precision and versions, for reports."""
         return {**self._computed, **_programs()}
 
     @property
@@ -187,17 +194,18 @@ class MeasuredModel:
         }
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
-        """An adapter that can be merged.
+        """The adapter in a directory, checked against the model and the plan.
 
         Raises:
-            CheckpointError: it is damaged, or made for a model of another shape.
+            CheckpointError: a file is missing or damaged, or is for a model of another shape.
             PlanError: it was made for another plan.
+            UnsupportedModel: it is not plain LoRA.
         """
         return Adapter.made_for(path, self.config, plan)
 
 
 def _programs() -> dict[str, str]:
-    """Versions of everything that decides what is measured."""
+    """The version of every program that a measurement depends on."""
     return {
         "cqil-dist": f"{version('cqil-dist')}+{MEASUREMENT_VERSION}",
         **{name: version(name) for name in ("torch", "transformers")},

@@ -1,4 +1,4 @@
-"""LoRAs added to a model's own weights, and taken away again."""
+"""LoRA changes that are added to a model's weights, and undone again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Merged:
-    """Changes that were added to a model's weights. The weights before are kept.
+    """A model with changes added to its weights; the weights before are kept.
 
     Attributes:
-        model: whose weights they are.
-        loras: what was added, by module.
+        model: the model.
+        loras: the change that was added to each module.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -28,12 +28,12 @@ class Merged:
         self._before: dict[nn.Parameter, Tensor] = {}
 
     def weight(self, module: str) -> nn.Parameter:
-        """As it is now, [O, I]."""
+        """The current weight [O, I] of a module."""
         weight: nn.Parameter = self.model.get_parameter(f"{module}.weight")
         return weight
 
     def add(self, module: str, lora: Lora) -> None:
-        """Add a change, one to each module."""
+        """Add a change to a module's weight; a module can have one change."""
         weight = self.weight(module)
         self.loras[module] = lora
         self._before.setdefault(weight, weight.data)
@@ -42,7 +42,7 @@ class Merged:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Within the block the model has the weights that it had before."""
+        """Give the model the weights it had before, within the block."""
         now = {weight: weight.data for weight in self._before}
         self.undo()
         try:
@@ -51,12 +51,12 @@ class Merged:
             _put(now)
 
     def undo(self) -> None:
-        """Give the model back the weights that it had before."""
+        """Give the model the weights it had before, for good."""
         _put(self._before)
 
 
 def merge(model: PreTrainedModel, adapter: Adapter | None) -> Merged:
-    """Add an adapter's changes to a model's weights, all of them or, in an error, none."""
+    """Add an adapter's changes to a model's weights; if one fails, none is added."""
     merged = Merged(model)
     try:
         for module, lora in ({} if adapter is None else adapter.loras()).items():

@@ -1,4 +1,4 @@
-"""Text that a model says itself: to measure plans on, to fit and to train."""
+"""Text sampled from the model itself, to measure plans on, fit adapters to and train them with."""
 
 from __future__ import annotations
 
@@ -12,66 +12,67 @@ import torch
 from torch import Tensor
 
 from cqil_dist.model.config import ModelConfig
-from cqil_dist.planning.measure.windows import Windows, first_tokens
+from cqil_dist.planning.measure.windows import Windows, leading_tokens
 from cqil_dist.progress import Progress, Task
 from cqil_dist.records import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Windows that are sampled at the same time, as far as their keys and values fit into so much.
+# Windows that are sampled together: fewer where their keys and values would not fit this memory.
 _WINDOWS_AT_ONCE = 128
 _BYTES_AT_ONCE = 4 << 30
 
 
 @dataclass(frozen=True)
 class SeedPrompts:
-    """What windows begin with that a model goes on from, so that they are of many kinds.
+    """The varied beginnings from which a model is sampled.
 
-    A token taken at random, as in LLM-QAT (arXiv 2305.17888). Where there is a text, every second
-    window begins with a stretch of it in place of that, half a window at most: what the model says
-    then is of the text's kind. Before either come the tokens that all texts begin with.
+    A beginning is one random token, as in LLM-QAT (arXiv 2305.17888). Given a text, every second
+    beginning is a random excerpt of it instead, half a window long at most, so that the model
+    goes on in the style of that text. The tokenizer's leading tokens come before either.
 
     Attributes:
-        tokens_N: to take one of.
-        first: what every window begins with, those of the text too.
-        text: to take stretches of.
+        tokens_N: the tokens that a random one is chosen from.
+        leading: the tokens that every window starts with, the text's own windows included.
+        text: the text that excerpts are taken from, if any.
     """
 
     tokens_N: Tensor
-    first: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
     text: Windows | None = None
 
     @classmethod
     def ordinary(
         cls, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: Windows | None = None
     ) -> SeedPrompts:
-        """With every token that is not a special one."""
+        """Prompts of every token that is not special, or of a text's excerpts."""
         special = set(tokenizer.all_special_ids)
         ordinary = torch.tensor([i for i in range(vocab_size) if i not in special])
-        return cls(ordinary, tuple(first_tokens(tokenizer)), text)
+        return cls(ordinary, tuple(leading_tokens(tokenizer)), text)
 
     @cached_property
     def digest(self) -> str:
-        parts = [self.tokens_N.numpy().tobytes(), torch.tensor(self.first).numpy().tobytes()]
+        """Checksum of everything that the prompts are drawn from."""
+        parts = [self.tokens_N.numpy().tobytes(), torch.tensor(self.leading).numpy().tobytes()]
         if self.text is not None:
             parts.append(self.text.digest.encode())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def draw(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Begun windows [count, length]; -1 from where the model is to go on."""
-        begun_WT = torch.full((count, length), -1)
-        first = len(self.first)
-        begun_WT[:, :first] = torch.tensor(self.first, dtype=torch.long)
-        begun_WT[:, first] = self.tokens_N[_integers(len(self.tokens_N), count, generator)]
+        """Windows [count, length] that hold their prompts, and -1 where the model is to go on."""
+        prompts_WT = torch.full((count, length), -1)
+        first = len(self.leading)
+        prompts_WT[:, :first] = torch.tensor(self.leading, dtype=torch.long)
+        prompts_WT[:, first] = self.tokens_N[_integers(len(self.tokens_N), count, generator)]
         if self.text is not None:
             text_WT = self.text.token_ids_WT[:, first:]
-            for window_T in begun_WT[::2, first:]:
+            for window_T in prompts_WT[::2, first:]:
                 row = _integers(len(text_WT), 1, generator)[0]
                 tokens = 1 + int(_integers(max(1, len(window_T) // 2), 1, generator))
                 start = int(_integers(text_WT.shape[1] - tokens + 1, 1, generator))
                 window_T[:tokens] = text_WT[row, start : start + tokens]
-        return begun_WT
+        return prompts_WT
 
 
 def sampled_windows(
@@ -85,51 +86,51 @@ def sampled_windows(
     numerics: str,
     progress: Progress,
 ) -> Windows:
-    """Windows that the model itself says, at temperature 1. None ends before it is full.
+    """Windows [count, length] sampled from the model at temperature 1, past any end token.
 
-    Kept batch after batch, so that sampling that was interrupted goes on.
+    Every batch is written to a file once it is complete, so that interrupted sampling resumes.
 
     Args:
-        folder: of what is kept of the model.
-        numerics: how it is computed, where it makes a difference.
+        folder: the model's folder in the cache.
+        numerics: names the device, dtype and precision, on which the samples depend.
     """
     kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
     fitting = _BYTES_AT_ONCE // (kv_values * model.dtype.itemsize)
     at_once = max(1, min(_WINDOWS_AT_ONCE, fitting))
-    drawn = f"{length}x{count}-{at_once}-{seed}-{seed_prompts.digest}"  # what is said follows from
-    kept = folder / f"sampled-{drawn}-{numerics}.pt"
+    settings = f"{length}x{count}-{at_once}-{seed}-{seed_prompts.digest}-{numerics}"
+    cached = folder / f"sampled-{settings}.pt"
     ids_WT = torch.empty(0, length, dtype=torch.long)
-    if kept.is_file():
-        ids_WT = torch.load(kept, weights_only=True)
+    if cached.is_file():
+        ids_WT = torch.load(cached, weights_only=True)
     source = f"sampled from the model, seed {seed}"
     if (missing := count - len(ids_WT)) <= 0:
         return Windows(ids_WT, source)
     with progress.task("Sampling text", missing * length, "tokens") as task:
         for first in range(len(ids_WT), count, at_once):
             generator = torch.Generator().manual_seed(seed + 1_000_003 * first)
-            begun_BT = seed_prompts.draw(min(at_once, count - first), length, generator)
-            ids_WT = torch.cat([ids_WT, _said_after(model, begun_BT, generator, task)])
-            with whole_file(kept) as file:
+            prompts_BT = seed_prompts.draw(min(at_once, count - first), length, generator)
+            ids_WT = torch.cat([ids_WT, _completed(model, prompts_BT, generator, task)])
+            with whole_file(cached) as file:
                 torch.save(ids_WT, file)
     return Windows(ids_WT, source)
 
 
 @torch.inference_mode()
-def _said_after(
-    model: PreTrainedModel, begun_BT: Tensor, generator: torch.Generator, task: Task
+def _completed(
+    model: PreTrainedModel, prompts_BT: Tensor, generator: torch.Generator, task: Task
 ) -> Tensor:
-    """Begun windows, filled."""
-    said_BT = begun_BT.clone()
+    """Full windows [B, T]: the prompts, and what the model goes on with."""
+    sampled_BT = prompts_BT.clone()
     cache: Any = None
-    for at in range(1, said_BT.shape[1]):
-        last_B1 = said_BT[:, at - 1 : at].to(model.device)
+    for at in range(1, sampled_BT.shape[1]):
+        last_B1 = sampled_BT[:, at - 1 : at].to(model.device)
         output = model(last_B1, cache=cache, use_cache=True)
         cache = output.cache
         drawn_B = _drawn(output.logits[:, -1].float(), generator)
-        said_BT[:, at] = torch.where(begun_BT[:, at] < 0, drawn_B, begun_BT[:, at])
-        task.advance(len(said_BT))
-    task.advance(len(said_BT))
-    return said_BT
+        sampled_BT[:, at] = torch.where(prompts_BT[:, at] < 0, drawn_B, prompts_BT[:, at])
+        task.advance(len(sampled_BT))
+    task.advance(len(sampled_BT))
+    return sampled_BT
 
 
 def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
@@ -137,12 +138,12 @@ def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """A token [B] of each distribution, at temperature 1.
+    """One token of each row's distribution, [B], drawn at temperature 1.
 
-    By one random number a row: `torch.multinomial` draws one for every entry of the vocabulary,
-    which takes as long as the model does.
+    This takes one random number a row; `torch.multinomial` draws one for every entry of the
+    vocabulary, which takes as long as the model does.
     """
-    reached_BV = logits_BV.softmax(-1).cumsum(-1)
-    wanted_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(logits_BV.device)
-    drawn_B1 = torch.searchsorted(reached_BV, wanted_B1 * reached_BV[:, -1:], right=True)
+    cumulative_BV = logits_BV.softmax(-1).cumsum(-1)
+    random_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(logits_BV.device)
+    drawn_B1 = torch.searchsorted(cumulative_BV, random_B1 * cumulative_BV[:, -1:], right=True)
     return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1).cpu()

@@ -1,4 +1,4 @@
-"""How alike layers' inputs are, and plans chosen by that: what a search is compared with."""
+"""Similarity of layers' inputs, and the published ways to choose layers by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cqil_dist.planning.measure.baseline import Baseline
 
 
 def input_similarity(baseline: Baseline) -> Tensor:
-    """Cosine similarity of layers' inputs, mean over tokens: [L, L] (CQIL, section 3)."""
+    """Cosine similarity [L, L] of layers' inputs, averaged over tokens (CQIL, section 3)."""
     layers = baseline.num_layers
     sums = torch.zeros(layers, layers)
     count = 0
@@ -23,9 +23,9 @@ def input_similarity(baseline: Baseline) -> Tensor:
 
 
 def regular_plan(similarity_LL: Tensor, size: int, depth: int, bypass: Bypass) -> Plan | None:
-    """The paper's P S E plan of this depth whose groups' members have the most alike inputs.
+    """The regular plan of this depth whose groups have the most similar inputs (CQIL's P, S, E).
 
-    None where groups of `size` do not give that depth.
+    None where no number of groups of `size` layers gives that depth.
     """
     layers = len(similarity_LL)
     groups, left = divmod(layers - depth, size - 1)
@@ -39,10 +39,10 @@ def regular_plan(similarity_LL: Tensor, size: int, depth: int, bypass: Bypass) -
 
 
 def without_layers(similarity_LL: Tensor, depth: int) -> list[int]:
-    """The layers that are left where those that change their input least are removed.
+    """The `depth` layers that remain when those that change their input least are removed.
 
-    That is ShortGPT's block influence (arXiv 2403.03853). The last layer, whose output is no
-    layer's input, stays.
+    This is ShortGPT's block influence (arXiv 2403.03853). The last layer always stays, since its
+    output is no layer's input.
     """
     influence = 1 - similarity_LL.diagonal(offset=1)
     layers = len(similarity_LL)

@@ -1,4 +1,4 @@
-"""Text to measure plans on, in windows of tokens; read from files."""
+"""Text in windows of tokens, to measure plans on: read from files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cqil_dist.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Characters that are made tokens of at a time: a tokenizer takes a hundred bytes for each.
+# Characters that are tokenised at a time: a tokenizer takes a hundred bytes of memory for each.
 _BLOCK = 1 << 21
 
 
@@ -27,14 +27,14 @@ class Windows:
     """Text, cut into W windows of T tokens.
 
     Attributes:
-        token_ids_WT: int64.
-        source: what it was taken from, for people.
-        files: checksums of the files it was taken from.
+        token_ids_WT: token ids, int64.
+        source: where the text is from, in words.
+        checksums: SHA-256 of each text file that the windows are from.
     """
 
     token_ids_WT: Tensor
     source: str
-    files: frozenset[str] = frozenset()
+    checksums: frozenset[str] = frozenset()
 
     @property
     def tokens(self) -> int:
@@ -45,17 +45,17 @@ class Windows:
 
     @cached_property
     def digest(self) -> str:
-        """Of the tokens: what was measured on them can be found again."""
+        """Checksum of the tokens, by which measurements on them are found again."""
         shape = str(tuple(self.token_ids_WT.shape)).encode()
         return hashlib.sha256(shape + self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
 
     def mixed_with(self, other: Windows, seed: int) -> Windows:
-        """The windows of both, in an order that follows from the seed."""
+        """The windows of both texts, shuffled by the seed."""
         both_WT = torch.cat([self.token_ids_WT, other.token_ids_WT])
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(both_WT), generator=generator)
         source = f"{self.source}, {other.source}"
-        return Windows(both_WT[order], source, self.files | other.files)
+        return Windows(both_WT[order], source, self.checksums | other.checksums)
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
         """All but the last `held_out` windows, and those. Raises TextError if none are left."""
@@ -78,14 +78,15 @@ def read_windows(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Windows:
-    """Windows of text files, none overlapping another.
+    """Windows of text files that do not overlap.
 
-    Each begins with the tokens that the tokenizer begins a text with, as what the runtime computes
-    does: attention leans on them.
+    Each starts with the tokenizer's leading tokens, as every prompt does in the runtime: attention
+    relies on them.
 
     Args:
         length: tokens of a window.
-        count: take so many, at random; None takes all, in order.
+        count: how many windows to choose at random; None takes all of them, in order.
+        seed: of the random choice.
 
     Raises:
         TextError: a file cannot be read, or there is not enough text.
@@ -96,26 +97,26 @@ def read_windows(
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"cannot read text from {path}: {error}") from error
-    first = torch.tensor(first_tokens(tokenizer), dtype=torch.long)
-    cut_WT = _cut(texts, tokenizer, length - len(first), progress or SilentProgress())
-    windows = torch.cat([first.expand(len(cut_WT), -1), cut_WT], 1)
+    leading = torch.tensor(leading_tokens(tokenizer), dtype=torch.long)
+    cut_WT = _cut(texts, tokenizer, length - len(leading), progress or SilentProgress())
+    windows_WT = torch.cat([leading.expand(len(cut_WT), -1), cut_WT], 1)
     needed = 1 if count is None else count
-    if len(windows) < needed:
+    if len(windows_WT) < needed:
         raise TextError(
-            f"{', '.join(map(str, paths))} hold {len(windows)} windows of {length} tokens but "
+            f"{', '.join(map(str, paths))} hold {len(windows_WT)} windows of {length} tokens but "
             f"{needed} are needed; give more text, or ask for less"
         )
     if count is not None:
         generator = torch.Generator().manual_seed(seed)
-        windows = windows[torch.randperm(len(windows), generator=generator)[:count]]
+        windows_WT = windows_WT[torch.randperm(len(windows_WT), generator=generator)[:count]]
     checksums = frozenset(hashlib.sha256(text.encode()).hexdigest() for text in texts)
-    return Windows(windows, ", ".join(path.name for path in paths), checksums)
+    return Windows(windows_WT, ", ".join(path.name for path in paths), checksums)
 
 
 def _cut(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
 ) -> Tensor:
-    """Texts in rows of so many tokens; what is left over at the end of a block is dropped."""
+    """Texts in rows of `length` tokens; a block's last tokens that fill no row are dropped."""
     blocks = [block for text in texts for block in _blocks(text)]
     rows_WT = [torch.empty(0, length, dtype=torch.long)]
     with progress.task("Reading text", len(blocks), "blocks") as task:
@@ -128,7 +129,7 @@ def _cut(
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """A text in parts that end with a line, where lines are not longer than a part."""
+    """A text in blocks that end with a line, or within a line that is longer than a block."""
     start = 0
     while start < len(text):
         end = start + _BLOCK
@@ -138,7 +139,7 @@ def _blocks(text: str) -> Iterator[str]:
         start = end
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer begins every text with: in some families a token for just that."""
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before every text; some families have none."""
     ids: Any = tokenizer("")["input_ids"]
     return list(ids)

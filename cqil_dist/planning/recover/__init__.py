@@ -1,1 +1,1 @@
-"""Wins back quality that a plan costs: compensation by regression, and distillation."""
+"""Recovering the quality that a plan costs: compensation by regression, and distillation."""

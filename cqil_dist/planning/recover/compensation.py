@@ -1,19 +1,20 @@
-"""What groups get wrong, taken back by linear regression: no training, no cost at run time.
+"""Compensating a plan's error by linear regression, without training or any cost at run time.
 
-A member of a group reads what the group was given, not what the members before it made of that. To
-a first approximation the difference is a linear map J of what it does read; so is, of its output,
-what a member misses in the end. Ridge regression on calibration text finds these maps, and they
-fold into the projections beside them:
+A member of a group takes the group's input, and not the output of the members before it. To a first
+approximation, the difference between the two is a linear map J of the input it takes, and what its
+output then lacks is a linear map of that output. Ridge regression on calibration text fits these
+maps, which fold into the projections beside them:
 
     attention inputs        after the norm, of each member     W' = W (I + J)    q, k and v
     feed-forward inputs     after the norm, of each member     W' = W (I + J)    gate and up
     feed-forward outputs    of all members together            W' = (I + J) W    down
 
-Each is fitted with those above it in place, group after group, so that it takes back as well what
-those before have left. Of each map the directions that explain most are kept: a LoRA adapter.
+Each map is fitted with those above it in place, one group after the other, so that it also corrects
+the error that those before it have left. The directions of each map that explain most are kept, as
+a LoRA adapter.
 
-Maps of what has the model's width generalise; changes of the down projections themselves, which
-have as many inputs as there are activations, fit the same text better and other text worse.
+Maps of the model's width generalise. Regression on the activations before the down projections,
+which are wider, fits the calibration text better and other text worse.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from cqil_dist.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The norms of a layer in the order they are computed, and the projections that read each.
-_READERS = {
+# A layer's norms, in the order they are computed, and the projections that take each one's output.
+_PROJECTIONS_AFTER = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
@@ -49,15 +50,15 @@ _OUTPUT = "mlp.down_proj"
 
 
 class Compensation:
-    """Fits maps to the groups of one model, on one text, as often as asked.
+    """Fits and applies maps that correct the groups of one model, on one calibration text.
 
-    Holds a hidden state a token and layer, in float32 some ten more a token and member of the group
-    that is being fitted, and while maps are in place the weights they change twice.
+    In memory are a hidden state a token and layer, some ten more in float32 a token and member of
+    the group that is being fitted, and, while maps are applied, the weights they change twice.
 
     Attributes:
-        windows: calibration text; ten times as many tokens as the model is wide, or more.
-        rank: of each map.
-        ridge: penalty on a map, as a part of its inputs' mean square.
+        windows: calibration text, of at least ten times as many tokens as the model is wide.
+        rank: the rank to which each map is reduced.
+        ridge: penalty on a map, relative to its inputs' mean square.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Compensation:
 
     @cached_property
     def _states_WL(self) -> list[list[Tensor]]:
-        """By window, what the original hands to each layer, and what the last makes of it.
+        """For each window, the original model's layer inputs and last output, [1, T, D] each.
 
-        Computed when first needed: where everything was measured before, nothing is fitted.
+        They are computed when first needed: if every result is known already, nothing is fitted.
         """
         count = len(self.windows.token_ids_WT)
         with (
@@ -98,11 +99,11 @@ class Compensation:
     def applied(
         self, groups: Sequence[Group], progress: Progress | None = None
     ) -> Iterator[Merged]:
-        """Within the block the model is compensated for these groups.
+        """Compensate the model for these groups within the block.
 
         Args:
-            groups: adjacent ones, in order: the first takes what the original hands it, the others
-                what those before make of it.
+            groups: adjacent groups, in order. The first one's input is the original model's, each
+                other one's is the output of the group before it.
 
         Raises:
             TextError: there is too little text for so small a ridge.
@@ -121,33 +122,36 @@ class Compensation:
         with progress.task("Fitting groups", len(groups), "groups") as task:
             for group in groups:
                 fit = _Fit(merged, group, inputs, self.ridge, self.rank)
-                original = self._read_in_original(group)
-                for norm in _READERS:
+                original = self._original_activations(group)
+                for norm in _PROJECTIONS_AFTER:
                     fit.correct_inputs(norm, original)
                 inputs = fit.correct_outputs(self._states(group.layers[-1] + 1))
                 task.advance()
 
     def _states(self, layer: int) -> list[Tensor]:
-        """What the original hands to a layer, by window; one above the last is the model's."""
+        """The original input of a layer for each window; after the last layer, its output."""
         return [states_L[layer] for states_L in self._states_WL]
 
-    def _read_in_original(self, group: Group) -> _Recorded:
-        """What its members read there; the group's own layers are unchanged yet."""
-        read: _Recorded = {}
+    def _original_activations(self, group: Group) -> _Activations:
+        """The norms' outputs in the original model; the group's own layers are still unchanged."""
+        found: _Activations = {}
         for layer in group.layers:
-            read |= _read(self._model, Group((layer,)), _READERS, self._states(layer))
-        return read
+            inputs = self._states(layer)
+            found |= _norm_outputs(self._model, Group((layer,)), _PROJECTIONS_AFTER, inputs)
+        return found
 
 
-_Recorded = dict[tuple[int, str], list[Tensor]]
+# The outputs [T, D] of a layer's module, window after window, by layer and module name.
+_Activations = dict[tuple[int, str], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """The maps of one group, found and put in place.
+    """Fits the maps of one group, and applies each at once.
 
     Attributes:
-        group_inputs: by window, [1, T, D].
+        merged: the model, with the maps of the groups before.
+        group_inputs: the group's input for each window, [1, T, D].
     """
 
     merged: Merged
@@ -156,22 +160,22 @@ class _Fit:
     ridge: float
     rank: int
 
-    def correct_inputs(self, norm: str, original: _Recorded) -> None:
-        """Bring what each member reads after a norm nearer what it reads in the original."""
-        read = _read(self.merged.model, self.group, [norm], self.group_inputs)
+    def correct_inputs(self, norm: str, original: _Activations) -> None:
+        """Bring every member's activations after a norm closer to those in the original model."""
+        outputs = _norm_outputs(self.merged.model, self.group, [norm], self.group_inputs)
         for layer in self.group.layers:
-            pairs = zip(read[layer, norm], original[layer, norm], strict=True)
-            samples = ((read_TD, original_TD - read_TD) for read_TD, original_TD in pairs)
+            pairs = zip(outputs[layer, norm], original[layer, norm], strict=True)
+            samples = ((x_TD, original_TD - x_TD) for x_TD, original_TD in pairs)
             b_DR, a_RD = _reduced_rank_ridge(samples, self.ridge, self.rank)
-            for name in _READERS[norm]:
+            for name in _PROJECTIONS_AFTER[norm]:
                 module = layer_tensor(layer, name)
                 weight_OD = self.merged.weight(module).float()
                 self.merged.add(module, Lora(a_RD, weight_OD @ b_DR))
 
     def correct_outputs(self, targets: Sequence[Tensor]) -> list[Tensor]:
-        """Bring the group's outputs nearer the original's; returns what they are now."""
+        """Bring the group's outputs closer to the targets, and return what they are then."""
         model = self.merged.model
-        with _recorded(model, self.group, [_OUTPUT]) as recorded:
+        with _recording(model, self.group, [_OUTPUT]) as recorded:
             outputs = [hidden_after(model, [self.group], x) for x in self.group_inputs]
         members = [recorded[layer, _OUTPUT] for layer in self.group.layers]
         parts = [torch.cat(each, -1) for each in zip(*members, strict=True)]
@@ -184,21 +188,22 @@ class _Fit:
             module = layer_tensor(layer, _OUTPUT)
             weight_DI = self.merged.weight(module).float()
             self.merged.add(module, Lora(a_RD @ weight_DI, b_DR))
-        changed = (part_TK @ a_RK.T @ b_DR.T for part_TK in parts)
         return [
-            output + change_TD.to(output.dtype)
-            for output, change_TD in zip(outputs, changed, strict=True)
+            output + (part_TK @ a_RK.T @ b_DR.T).to(output.dtype)
+            for output, part_TK in zip(outputs, parts, strict=True)
         ]
 
 
 @contextmanager
-def _recorded(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Iterator[_Recorded]:
-    """What these parts of the members give, [T, D] in float32, window after window.
+def _recording(
+    model: PreTrainedModel, group: Group, names: Iterable[str]
+) -> Iterator[_Activations]:
+    """Record the outputs of these modules of the members, in float32, within the block.
 
-    Without their biases: a linear map of the weights leaves those alone.
+    Biases are left out, since a linear map of the weights does not change them.
     """
     decoder: Any = model.get_decoder()
-    recorded: _Recorded = {}
+    recorded: _Activations = {}
     hooks = []
 
     def record(key: tuple[int, str], module: Any, output: Tensor) -> None:
@@ -220,12 +225,12 @@ def _recorded(model: PreTrainedModel, group: Group, names: Iterable[str]) -> Ite
             hook.remove()
 
 
-def _read(
+def _norm_outputs(
     model: PreTrainedModel, group: Group, norms: Iterable[str], inputs: Sequence[Tensor]
-) -> _Recorded:
-    """What the members read after these norms, where the group is given these inputs.
+) -> _Activations:
+    """The outputs of the members' norms for these inputs of the group.
 
-    The feed-forward parts, most of the work, come after both norms and are left out.
+    The feed-forward parts, which are most of the work and come after both norms, are left out.
     """
     decoder: Any = model.get_decoder()
     layers = [decoder.layers[layer] for layer in group.layers]
@@ -233,21 +238,22 @@ def _read(
     for layer in layers:
         layer.mlp = nn.Identity()
     try:
-        with _recorded(model, group, norms) as read:
+        with _recording(model, group, norms) as recorded:
             for x in inputs:
                 hidden_after(model, [group], x)
     finally:
         for layer, mlp in zip(layers, left_out, strict=True):
             layer.mlp = mlp
-    return read
+    return recorded
 
 
 def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and residual of tokens, in parts of the token's target or output, the larger.
+    """Inputs and residual of each token, divided by the RMS of its target or output, the larger.
 
-    What comes next normalises its input: a few tokens that are a thousand times larger than all
-    others would decide everything. So would a few that a group makes a hundred times larger than
-    they are in the original, of which 64k tokens of text held some.
+    The next layer normalises its input, so a token's size does not matter there. In the regression,
+    the few tokens that are a thousand times larger than all others would outweigh everything. So
+    would the few that a group makes a hundred times larger than they are in the original model, of
+    which there were some in 64k tokens of text.
     """
     squares = (each.pow(2).mean(-1, keepdim=True) for each in (output_TD, target_TD))
     scale_T1 = torch.maximum(*squares).rsqrt()
@@ -257,10 +263,12 @@ def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[
 def _reduced_rank_ridge(
     samples: Iterable[tuple[Tensor, Tensor]], ridge: float, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Factors [D, rank] and [rank, K] of a map of inputs that takes most of a residual away.
+    """Factors [D, R] and [R, K] of the map from inputs to residuals that ridge regression finds.
 
     Args:
-        samples: inputs [N, K] and residuals [N, D], float32, part after part.
+        samples: batches of inputs [N, K] and residuals [N, D], float32.
+        ridge: penalty, relative to the inputs' mean square.
+        rank: the largest rank R of the map.
     """
     parts = ((x_NK.T @ x_NK, x_NK.T @ residual_ND) for x_NK, residual_ND in samples)
     gram_KK, cross_KD = next(parts)
@@ -276,7 +284,7 @@ def _reduced_rank_ridge(
             "give more text, or a larger ridge"
         )
     change_KD = torch.cholesky_solve(cross_KD, factor_KK)
-    # Of what the full change explains, the directions of the output that have most of it.
+    # The output directions that hold most of what the full map explains.
     explained_DD = change_KD.T @ gram_KK @ change_KD
     directions_DR = torch.linalg.eigh(explained_DD).eigenvectors[:, -rank:]
     return directions_DR.float(), (change_KD @ directions_DR).T.float().contiguous()

@@ -1,9 +1,9 @@
-"""Teaches a model under a plan to say what it says without: LoRA, the model its own teacher.
+"""Distillation of a model under a plan: trains a LoRA adapter, the model being its own teacher.
 
-Teacher and student are one model in one process: the teacher walks the layers one by one with the
-adapter off, the student walks the plan's groups with it on. What is learnt is the KL divergence of
-the next token. Every step follows from its number and the seed, so that a run that was interrupted
-goes on as if it had not been.
+Teacher and student are one model in one process: the teacher computes the layers one by one with
+the adapter off, the student computes the plan's groups with it on. The loss is the KL divergence of
+the next token. Every step depends on its number and the seed alone, so that an interrupted run
+resumes as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from cqil_dist.model.adapter import Adapter, Lora, write_adapter
 from cqil_dist.plan import Plan
 from cqil_dist.planning.measure.grouped_model import final_hidden, grouped
-from cqil_dist.planning.measure.held_out import HeldOut, at_once
+from cqil_dist.planning.measure.held_out import HeldOut, micro_batches
 from cqil_dist.planning.measure.kl_loss import kl_loss
 from cqil_dist.planning.measure.merging import merge
 from cqil_dist.planning.measure.windows import Windows
@@ -49,19 +49,23 @@ def distill(
     start: Adapter | None = None,
     on_evaluation: Callable[[TrainingLog], None] = lambda log: None,
 ) -> TrainingLog:
-    """Train an adapter for a plan, and write it to `output` in peft's format, the plan with it.
+    """Train an adapter for a plan, and write it to `output` in peft's format, with the plan.
+
+    The model's weights are left as they were.
 
     Args:
-        teacher: what tells the model's weights and arithmetic from others'; a run of others is not
-            gone on with.
-        made: what is written of the text beside the plan, under "measured".
-        start: changes to begin with; the adapter holds them beside what is trained.
-        on_evaluation: called after each look at the held-out windows.
+        held_out: text that is not trained on, but evaluated on at times.
+        output: the adapter's folder, which also holds the state of an unfinished run.
+        teacher: identifies the model's weights and arithmetic; a run with others is not resumed.
+        made: the adapter's provenance, which is written with the plan under "measured".
+        start: an adapter to begin with; its changes become part of the new one.
+        on_evaluation: called after each evaluation on the held-out windows.
+
+    Returns:
+        The losses of all steps, those before an interruption included.
 
     Raises:
         ConfigError: `output` holds a run of another model, plan, text or config.
-
-    The model's weights are left as they were.
     """
     identity = _identity(teacher, plan, train, held_out, config, start)
     state = TrainingState(output, identity)
@@ -90,41 +94,42 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     log = state.resume(peft_model, optimizer)
 
-    kept = HeldOut(peft_model, held_out, student.teacher_hidden)
+    unseen = HeldOut(peft_model, held_out, student.teacher_hidden)
 
-    def note_held_out() -> None:
-        log.held_out[len(log.losses)] = kept.kl(plan.groups, student.hidden)
+    def evaluate() -> None:
+        log.held_out[len(log.losses)] = unseen.kl(plan.groups, student.hidden)
         on_evaluation(log)
 
     with progress.task("Distilling", config.steps, "steps") as task:
         task.update(len(log.losses))
         if not log.losses:
-            note_held_out()
+            evaluate()
         for step in range(len(log.losses), config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            log.losses.append(_add_gradients(student, plan, _batch(train, config, step), config))
+            indices = _indices(len(train.token_ids_WT), config, step)
+            tokens_BT = train.token_ids_WT[indices]
+            log.losses.append(_add_gradients(student, plan, tokens_BT, config))
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             task.advance()
             done = step + 1
             if done % config.eval_steps == 0 or done == config.steps:
-                note_held_out()
+                evaluate()
             if done % config.save_steps == 0 or done == config.steps:
                 state.save(peft_model, optimizer, log)
     return log
 
 
 class _Student:
-    """A model with an adapter, whose teacher it is itself without.
+    """A model with an adapter in training, which is its own teacher when the adapter is off.
 
-    Changes to begin with are added to the student's frozen weights: the adapter that is trained
-    stays small however large they are. The teacher's weights are put in their place while it
-    teaches.
+    The changes of an adapter to begin with are added to the frozen weights, so that the one in
+    training stays small whatever their rank, and are taken away while the teacher computes.
 
     Attributes:
-        peft_model: the model with the adapter that is trained.
+        peft_model: the model with the adapter in training.
     """
 
     def __init__(
@@ -148,18 +153,18 @@ class _Student:
             self.peft_model: PeftModel = get_peft_model(model, lora_config)
         for module in self.peft_model.modules():
             if isinstance(module, LoraLayer):
-                module.cast_input_dtype_enabled = False  # to float32, and autocast back again
+                module.cast_input_dtype_enabled = False  # autocast would cast float32 back again
 
     def undo(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model's weights, and remove the adapter from it."""
         self.peft_model.unload()
         self._start.undo()
 
     def hidden(self, tokens_CT: Tensor) -> Tensor:
-        """Its hidden states [C, T, D].
+        """The student's final hidden states [C, T, D].
 
-        The adapter's weights are float32, its products of the model's dtype: on two cores with AMX
-        a step takes a quarter less than with float32 products beside those of the model.
+        The adapter's weights are float32, but its products are in the model's dtype: on two cores
+        with AMX, a step takes a quarter less time than with float32 products.
         """
         device, dtype = self.peft_model.device.type, self.peft_model.dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -167,12 +172,12 @@ class _Student:
 
     @torch.no_grad()
     def teacher_hidden(self, tokens_CT: Tensor) -> Tensor:
-        """The teacher's hidden states [C, T, D]."""
+        """The teacher's final hidden states [C, T, D]."""
         with self._start.removed(), self.peft_model.disable_adapter():
             return self.hidden(tokens_CT)
 
     def loras(self) -> dict[str, Lora]:
-        """All that it adds to the teacher's weights, by module."""
+        """Everything that the student adds to the teacher's weights, by module."""
         loras = dict(self._start.loras)
         for name, module in self.peft_model.get_base_model().named_modules():
             if not hasattr(module, "lora_A"):
@@ -192,9 +197,9 @@ class _Student:
 def _add_gradients(
     student: _Student, plan: Plan, tokens_BT: Tensor, config: TrainingConfig
 ) -> float:
-    """Add a batch's gradients; its loss."""
+    """Add a batch's gradients to the adapter's, and return the batch's loss."""
     total = 0.0
-    for tokens_CT in at_once(tokens_BT.to(student.peft_model.device)):
+    for tokens_CT in micro_batches(tokens_BT.to(student.peft_model.device)):
         teacher_CTD = student.teacher_hidden(tokens_CT)
         with grouped(student.peft_model, plan.groups, checkpointing=config.gradient_checkpointing):
             student_CTD = student.hidden(tokens_CT)
@@ -205,13 +210,8 @@ def _add_gradients(
     return total
 
 
-def _batch(windows: Windows, config: TrainingConfig, step: int) -> Tensor:
-    """A step's windows: every window once in each epoch, in an order of the epoch's own."""
-    count = len(windows.token_ids_WT)
-    return windows.token_ids_WT[_indices(count, config, step)]
-
-
 def _indices(count: int, config: TrainingConfig, step: int) -> list[int]:
+    """A step's windows by index: each epoch has every window once, in an order of its own."""
     numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
     orders = {
         epoch: torch.randperm(
@@ -230,7 +230,7 @@ def _identity(
     config: TrainingConfig,
     start: Adapter | None,
 ) -> dict[str, Any]:
-    """All that the trained weights and the log follow from, but for the programs' versions."""
+    """Everything that determines the trained weights and the log, except the programs' versions."""
     deciding = asdict(config)
     for name in ("save_steps", "gradient_checkpointing"):
         del deciding[name]

@@ -1,4 +1,4 @@
-"""What a training run needs to go on after it was interrupted, in one file."""
+"""The saved state of a training run, from which it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ STATE = "training.pt"
 
 @dataclass
 class TrainingLog:
-    """What a training run has shown so far.
+    """The losses of a training run so far.
 
     Attributes:
-        losses: KL divergence of each step's windows, nats a token.
-        held_out: by number of steps done, that of the held-out windows.
+        losses: KL divergence of each step's windows, in nats a token.
+        held_out: KL divergence of the held-out windows after a number of steps, by that number.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -32,17 +32,17 @@ class TrainingLog:
 
 
 class TrainingState:
-    """What is saved of a run: trained weights, optimizer and log."""
+    """A run's trained weights, optimizer and log, saved in one file."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Read what was saved, if anything was.
+        """Read the saved state, if there is one.
 
         Args:
-            folder: where the file goes.
-            identity: what tells the run from others; plain values by name.
+            folder: where the file is.
+            identity: values, by name, in which the run differs from all others.
 
         Raises:
-            ConfigError: what was saved is of another run, or damaged.
+            ConfigError: the saved state is damaged, or of another run.
         """
         self._file = folder / STATE
         self._identity = dict(identity)
@@ -58,7 +58,7 @@ class TrainingState:
                 )
 
     def resume(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainingLog:
-        """Go on from what was saved, once."""
+        """Load the saved weights and optimizer; return the log, which is empty for a new run."""
         from peft import set_peft_model_state_dict
 
         if self._saved is None:
@@ -88,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
         saved["identity"].keys()
     except (OSError, MemoryError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
-    except Exception as error:  # whatever an unpickler makes of damaged bytes
+    except Exception as error:  # an unpickler raises anything for damaged bytes
         raise ConfigError(
             f"{file} is damaged ({error!r}); choose another folder, or remove {file.parent} to "
             "begin anew"

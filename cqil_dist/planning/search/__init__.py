@@ -1,1 +1,1 @@
-"""Finds plans: what groups cost by themselves, and the best plans of each serial depth."""
+"""Searching for plans: the cost of each group by itself, and the best plan of each serial depth."""

@@ -1,4 +1,4 @@
-"""Which layers could run together: how alike their inputs are, and what each group costs."""
+"""Which layers could run concurrently: similarity of their inputs, and each group's divergence."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from cqil_dist.records import headed
 
 @dataclass(frozen=True)
 class Analysis:
-    """A model on one calibration text.
+    """A model's layers and groups, measured on one calibration text.
 
     Attributes:
-        comparison: how groups were compared with the original.
-        similarity_LL: cosine similarity of layers' inputs.
-        sensitivities: KL divergence of each group by itself, nats a token.
+        model: the model's name or path, as the user gave it.
+        comparison: how groups were compared with the original model.
+        similarity_LL: cosine similarity of every two layers' inputs, [L, L].
+        sensitivities: KL divergence of each group by itself, in nats a token.
     """
 
     model: str
@@ -43,10 +44,10 @@ class Analysis:
 
 
 def analyze(model: str, comparison: Comparison, largest: int, progress: Progress) -> Analysis:
-    """Measure a model on the text of a comparison.
+    """Measure a model's layers and groups on the text of a comparison.
 
     Args:
-        model: what the user calls it.
+        model: the model's name or path, as the user gave it.
         largest: layers of the largest groups.
     """
     baseline = comparison.baseline

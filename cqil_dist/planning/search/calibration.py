@@ -1,4 +1,4 @@
-"""How groups of layers are measured, and on which text: what `analyze` and `search` share."""
+"""How groups and plans are measured on calibration text: for `analyze` and `search` alike."""
 
 from __future__ import annotations
 
@@ -51,45 +51,49 @@ class CalibrationConfig:
         check_settings(self, ConfigError)
 
     def largest_group(self, ranks: int | None) -> int:
-        """The most layers of a group to measure: of more than there are ranks, some share one."""
+        """Layers of the largest groups to measure: by default, no more than there are ranks.
+
+        A rank that held two of a group's layers would take about twice as long as the others, and
+        these would wait for it.
+        """
         if self.max_group is not None:
             return self.max_group
         return _LARGEST_GROUP if ranks is None else max(2, min(_LARGEST_GROUP, ranks))
 
     def measure(
-        self, measured: MeasuredModel, ranks: int | None = None
+        self, measured_model: MeasuredModel, ranks: int | None = None
     ) -> tuple[Comparison, Analysis]:
         """Measure every group by itself.
 
         Args:
-            ranks: how many are to share the groups, where that is known.
+            ranks: how many are to share the groups, if that is known.
 
         Returns:
-            How whole plans are measured in the same way, and what was found of the groups.
+            The comparison, which can measure whole plans as well, and the groups' analysis.
 
         Raises:
-            TextError: the files cannot be read or hold too little.
+            TextError: the files cannot be read or hold too little text.
         """
         from cqil_dist.planning.search.analysis import analyze
 
         tokens = self.tokens + self.fit_tokens
-        fitted, windows = None, measured.windows(self.text or [], self.window, tokens, self.seed)
+        windows = measured_model.windows(self.text or [], self.window, tokens, self.seed)
+        fitted = None
         if self.fit_tokens:
             fitted, windows = windows.split(max(1, self.tokens // self.window))
-        comparison = _comparison(measured, windows, fitted)
-        return comparison, analyze(
-            measured.name, comparison, self.largest_group(ranks), measured.progress
-        )
+        comparison = _comparison(measured_model, windows, fitted)
+        largest, progress = self.largest_group(ranks), measured_model.progress
+        return comparison, analyze(measured_model.name, comparison, largest, progress)
 
 
-def _comparison(measured: MeasuredModel, windows: Windows, fitted: Windows | None) -> Comparison:
-    """Compare plans with the original on `windows`, compensated by text to fit to, if any."""
+def _comparison(
+    measured_model: MeasuredModel, windows: Windows, fitted: Windows | None
+) -> Comparison:
+    """Compares plans on `windows`, compensated on the text `fitted` where there is one."""
     from cqil_dist.planning.measure.baseline import Baseline
     from cqil_dist.planning.recover.compensation import Compensation
     from cqil_dist.planning.search.comparison import Comparison
 
-    baseline = Baseline(measured.model, windows, measured.progress)
-    compensation = None
-    if fitted is not None:
-        compensation = Compensation(measured.model, fitted, measured.progress)
-    return Comparison(baseline, compensation, measured.results)
+    model, progress = measured_model.model, measured_model.progress
+    compensation = None if fitted is None else Compensation(model, fitted, progress)
+    return Comparison(Baseline(model, windows, progress), compensation, measured_model.results)

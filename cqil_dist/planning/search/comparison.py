@@ -1,4 +1,4 @@
-"""How far plans are from the original: as they are, or compensated; none is measured twice."""
+"""Comparing plans with the original model, as they are or compensated; none is measured twice."""
 
 from __future__ import annotations
 
@@ -17,51 +17,47 @@ if TYPE_CHECKING:
 
 
 class Comparison:
-    """Compares plans and single groups with the original on its text.
+    """Compares plans and single groups with the original model on one text.
 
-    Results are kept in a file, a line each as soon as it is made: what was interrupted goes on
-    where it was. A line that was left unfinished is measured again.
+    Each result is at once written to a file, as a line of its own, so that interrupted measurements
+    resume; what an unfinished line stood for is measured again.
 
     Attributes:
-        baseline: what is compared with.
-        compensation: of what is compared; None leaves it as it is.
+        baseline: the original model on the text.
+        compensation: fits the changes that plans are measured with; None for plans as they are.
     """
 
     def __init__(self, baseline: Baseline, compensation: Compensation | None, folder: Path) -> None:
-        """Args: folder: of the results of one model and way of computing it."""
+        """Args: folder: where results of this model, by this device and precision, are kept."""
         self._folder = folder
         self.baseline = baseline
         self.compensation = compensation
         texts = [baseline.windows.digest]
         if compensation is not None:
-            texts += [
-                compensation.windows.digest,
-                str(compensation.rank),
-                str(compensation.ridge),
-            ]
+            texts += [compensation.windows.digest, str(compensation.rank), str(compensation.ridge)]
         self._file = folder / f"compared-{'-'.join(texts)}.jsonl"
         self._known = _read(self._file)
 
     def compare(self, plan: Plan) -> Divergence:
-        """Of a whole plan. Raises TextError where there is too little text to fit to."""
+        """The divergence of a whole plan. Raises TextError if the text to fit to is too short."""
         return self._once(plan.to_json(), plan.groups, plan.changed)
 
     def compare_group(self, group: Group) -> Divergence:
-        """Of one group, with every other layer as it is. Raises as `compare`."""
+        """The divergence of one group, every other layer being exact. Raises as `compare` does."""
         whole = Plan.covering([group], self.baseline.num_layers)
         return self._once(group.to_json(), whole.groups, [group])
 
     def compare_layers(self, layers: Sequence[int]) -> Divergence:
-        """Of these layers alone, one after another, the others left out; never compensated."""
+        """The divergence of the model with these layers alone; it is never compensated."""
         return self._once({"kept": list(layers)}, [Group((layer,)) for layer in layers], [])
 
     @property
     def uncompensated(self) -> Comparison:
-        """Compares the same as it is."""
+        """A comparison on the same text that measures plans as they are."""
         return Comparison(self.baseline, None, self._folder) if self.compensation else self
 
     def to_json(self) -> dict[str, Any]:
-        """On which text plans are compared, and how."""
+        """What a record says of the text and of the compensation."""
         return {
             **self.baseline.windows.to_json(),
             "perplexity": self.baseline.perplexity,
@@ -78,7 +74,7 @@ class Comparison:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"of": compared, "kl": found.kl, "loss": found.loss})
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}")  # a killed run may have left a line unfinished
+                file.write(f"\n{line}")  # after a newline: a killed run may have left half a line
         return self._known[key]
 
     def _applied(self, groups: Sequence[Group]) -> AbstractContextManager[object]:
@@ -93,5 +89,5 @@ def _read(file: Path) -> dict[str, Divergence]:
                 entry = json.loads(line)
                 known[json.dumps(entry["of"])] = Divergence(entry["kl"], entry["loss"])
             except (ValueError, KeyError, TypeError):
-                continue  # blank, or left unfinished
+                continue  # a blank line, or an unfinished one
     return known

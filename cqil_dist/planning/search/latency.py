@@ -1,4 +1,4 @@
-"""Costs of layers and head as they are measured on this machine."""
+"""Measuring the costs of a model's layers and head on this machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REPEATS = 15
 
 
 def measure_costs(path: Path, link_us: float) -> Costs:
-    """Time a model's layers and head as a rank computes them: float32, one thread of this CPU.
+    """Time a model's layers and head as a rank computes them, in float32 on one thread of this CPU.
 
-    Whatever precision plans are measured in: for one token, products in bfloat16 take twice as long
-    as those in float32, since weights are converted each time.
+    The precision that plans are measured in plays no part: for a single token, products in bfloat16
+    take twice as long as those in float32, since weights are converted each time.
     """
     config = ModelConfig.from_directory(path)
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()

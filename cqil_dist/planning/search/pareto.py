@@ -1,4 +1,4 @@
-"""Depth against quality: searched plans, and beside them the paper's and removed layers."""
+"""The Pareto front of depth and quality, by search; beside it, the methods of the literature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cqil_dist.planning.measure.similarity import regular_plan, without_layers
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search.comparison import Comparison
 from cqil_dist.planning.search.goal import Goal
-from cqil_dist.planning.search.search import PlanSearch, additive_front
+from cqil_dist.planning.search.search import PlanSearch, least_sensitive_plans
 from cqil_dist.planning.search.sensitivity import Sensitivities
 from cqil_dist.progress import Progress
 from cqil_dist.records import headed
@@ -25,10 +25,12 @@ from cqil_dist.records import headed
 
 @dataclass(frozen=True)
 class MeasuredPlan:
-    """A plan that was measured on the calibration text.
+    """A plan, and what was measured of it on the calibration text.
 
     Attributes:
-        kind: "search", "CQIL D0" or "CQIL D1".
+        kind: how it was chosen: "search", or by similarity of inputs, "CQIL D0" or "CQIL D1".
+        latency_us: microseconds a token by the cost model.
+        exchanges: exchanges a token takes part in.
     """
 
     kind: str
@@ -50,7 +52,7 @@ class MeasuredPlan:
         }
 
     def plan_json(self, comparison: Comparison) -> dict[str, Any]:
-        """The plan, as `Plan.parse` reads it, and what was measured of it."""
+        """The content of a plan file: the plan as `Plan.parse` reads it, and its measurements."""
         described = comparison.to_json()
         measured = {
             **made_with(comparison.baseline.windows),
@@ -72,10 +74,10 @@ class MeasuredPlan:
 
 @dataclass(frozen=True)
 class LayersRemoved:
-    """The model without some of its layers, measured on the calibration text.
+    """The model without some of its layers, and its divergence on the calibration text.
 
     Attributes:
-        depth: layers that are left.
+        depth: the number of layers that are left.
     """
 
     depth: int
@@ -90,11 +92,12 @@ def _point(kind: str, depth: int, divergence: Divergence) -> dict[str, Any]:
 
 
 class PlanFinder:
-    """Finds the best plan for a goal, and measures what it is to be compared with.
+    """Finds the best plan for a goal, and the plans to compare it with.
 
     Args:
-        comparison: how plans are measured, and were their groups.
-        costs, ranks: what their latency is predicted from.
+        comparison: measures whole plans, in the way that the groups' sensitivities were measured.
+        costs, ranks: what a plan's latency is predicted from.
+        seconds: how long to search by measuring whole plans.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class PlanFinder:
         progress: Progress,
     ) -> None:
         self._baseline = comparison.baseline
-        self._plain = comparison.uncompensated
+        self._uncompensated = comparison.uncompensated
         self._sensitivities = sensitivities
         self._costs = costs
         self._ranks = ranks
@@ -117,98 +120,102 @@ class PlanFinder:
         )
 
     def find(self, goal: Goal) -> MeasuredPlan:
-        """The best plan for a goal.
+        """The best plan that meets a goal.
 
         Raises:
-            PlanError: no plan of the known groups keeps to it.
+            PlanError: no plan of the measured groups meets it.
         """
         largest = max((group.size for group in self._sensitivities), default=1)
         goal.check(self._baseline.num_layers, largest)
         if goal.depth is not None:
             return self._measured(self._search.refine(goal.depth))
-        if goal.max_latency_us is not None:
-            start = self._deepest_within(goal.max_latency_us)
-            return self._measured(
-                self._search.refine(start.depth, start, lambda plan: self._keeps_to(plan, goal))
+        if (max_us := goal.max_latency_us) is not None:
+            start = self._deepest_within(max_us)
+            found = self._search.refine(
+                start.depth, start, lambda plan: self._latency_us(plan) <= max_us
             )
+            return self._measured(found)
         depth = self._shallowest(goal)
         self._search.refine(depth)
-        within = self._within(goal, depth)  # refining looks at divergence alone
+        within = self._within(goal, depth)  # refining regards the divergence alone
         return self._measured(min(within, key=self._search.kl))
 
-    def front(self) -> list[MeasuredPlan]:
-        """The best plan of every depth from half the layers on."""
+    def pareto_front(self) -> list[MeasuredPlan]:
+        """The best plan of each depth that is at least half the number of layers."""
         half = self._baseline.num_layers // 2
         wanted = [plan for depth, plan in self._search.reachable.items() if depth >= half]
-        with self._progress.task("Measuring the front", len(wanted), "plans") as task:
+        with self._progress.task("Measuring the Pareto front", len(wanted), "plans") as task:
             for plan in wanted:
                 self._search.kl(plan)
                 task.advance()
-        return [self._measured(p) for p in self._search.front().values() if p.depth >= half]
+        return [self._measured(p) for p in self._search.best_by_depth().values() if p.depth >= half]
 
-    def baselines(self, similarity_LL: Tensor) -> Iterator[MeasuredPlan | LayersRemoved]:
-        """Regular plans by similarity of inputs, and removed layers, at the same depths."""
+    def published_methods(self, similarity_LL: Tensor) -> Iterator[MeasuredPlan | LayersRemoved]:
+        """CQIL's regular plans and ShortGPT's removed layers, at the same depths."""
         layers = self._baseline.num_layers
-        with self._progress.task("Measuring baselines", layers - layers // 2, "depths") as task:
-            for depth in range(layers - 1, layers // 2 - 1, -1):
+        depths = range(layers - 1, layers // 2 - 1, -1)
+        with self._progress.task("Measuring published methods", len(depths), "depths") as task:
+            for depth in depths:
                 for bypass in ("0", "1"):
                     plan = regular_plan(similarity_LL, 2, depth, Bypass.parse(bypass))
                     if plan is not None:
-                        divergence = self._plain.compare(plan)
+                        divergence = self._uncompensated.compare(plan)
                         yield self._of_plan(f"CQIL D{bypass}", plan, divergence)
-                divergence = self._plain.compare_layers(without_layers(similarity_LL, depth))
-                yield LayersRemoved(depth, divergence)
+                kept = without_layers(similarity_LL, depth)
+                yield LayersRemoved(depth, self._uncompensated.compare_layers(kept))
                 task.advance()
 
     def _shallowest(self, goal: Goal) -> int:
-        """Down from the original, as far as the goal allows; refined where a plan falls short.
+        """The smallest depth at which a plan meets the goal, going down from the original model.
 
-        Only until one is good enough: time that is left goes to the depth that is found.
+        Where the first plan of a depth does not meet it, local search goes on only until one does:
+        the time that is left is for the depth that is found.
         """
         best: int | None = None
         for depth in sorted(self._search.reachable, reverse=True)[1:]:
             self._search.kl(self._search.reachable[depth])
             if not self._within(goal, depth):
-                self._search.refine(depth, enough=lambda plan: self._keeps_to(plan, goal))
+                self._search.refine(depth, good_enough=lambda plan: self._meets(plan, goal))
             if not self._within(goal, depth):
                 break
             best = depth
         if best is None:
             raise PlanError(
-                "no two layers can run together within this bound; allow more, or measure larger "
-                "groups (--max-group)"
+                "no two layers can run concurrently within this bound; allow a larger loss, or "
+                "measure larger groups (--max-group)"
             )
         return best
 
     def _within(self, goal: Goal, depth: int) -> list[Plan]:
-        """What has been measured of this depth and keeps to the goal."""
+        """The measured plans of this depth that meet the goal."""
         measured = [plan for plan in self._search.measured if plan.depth == depth]
-        return [plan for plan in measured if self._keeps_to(plan, goal)]
+        return [plan for plan in measured if self._meets(plan, goal)]
 
-    def _keeps_to(self, plan: Plan, goal: Goal) -> bool:
-        if goal.max_latency_us is not None:
-            return self._latency_us(plan) <= goal.max_latency_us
+    def _meets(self, plan: Plan, goal: Goal) -> bool:
+        """Whether a measured plan is within the goal's bound on divergence or perplexity."""
         divergence = self._search.measured[plan]
-        if goal.max_kl is not None:
-            return divergence.kl <= goal.max_kl
-        assert goal.max_loss is not None, "one of a goal's bounds is given"
-        return divergence.perplexity <= (1 + goal.max_loss) * self._baseline.perplexity
+        if goal.max_loss is not None:
+            return divergence.perplexity <= (1 + goal.max_loss) * self._baseline.perplexity
+        return goal.max_kl is None or divergence.kl <= goal.max_kl
 
     def _deepest_within(self, max_latency_us: float) -> Plan:
-        """Of plans that lose least, and of those that also exchange least or share work evenly."""
+        """The deepest plan that is fast enough, of the least sensitive plans of each depth.
+
+        Among these are plans of only such groups as exchange once and have a rank for each layer.
+        """
         quick = {
             group: kl
             for group, kl in self._sensitivities.items()
-            if _meets_once(group) and group.size <= self._ranks
+            if _exchanges_once(group) and group.size <= self._ranks
         }
-        fronts = [self._search.reachable, additive_front(self._baseline.num_layers, quick)]
-        plans = [plan for front in fronts for plan in front.values()]
+        quick_plans = least_sensitive_plans(self._baseline.num_layers, quick)
+        plans = [*self._search.reachable.values(), *quick_plans.values()]
         within = [plan for plan in plans if self._latency_us(plan) <= max_latency_us]
         if not within:
             fastest = min(map(self._latency_us, plans))
             raise PlanError(
                 f"no plan takes {max_latency_us:.0f} us a token or less; the fastest takes "
-                f"{fastest:.0f} us on {self._ranks} ranks"
+                f"{fastest:.0f} us on {self._ranks} ranks: allow as much, or give more ranks"
             )
         return max(within, key=lambda plan: plan.depth)
 
@@ -233,7 +240,7 @@ def front_json(
     ranks: int,
     measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
-    """What depth costs a model, as `plot_front` and the report read it."""
+    """The record of a search, which `plot_pareto_front` and the report read."""
     return headed(
         "front",
         model=model,
@@ -249,6 +256,6 @@ def front_json(
     )
 
 
-def _meets_once(group: Group) -> bool:
-    """Whether no member sees another's attention: their outputs meet, and nothing before."""
+def _exchanges_once(group: Group) -> bool:
+    """Whether no member sees another's attention, so that ranks exchange the outputs alone."""
     return all(set(group.visible(member)) <= {member} for member in range(group.size))

@@ -1,4 +1,4 @@
-"""What running a group concurrently costs, by itself: the KL divergence of every candidate."""
+"""Sensitivity: the KL divergence that running one group concurrently causes by itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from cqil_dist.planning.search.comparison import Comparison
 
 Sensitivities = Mapping[Group, float]
-"""KL(original || model with this one group), nats a token, by group."""
+"""KL(original || model with this one group) of each group, in nats a token."""
 
 
 def candidates(num_layers: int, largest: int) -> Iterator[Group]:
-    """Every group of 2 to `largest` layers with every bypass that differs from the others."""
+    """Every group of 2 to `largest` layers, with each bypass that makes a difference."""
     for first in range(num_layers - 1):
         for size in range(2, min(largest, num_layers - first) + 1):
             layers = tuple(range(first, first + size))
@@ -27,7 +27,7 @@ def candidates(num_layers: int, largest: int) -> Iterator[Group]:
 def measure_sensitivities(
     comparison: Comparison, groups: Sequence[Group], progress: Progress
 ) -> dict[Group, float]:
-    """Of each group by itself."""
+    """Measure the KL divergence of each group by itself, in nats a token."""
     found: dict[Group, float] = {}
     with progress.task("Measuring groups", len(groups), "groups") as task:
         for group in groups:
@@ -37,7 +37,7 @@ def measure_sensitivities(
 
 
 def groups_by_layers(sensitivities: Sensitivities) -> dict[tuple[int, ...], list[Group]]:
-    """Of each run of layers a group for every bypass, the least sensitive first."""
+    """The groups of each run of layers, one for every bypass, the least sensitive first."""
     found: dict[tuple[int, ...], list[Group]] = {}
     for group in sorted(sensitivities, key=sensitivities.__getitem__):
         found.setdefault(group.layers, []).append(group)

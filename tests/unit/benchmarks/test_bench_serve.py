@@ -50,7 +50,7 @@ def answers_of(found: Measurement) -> list[Answer]:
     return [answer for run in found.runs for answer in run.answers]
 
 
-# What is counted.
+# Counts.
 
 
 @pytest.mark.parametrize("endpoint", list(Endpoint))
@@ -61,7 +61,7 @@ def test_tokens_come_from_usage_and_times_from_events(behave: Behave, endpoint: 
         assert answer.output_tokens == len(answer.text_s) == server.tokens
         moments = [answer.due_s, answer.sent_s, *answer.text_s, answer.ended_s]
         assert moments == sorted(moments)
-        assert 10 <= answer.ttft_ms <= answer.e2el_ms  # an opening without text is no token
+        assert 10 <= answer.ttft_ms <= answer.e2el_ms  # a first event without text is no token
         assert np.mean(answer.itl_ms) == pytest.approx(answer.tpot_ms)
     (result,) = results(found.runs, paced=False)
     assert result["completed"] == 6
@@ -107,12 +107,12 @@ def test_an_answer_that_takes_too_long_is_a_failure(behave: Behave) -> None:
     assert result["mean_ttft_ms"] is None
 
 
-# How requests are sent.
+# Sending requests.
 
 
 @pytest.mark.parametrize(("bound", "peak"), [(3, 3), (None, 12)])
 def test_requests_under_way_are_bounded(behave: Behave, bound: int | None, peak: int) -> None:
-    # Where nothing bounds them, the last has to begin before the first ends.
+    # Without a limit, the last request has to start before the first ends.
     server = behave(pause_s=0.02 if bound else 0.2)
     found = measured(server, num_prompts=12, max_concurrency=(bound,))
     assert found.runs[0].peak == server.peak == peak
@@ -178,7 +178,7 @@ def test_unique_prompts_never_come_again(behave: Behave) -> None:
     assert len(set(asked)) == len(asked) == 1 + 2 + 2 * 30
 
 
-# What is made of it.
+# Figures.
 
 
 def test_figures_follow_their_definitions() -> None:
@@ -220,7 +220,7 @@ STREAM = (
 @given(st.sets(st.integers(1, len(STREAM) - 1)))
 def test_where_the_network_cuts_a_stream_changes_nothing_but_times(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
-    # Each piece comes at its end, so that an event is there no earlier than its last byte.
+    # A piece's time is the offset of its end: no event is complete before its last byte.
     pieces = [(float(end), STREAM[start:end]) for start, end in pairwise(edges)]
     answer = read(Recording(0.0, 0.0, 1000.0, 200, pieces))
     assert answer.failure is None
@@ -251,7 +251,7 @@ def test_whatever_comes_back_is_told_in_a_line(status: int, body: bytes, told: s
     assert "\n" not in answer.failure
 
 
-# How servers differ, and what cannot be measured.
+# Differences between servers, and what cannot be measured.
 
 
 @pytest.mark.parametrize(

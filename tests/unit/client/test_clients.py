@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers.observed_engine import PLAN, ObservedModel, serving
 from helpers.served import PacedModel, Served, served
-from helpers.tcp_proxy import Wire, wire_to
+from helpers.tcp_proxy import TcpProxy, proxy_to
 from helpers.tiny_models import TinyModelFactory
 from helpers.watching import wait_for
 
@@ -110,7 +110,7 @@ def test_a_cancelled_task_frees_its_slot(service: Served, steps: ObservedModel) 
 def test_a_stream_goes_on_with_a_successor_where_it_broke(
     tiny_model: TinyModelFactory, service: Served, kind: str, after: int
 ) -> None:
-    """The wire is cut after this many tokens; another service has the same model."""
+    """The proxy is cut after this many tokens; another service has the same model."""
     model = tiny_model()
     options: dict[str, Any] = {
         **LONG,
@@ -122,16 +122,16 @@ def test_a_stream_goes_on_with_a_successor_where_it_broke(
     with (
         serving(model, ObservedModel(model, model.plan(PLAN), 2), slots=2) as other,
         served(other) as successor,
-        wire_to(service.addresses.grpc) as wire,
+        proxy_to(service.addresses.grpc) as proxy,
     ):
         with successor.client() as client:
             expected = client.generate("The harbour", **options)
         if kind == "threads":
-            with Client(wire.address, locate=lambda: successor.addresses.grpc) as client:
-                chunks = read_with_a_cut(client, options, after, wire)
+            with Client(proxy.address, locate=lambda: successor.addresses.grpc) as client:
+                chunks = read_with_a_cut(client, options, after, proxy)
         else:
             chunks = asyncio.run(
-                read_with_a_cut_later(wire, options, after, successor.addresses.grpc)
+                read_with_a_cut_later(proxy, options, after, successor.addresses.grpc)
             )
     assert tuple(id for chunk in chunks for id in chunk.token_ids) == expected.token_ids
     result = chunks[-1].result
@@ -149,39 +149,39 @@ def logprobs_of(entries: tuple[TokenLogprob, ...] | None) -> list[float]:
     return [entry.logprob for entry in entries if entry.logprob is not None]
 
 
-def read_with_a_cut(client: Client, options: Any, after: int, wire: Wire) -> list[Chunk]:
+def read_with_a_cut(client: Client, options: Any, after: int, proxy: TcpProxy) -> list[Chunk]:
     chunks: list[Chunk] = []
     if not after:
         client.status()  # connected
-        wire.cut()
+        proxy.cut()
     for chunk in client.generate("The harbour", **options, stream=True):
         chunks.append(chunk)
         if len(chunks) == after:
-            wire.cut()
+            proxy.cut()
     return chunks
 
 
 async def read_with_a_cut_later(
-    wire: Wire, options: Any, after: int, successor: str
+    proxy: TcpProxy, options: Any, after: int, successor: str
 ) -> list[Chunk]:
     async def locate() -> str:
         return successor
 
     chunks: list[Chunk] = []
-    async with AsyncClient(wire.address, locate=locate) as client:
+    async with AsyncClient(proxy.address, locate=locate) as client:
         if not after:
             await client.status()
-            wire.cut()
+            proxy.cut()
         async for chunk in client.generate("The harbour", **options, stream=True):
             chunks.append(chunk)
             if len(chunks) == after:
-                wire.cut()
+                proxy.cut()
     return chunks
 
 
 def test_where_nobody_answers_patience_ends(service: Served) -> None:
-    with wire_to(service.addresses.grpc) as wire:
-        address = wire.address
+    with proxy_to(service.addresses.grpc) as proxy:
+        address = proxy.address
     with Client(address, patience_s=0.3) as client:
         with pytest.raises(ServiceUnavailable, match=address):
             client.generate("x")
@@ -193,14 +193,14 @@ def test_a_timeout_holds_for_all_connections_together(service: Served, steps: Pa
     """A stream that is taken up again has no more time than it had."""
     steps.pace_s = 0.05  # too slow for all tokens to be out before the steps are held
     with (
-        wire_to(service.addresses.grpc) as wire,
-        Client(wire.address, locate=lambda: service.addresses.grpc, timeout_s=1.5) as client,
+        proxy_to(service.addresses.grpc) as proxy,
+        Client(proxy.address, locate=lambda: service.addresses.grpc, timeout_s=1.5) as client,
     ):
         stream = client.generate("x", **LONG, stream=True)
         next(stream)
         started = time.monotonic()
         with steps.held():
-            wire.cut()
+            proxy.cut()
             with pytest.raises(RequestTimeout):
                 list(stream)
         assert time.monotonic() - started < 5

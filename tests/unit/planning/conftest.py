@@ -1,4 +1,4 @@
-"""What most tests of planning are made on: a random model of six layers."""
+"""A random model of six layers, and a cache of each test's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tiny(tiny_model: TinyModelFactory) -> TinyModel:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What is measured is kept in the test's own folder."""
+    """Keep measurements in a folder of the test's own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("CQIL_CACHE", str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""No plan or adapter is judged by text that it was made with."""
+"""No plan or adapter is evaluated on text that it was made with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from cqil_dist.cli.app import app
 from cqil_dist.errors import TextError
 from cqil_dist.planning.measure.windows import Windows, read_windows
-from cqil_dist.planning.provenance import made_with, refuse_known_text
+from cqil_dist.planning.provenance import made_with, refuse_seen_text
 from cqil_dist.recommended.record import plan_record
 
 PLAN = "P2 S0 E6 D1"
 
 
 def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
-    """Also where the file has another name; another text is welcome."""
+    """The file's name makes no difference; other text is accepted."""
     seen, copied, other = (tmp_path / name for name in ("seen.txt", "copied.txt", "other.txt"))
     for file, text in ((seen, TEXT), (copied, TEXT), (other, TEXT.swapcase())):
         file.write_text(text, encoding="utf-8")
@@ -42,7 +42,7 @@ def test_text_that_a_plan_was_made_with_is_refused(tiny: TinyModel, tmp_path: Pa
 
 
 def test_what_an_adapter_was_made_from_is_not_forgotten(tiny: TinyModel, tmp_path: Path) -> None:
-    """A plan's text stays known when an adapter is made from it with another text."""
+    """An adapter also lists the text that its plan was made with."""
     searched, fitted = tmp_path / "searched.txt", tmp_path / "fitted.txt"
     for file, text in ((searched, TEXT), (fitted, TEXT.swapcase())):
         file.write_text(text, encoding="utf-8")
@@ -65,7 +65,7 @@ def test_a_record_without_files_knows_no_text(tiny: TinyModel) -> None:
     text = Windows(torch.zeros(2, 8, dtype=torch.long), "text.txt", frozenset(["a"]))
     for measured in (None, {}, {"files": None}, {"files": "a"}):
         plan = json.dumps({**tiny.plan(PLAN).to_json(), "measured": measured})
-        refuse_known_text([text], plan, "tiny", None)
+        refuse_seen_text([text], plan, "tiny", None)
 
 
 def test_named_plans_know_their_text(tmp_path: Path) -> None:
@@ -74,4 +74,4 @@ def test_named_plans_know_their_text(tmp_path: Path) -> None:
     (checksum,) = known["measured"]["files"]
     seen = Windows(torch.zeros(2, 8, dtype=torch.long), "fit.txt", frozenset([checksum]))
     with pytest.raises(TextError, match=r"was made with fit\.txt"):
-        refuse_known_text([seen], "fast", "smollm2-135m", None)
+        refuse_seen_text([seen], "fast", "smollm2-135m", None)

@@ -1,4 +1,4 @@
-"""Scores are lm-eval's and transformers', with and without a plan."""
+"""Scores equal those of lm-eval and transformers, with and without a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from helpers.adapters import random_adapter
 from helpers.lm_eval_task import QUESTIONS, local_tasks
 from helpers.lm_eval_task import evaluate as evaluate_with_lm_eval
-from helpers.planning_cases import TEXT, measured
+from helpers.planning_cases import TEXT, measured_model
 from helpers.tiny_models import TinyModel
 from scipy.stats import t
 from typer.testing import CliRunner
@@ -33,7 +33,7 @@ PLAN = "P2 S0 E6 D1"
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """lm-eval's task in our form: it sets a choice off from the context by a blank."""
+    """The same questions as lm-eval's task, which separates choice and context by a blank."""
     file = tmp_path / "harbour.jsonl"
     items = [
         {
@@ -51,13 +51,15 @@ def evaluated(
     tiny: TinyModel, plan: str, tasks: list[Path], adapter: Path | None = None
 ) -> Evaluation:
     changes = None if adapter is None else Adapter(adapter)
-    return evaluate(measured(tiny), tiny.plan(plan), changes, [], [read_task(f) for f in tasks])
+    return evaluate(
+        measured_model(tiny), tiny.plan(plan), changes, [], [read_task(f) for f in tasks]
+    )
 
 
 def test_scores_are_lm_evals(
     tiny: TinyModel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the original by lm-eval's own class, of a plan with an adapter by ours for lm-eval."""
+    """lm-eval scores the original model by its own class, and a plan with an adapter by ours."""
     import cqil_dist.planning.evaluation.lm_eval  # noqa: F401 (registers "cqil")
 
     adapter = random_adapter(tmp_path / "adapter", tiny)
@@ -100,14 +102,14 @@ def test_log_likelihoods_are_lm_evals(
     expected = evaluate_with_lm_eval(
         tasks, "hf", pretrained=str(tiny.path), dtype="float32", device="cpu"
     )
-    one = measured(tiny)
+    model = measured_model(tiny)
     requests = [
         Request(str(question["question"]), f" {choice}")
         for question in QUESTIONS
         for choice in question["choices"]  # type: ignore[attr-defined]
     ]
-    encoded = [encode(one.tokenizer, each, 128) for each in requests]
-    found = likelihoods(one.model, encoded, SilentProgress(), "")
+    encoded = [encode(model.tokenizer, each, 128) for each in requests]
+    found = likelihoods(model.model, encoded, SilentProgress(), "")
     flat = [answer for answers in expected for answer in answers]
     assert [each.logprob for each in found] == pytest.approx([a[0] for a in flat], abs=1e-3)
     assert [each.greedy for each in found] == [a[1] for a in flat]
@@ -117,7 +119,7 @@ def test_perplexity_is_transformers_loss(tiny: TinyModel, tmp_path: Path) -> Non
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     windows = read_windows([file], tiny.tokenizer, 32)
-    (result,) = evaluate(measured(tiny), tiny.plan(PLAN), None, [windows], []).results
+    (result,) = evaluate(measured_model(tiny), tiny.plan(PLAN), None, [windows], []).results
     losses = []
     for row in windows.token_ids_WT:
         with torch.inference_mode():
@@ -132,7 +134,7 @@ def test_perplexity_is_transformers_loss(tiny: TinyModel, tmp_path: Path) -> Non
 def test_the_original_is_scored_once(
     tiny: TinyModel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a text and a task each; another plan's scores are compared with what is known."""
+    """The original model's scores on a text or a task are kept for every other plan."""
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text(TEXT, encoding="utf-8")
     other.write_text(TEXT.swapcase(), encoding="utf-8")
@@ -145,9 +147,9 @@ def test_the_original_is_scored_once(
 
     def run(file: Path) -> Evaluation:
         windows = read_windows([file], tiny.tokenizer, 32)
-        return evaluate(one, tiny.plan(PLAN), adapter, [windows], [read_task(questions)])
+        return evaluate(model, tiny.plan(PLAN), adapter, [windows], [read_task(questions)])
 
-    one = measured(tiny)
+    model = measured_model(tiny)
     first = run(text)
     assert computed == ["loss_by_window", "likelihoods"] * 2
     assert run(text) == first, "the adapter does not stay in the model"
@@ -157,7 +159,7 @@ def test_the_original_is_scored_once(
 
 
 def counted(names: list[str], function: Any) -> Any:
-    """The function, which notes its name when it is called."""
+    """A function that notes the name of another when it calls it."""
 
     def call(*arguments: Any) -> Any:
         names.append(function.__name__)
@@ -194,7 +196,7 @@ def test_which_of_two_contexts(tiny: TinyModel, tmp_path: Path) -> None:
 
 
 def test_pairing_is_sharper_than_two_intervals() -> None:
-    """Items that are hard for one are hard for the other."""
+    """Items that are hard for one model are hard for the other."""
     original = [float(i % 2) for i in range(200)]
     other = [0.0 if i == 7 else value for i, value in enumerate(original)]
     paired = compare_means(original, other)
@@ -238,9 +240,9 @@ def test_what_cannot_be_scored_is_said_before_anything_is(tiny: TinyModel, tmp_p
     with pytest.raises(
         TextError, match=rf"' sea sea.* the model takes {tiny.config.max_positions}"
     ):
-        evaluate(measured(tiny), tiny.plan(PLAN), None, [windows], [read_task(long)])
+        evaluate(measured_model(tiny), tiny.plan(PLAN), None, [windows], [read_task(long)])
     with pytest.raises(TextError, match=r"two texts or tasks are called text\.txt"):
-        evaluate(measured(tiny), tiny.plan(PLAN), None, [windows, windows], [])
+        evaluate(measured_model(tiny), tiny.plan(PLAN), None, [windows, windows], [])
     assert not list(tmp_path.rglob("scored-*"))
 
 

@@ -1,4 +1,4 @@
-"""A transformers model under a plan is the reference under it."""
+"""A transformers model under a plan computes what the reference model computes under it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from cqil_dist.plan import Group, Plan
 from cqil_dist.planning.measure.grouped_model import grouped, load_model
 
 CPU = torch.device("cpu")
-MIXED = [
-    {"layers": [0, 1], "bypass": 0},
-    {"layers": [2, 3, 4], "bypass": 1},
-]
+MIXED = [{"layers": [0, 1], "bypass": 0}, {"layers": [2, 3, 4], "bypass": 1}]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -37,7 +34,7 @@ def test_logits_are_the_references(
 
 
 def test_members_keep_their_own_windows(tiny_model: TinyModelFactory) -> None:
-    """Of three layers in one group, one attends to four tokens alone."""
+    """One of the three layers in a group attends to the last four tokens alone."""
     windows = {"use_sliding_window": True, "sliding_window": 4}
     kinds = ["full_attention", "sliding_attention", *["full_attention"] * 4]
     tiny = tiny_model(tiny_config("qwen2", layer_types=kinds, **windows))
@@ -92,14 +89,14 @@ def test_checkpointing_computes_groups_twice_and_changes_no_gradient(
 
 
 def count_calls(module: torch.nn.Module) -> list[int]:
-    """Grows by one with each."""
+    """A list that grows by an element with each call of a module."""
     calls: list[int] = []
     module.register_forward_hook(lambda *args: calls.append(1))
     return calls
 
 
 def test_an_incomplete_checkpoint_is_refused(tiny_model: TinyModelFactory, tmp_path: Path) -> None:
-    """transformers would make up what is missing."""
+    """transformers would fill a missing tensor with random values."""
     copy = tmp_path / "model"
     shutil.copytree(tiny_model().path, copy)
     (file,) = copy.glob("*.safetensors")

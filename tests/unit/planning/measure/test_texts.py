@@ -1,4 +1,4 @@
-"""Calibration text follows from files and a seed, and is not sampled twice."""
+"""Calibration text depends on files and a seed alone, and is not sampled twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.planning_cases import TEXT, measured
+from helpers.planning_cases import TEXT, measured_model
 from helpers.tiny_models import TinyModel
 
 from cqil_dist.errors import TextError
@@ -23,7 +23,7 @@ from cqil_dist.progress import SilentProgress, Task
 
 
 class CountedProgress(SilentProgress):
-    """Remembers the tasks that were opened."""
+    """Records the tasks that were opened."""
 
     def __init__(self) -> None:
         self.opened: list[Task] = []
@@ -51,7 +51,7 @@ def test_windows_follow_from_the_seed(tiny: TinyModel, tmp_path: Path) -> None:
 def test_a_long_text_is_read_in_parts(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That end with a line: their tokens are those of the text, and windows are of all parts."""
+    """Parts end with a line, so that their tokens are those of the text; windows come from all."""
     monkeypatch.setattr(windows, "_BLOCK", 300)
     lines = [f"Line {number} of a book that goes on for long.\n" for number in range(100)]
     file = tmp_path / "text.txt"
@@ -69,15 +69,15 @@ def test_a_long_text_is_read_in_parts(
 
 
 def test_text_is_sampled_from_the_model_once(tiny: TinyModel, tmp_path: Path) -> None:
-    first = measured(tiny).windows([], 16, 64, seed=0)
+    first = measured_model(tiny).windows([], 16, 64, seed=0)
     assert first.token_ids_WT.shape == (4, 16)
     (kept,) = tmp_path.rglob("sampled-*.pt")
     written = kept.stat().st_mtime_ns
-    assert measured(tiny).windows([], 16, 64, seed=0).digest == first.digest
+    assert measured_model(tiny).windows([], 16, 64, seed=0).digest == first.digest
     assert kept.stat().st_mtime_ns == written
     kept.unlink()
-    assert measured(tiny).windows([], 16, 64, seed=0).digest == first.digest
-    assert measured(tiny).windows([], 16, 64, seed=1).digest != first.digest
+    assert measured_model(tiny).windows([], 16, 64, seed=0).digest == first.digest
+    assert measured_model(tiny).windows([], 16, 64, seed=1).digest != first.digest
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -93,21 +93,21 @@ def test_sampling_that_was_interrupted_goes_on(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "_WINDOWS_AT_ONCE", 2)
-    whole = measured(tiny).windows([], 16, 96, seed=0)
+    whole = measured_model(tiny).windows([], 16, 96, seed=0)
     (kept,) = tmp_path.rglob("sampled-*.pt")
     torch.save(whole.token_ids_WT[:4], kept)
     counted = CountedProgress()
-    assert measured(tiny, counted).windows([], 16, 96, seed=0).digest == whole.digest
+    assert measured_model(tiny, counted).windows([], 16, 96, seed=0).digest == whole.digest
     assert [task.completed for task in counted.opened] == [2 * 16], "only what was missing"
 
 
 def test_text_is_extended_by_what_the_model_says_after_it(tiny: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    read = measured(tiny).windows([file], 16, 64, seed=0)
-    extended = measured(tiny).extended(read, 128, seed=0)
-    assert extended.digest == measured(tiny).extended(read, 128, seed=0).digest
-    assert extended.files == read.files
+    read = measured_model(tiny).windows([file], 16, 64, seed=0)
+    extended = measured_model(tiny).extended(read, 128, seed=0)
+    assert extended.digest == measured_model(tiny).extended(read, 128, seed=0).digest
+    assert extended.checksums == read.checksums
     rows: list[list[int]] = extended.token_ids_WT.tolist()
     assert len(rows) == 4 + 8
     for row in read.token_ids_WT.tolist():
@@ -119,7 +119,7 @@ def test_text_is_extended_by_what_the_model_says_after_it(tiny: TinyModel, tmp_p
 
 
 def test_windows_begin_as_every_text_does(tiny: TinyModel, tmp_path: Path) -> None:
-    """With the token for that, where the tokenizer has one: read, sampled, and going on."""
+    """Read and sampled windows start with the tokenizer's leading token, if it has one."""
     begun = tmp_path / "begun"
     shutil.copytree(tiny.path, begun)
     described = json.loads((begun / "tokenizer.json").read_text(encoding="utf-8"))
@@ -135,32 +135,32 @@ def test_windows_begin_as_every_text_does(tiny: TinyModel, tmp_path: Path) -> No
     (begun / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    one = MeasuredModel.of(str(begun), ComputeConfig("cpu"), SilentProgress())
-    assert one.tokenizer(TEXT)["input_ids"][0] == 7
-    read = one.windows([file], 16, 64, seed=0)
-    for text in (read, one.windows([], 16, 64, seed=0), one.extended(read, 128, seed=0)):
+    model = MeasuredModel.of(str(begun), ComputeConfig("cpu"), SilentProgress())
+    assert model.tokenizer(TEXT)["input_ids"][0] == 7
+    read = model.windows([file], 16, 64, seed=0)
+    for text in (read, model.windows([], 16, 64, seed=0), model.extended(read, 128, seed=0)):
         assert text.token_ids_WT.shape[1] == 16
         assert (text.token_ids_WT[:, 0] == 7).all()
-    whole: list[int] = one.windows([file], 16, None, 0).token_ids_WT[:, 1:].flatten().tolist()
+    whole: list[int] = model.windows([file], 16, None, 0).token_ids_WT[:, 1:].flatten().tolist()
     assert whole == tiny.tokenizer(TEXT)["input_ids"][: len(whole)], "nothing is left out"
 
 
-def test_stretches_of_a_text_open_every_second_window() -> None:
+def test_excerpts_of_a_text_begin_every_second_window() -> None:
     text = Windows(torch.arange(160, 224).view(4, 16), "a")
     drawn_WT = SeedPrompts(torch.arange(10), text=text).draw(
         200, 16, torch.Generator().manual_seed(0)
     )
     lengths = set()
     for index, window_T in enumerate(drawn_WT):
-        opening = window_T[window_T >= 0].tolist()
-        assert opening == window_T[: len(opening)].tolist(), "the model goes on from there"
+        prompt = window_T[window_T >= 0].tolist()
+        assert prompt == window_T[: len(prompt)].tolist(), "the model goes on from there"
         if index % 2:
-            assert len(opening) == 1
-            assert opening[0] < 10
+            assert len(prompt) == 1
+            assert prompt[0] < 10
         else:
-            assert opening == list(range(opening[0], opening[0] + len(opening)))
-            assert opening[0] // 16 == opening[-1] // 16
-            lengths.add(len(opening))
+            assert prompt == list(range(prompt[0], prompt[0] + len(prompt)))
+            assert prompt[0] // 16 == prompt[-1] // 16
+            lengths.add(len(prompt))
     assert lengths == set(range(1, 9))
 
 
@@ -180,7 +180,7 @@ def test_windows_of_another_shape_are_other_windows() -> None:
 def test_windows_longer_than_the_model_takes_are_refused(tiny: TinyModel, tmp_path: Path) -> None:
     most = tiny.config.max_positions
     with pytest.raises(TextError, match=f"{most + 1} tokens but the model takes {most}; give a"):
-        measured(tiny).windows([tmp_path / "any.txt"], most + 1, None, seed=0)
+        measured_model(tiny).windows([tmp_path / "any.txt"], most + 1, None, seed=0)
 
 
 def test_text_that_is_too_short_is_said(tiny: TinyModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compensation brings a plan back towards the original, on text not fitted to."""
+"""Compensation lowers a plan's divergence on text that it was not fitted to."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_compensation_lowers_the_divergence_of_text_not_fitted_on(
 
 
 def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path: Path) -> None:
-    """A plan that is searched for compensation is measured with the changes it will have."""
+    """A search for compensated plans measures a plan with the changes that it will have."""
     model, plan = fresh(tiny), tiny.plan("P2 S2 E6 D0")
     group = Group((2, 3), Bypass("1"))
-    original = Baseline(model, HELD_OUT, QUIET)
-    plain = Comparison(original, None, tmp_path)
+    baseline = Baseline(model, HELD_OUT, QUIET)
+    plain = Comparison(baseline, None, tmp_path)
     fitting = Compensation(model, random_windows(64, 3), QUIET, rank=48)
-    compensated = Comparison(original, fitting, tmp_path)
+    compensated = Comparison(baseline, fitting, tmp_path)
     found = compensated.compare(plan).kl
     assert found < 0.9 * plain.compare(plan).kl
     assert compensated.compare_group(group).kl < plain.compare_group(group).kl
@@ -54,12 +54,12 @@ def test_plans_and_groups_are_compared_as_they_will_be(tiny: TinyModel, tmp_path
     loras = fitted_loras(fitting, plan)
     write_adapter(tmp_path / "adapter", loras, str(tiny.path), plan.to_json())
     merge(model, Adapter(tmp_path / "adapter"))
-    assert original.compare(plan.groups).kl == pytest.approx(found, abs=1e-5)
+    assert baseline.compare(plan.groups).kl == pytest.approx(found, abs=1e-5)
 
 
 @pytest.mark.parametrize("wild", ["output", "target", "both"])
 def test_a_token_that_grows_a_thousandfold_does_not_spoil_the_map(wild: str) -> None:
-    """Of the original's there are some in every text, and groups may make others."""
+    """The original model makes some such tokens in every text, and groups may make others."""
     generator = torch.Generator().manual_seed(0)
     inputs_TK, output_TD = torch.randn(2, 1000, 8, generator=generator)
     map_KD = 0.1 * torch.randn(8, 8, generator=generator)
@@ -73,7 +73,7 @@ def test_a_token_that_grows_a_thousandfold_does_not_spoil_the_map(wild: str) -> 
 
 
 def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
-    """A layer by itself may be changed too: parallel attention and feed-forward."""
+    """A single layer may be changed too, by parallel attention and feed-forward."""
     plan = Plan.covering([Group((1,), Bypass("parallel")), Group((3, 4))], 6)
     loras = fitted_loras(Compensation(fresh(tiny), random_windows(8, 3), QUIET), plan)
     fitted = {int(module.split(".")[2]) for module in loras}
@@ -83,7 +83,7 @@ def test_what_follows_a_changed_layer_is_fitted_to_it(tiny: TinyModel) -> None:
 def test_a_group_is_fitted_to_what_those_before_it_give_now(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is not computed again: it follows from the change."""
+    """The output of the groups before is not computed again, but updated with their changes."""
     model = fresh(tiny)
     inputs: list[list[torch.Tensor]] = []
     correct = compensation._Fit.correct_outputs
@@ -104,7 +104,7 @@ def test_a_group_is_fitted_to_what_those_before_it_give_now(
 
 
 def test_the_directions_that_explain_most_are_kept(tiny: TinyModel, tmp_path: Path) -> None:
-    """A part of the full map: each further direction takes back more."""
+    """A map of low rank is a part of the full map, and each further direction corrects more."""
     plan = tiny.plan(PLAN)
     kls = [held_out_kl(tiny, PLAN, None)]
     for rank in (2, 16):

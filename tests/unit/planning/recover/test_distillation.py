@@ -1,4 +1,4 @@
-"""Distillation brings a plan back towards the original, on text not trained on."""
+"""Distillation lowers a plan's divergence on text that it was not trained on."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_distillation_lowers_the_divergence_of_text_not_trained_on(
 
 
 def test_a_resumed_run_is_an_unbroken_one(tiny: TinyModel, tmp_path: Path) -> None:
-    """Killed between two saved states: what came after the last is done again, and the same."""
+    """A run that was killed repeats the steps since its last saved state, with equal results."""
     unbroken = train(tiny, tmp_path / "unbroken")
 
     class Killed(Exception):
@@ -126,7 +126,7 @@ def test_a_damaged_state_is_named(tiny: TinyModel, tmp_path: Path, content: byte
 def test_what_is_found_with_bfloat16_weights_goes_into_a_float32_adapter(
     tiny: TinyModel, tmp_path: Path
 ) -> None:
-    """What a GPU does by default."""
+    """A GPU computes in bfloat16 by default, while adapters stay in float32."""
     model = fresh(tiny, torch.bfloat16)
     start = compensated(tiny, model, tmp_path / "start")
     trained = tmp_path / "trained"
@@ -140,7 +140,7 @@ def test_what_is_found_with_bfloat16_weights_goes_into_a_float32_adapter(
 
 
 def test_float32_weights_take_part_in_the_models_dtype(tiny: TinyModel) -> None:
-    """Float32 products of an adapter take longer than the model's own."""
+    """An adapter's products would take longer in float32."""
     student = distillation._Student(fresh(tiny, torch.bfloat16), CONFIG, None)
     lora_a = student.peft_model.get_submodule("base_model.model.model.layers.3.mlp.up_proj.lora_A")
     seen: set[torch.dtype] = set()
@@ -170,7 +170,7 @@ def test_windows_are_computed_together_or_one_by_one(
 def test_the_loss_is_the_kl_divergence_and_has_its_gradient(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch derives it from all logits at once."""
+    """Loss and gradient equal those that torch derives from all logits at once."""
     monkeypatch.setattr(kl_loss_module, "_ROWS_AT_ONCE", 7)
     model = fresh(tiny)
     shape = (2, 5, model.config.hidden_size)
@@ -227,7 +227,7 @@ def test_every_epoch_sees_every_window_once() -> None:
 
 
 def test_distillation_goes_on_from_a_compensation(tiny: TinyModel, tmp_path: Path) -> None:
-    """The adapter holds both; whoever reads it, peft too, finds what was measured."""
+    """The new adapter holds both changes, and reads the same in peft."""
     start = compensated(tiny, fresh(tiny), tmp_path / "start")
     trained = tmp_path / "trained"
     log = train(tiny, trained, start=start, lora_alpha=16, learning_rate=0.001)

@@ -1,4 +1,4 @@
-"""The search finds the best plan there is, where that can be known."""
+"""The search finds the best plan, in cases where that is known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cqil_dist.planning.search import latency
 from cqil_dist.planning.search.comparison import Comparison
 from cqil_dist.planning.search.goal import Goal
 from cqil_dist.planning.search.pareto import MeasuredPlan, PlanFinder
-from cqil_dist.planning.search.search import PlanSearch, additive_front
+from cqil_dist.planning.search.search import PlanSearch, least_sensitive_plans
 from cqil_dist.planning.search.sensitivity import candidates, measure_sensitivities
 from cqil_dist.progress import SilentProgress
 from cqil_dist.rank.layer_timing import prepare_layers
@@ -33,7 +33,7 @@ MANY_S = 60.0
 
 
 def invented(group: Group) -> float:
-    """Anything, but the same each time; more for larger groups."""
+    """An arbitrary but constant sensitivity, which is greater for larger groups."""
     mixed = sum((3 + layer) ** 3 for layer in group.layers) * (7 + len(str(group.bypass)))
     return (1 + mixed % 101) / 100 * group.size**2
 
@@ -42,7 +42,7 @@ SENSITIVITIES = {group: invented(group) for group in candidates(LAYERS, 3)}
 
 
 def every_plan() -> Iterator[Plan]:
-    """With the best bypass of each group."""
+    """Every plan, with the best bypass of each group."""
     for cuts in itertools.product([False, True], repeat=LAYERS - 1):
         groups: list[list[int]] = [[0]]
         for layer, cut in enumerate(cuts, start=1):
@@ -66,16 +66,16 @@ def total(plan: Plan) -> float:
     return sum(SENSITIVITIES.get(group, 0.0) for group in plan.groups)
 
 
-def test_the_front_has_the_least_sum_of_each_depth() -> None:
-    front = additive_front(LAYERS, SENSITIVITIES)
-    assert sorted(front) == list(range(3, LAYERS + 1))
-    for depth, plan in front.items():
+def test_each_depth_has_the_plan_of_least_sum() -> None:
+    plans = least_sensitive_plans(LAYERS, SENSITIVITIES)
+    assert sorted(plans) == list(range(3, LAYERS + 1))
+    for depth, plan in plans.items():
         least = min(total(each) for each in every_plan() if each.depth == depth)
         assert total(plan) == pytest.approx(least)
 
 
 def test_local_search_finds_a_best_plan_that_sums_do_not_show() -> None:
-    """Two groups cost nothing together, though each is dear by itself; so does one bypass."""
+    """Two groups cost nothing together, though each costs much by itself; one has a bypass."""
     planted = Plan.covering([Group((1, 2), Bypass("full")), Group((5, 6, 7))], LAYERS)
 
     def measure(plan: Plan) -> Divergence:
@@ -96,7 +96,7 @@ def test_local_search_finds_a_best_plan_that_sums_do_not_show() -> None:
 def test_changed_groups_take_a_bypass_that_is_allowed(
     start: list[tuple[int, ...]], planted: list[tuple[int, ...]]
 ) -> None:
-    """Where the bypass that costs least is not, another may be: of what is joined or split."""
+    """If a joined or split group's best bypass is not allowed, another one is taken."""
     first, best = (Plan.covering([Group(g) for g in each], LAYERS) for each in (start, planted))
 
     def measure(plan: Plan) -> Divergence:
@@ -105,8 +105,8 @@ def test_changed_groups_take_a_bypass_that_is_allowed(
     def without_bypass(plan: Plan) -> bool:
         return all(str(group.bypass) == "0" for group in plan.groups)
 
-    dear = {group: kl + 9 * (str(group.bypass) == "0") for group, kl in SENSITIVITIES.items()}
-    search = PlanSearch(LAYERS, dear, measure, MANY_S, SilentProgress())
+    costly = {group: kl + 9 * (str(group.bypass) == "0") for group, kl in SENSITIVITIES.items()}
+    search = PlanSearch(LAYERS, costly, measure, MANY_S, SilentProgress())
     assert search.refine(best.depth, first, without_bypass) == best
     assert all(map(without_bypass, search.measured))
 
@@ -116,8 +116,8 @@ def test_the_search_ends_with_a_plan_that_is_enough() -> None:
         return Divergence(-total(plan), 0.0)  # sums show the worst first
 
     search = PlanSearch(LAYERS, SENSITIVITIES, measure, MANY_S, SilentProgress())
-    first = additive_front(LAYERS, SENSITIVITIES)[5]
-    found = search.refine(5, enough=lambda plan: search.kl(plan) < search.kl(first))
+    first = least_sensitive_plans(LAYERS, SENSITIVITIES)[5]
+    found = search.refine(5, good_enough=lambda plan: search.kl(plan) < search.kl(first))
     assert search.kl(found) < search.kl(first)
     assert sum(search.kl(plan) < search.kl(first) for plan in search.measured) == 1
     assert search.kl(search.refine(5)) < search.kl(found)
@@ -131,13 +131,13 @@ def test_time_bounds_the_search() -> None:
         return Divergence(total(plan), 0.0)
 
     search = PlanSearch(LAYERS, SENSITIVITIES, measure, 0.0, SilentProgress())
-    assert search.refine(5) == additive_front(LAYERS, SENSITIVITIES)[5]
+    assert search.refine(5) == least_sensitive_plans(LAYERS, SENSITIVITIES)[5]
     assert len(measured) == 1
 
 
 @pytest.fixture(scope="module")
-def original(tiny_model: TinyModelFactory) -> Baseline:
-    """A random model in which layers 2 and 3 hardly add anything: the pair to choose."""
+def baseline(tiny_model: TinyModelFactory) -> Baseline:
+    """A random model whose layers 2 and 3 add almost nothing: the pair to choose."""
     model = load_model(tiny_model().path, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         for layer in (2, 3):
@@ -148,8 +148,8 @@ def original(tiny_model: TinyModelFactory) -> Baseline:
 
 
 @pytest.fixture(scope="module")
-def comparison(original: Baseline, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    return Comparison(original, None, tmp_path_factory.mktemp("compared"))
+def comparison(baseline: Baseline, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return Comparison(baseline, None, tmp_path_factory.mktemp("compared"))
 
 
 @pytest.fixture(scope="module")
@@ -173,21 +173,21 @@ def test_a_planted_pair_is_found(finder: PlanFinder) -> None:
 
 
 def test_the_shallowest_plan_within_a_bound_is_found(finder: PlanFinder) -> None:
-    """Layers that add nothing may run beside any neighbour: no plan of fewer groups will do."""
+    """Layers that add nothing may run beside any neighbour; no plan of fewer groups will do."""
     found = finder.find(Goal(max_kl=0.01))
     assert found.depth == 4
     assert found.divergence.kl < 0.01
-    assert all(each.divergence.kl > 0.01 for each in finder.front() if each.depth < 4)
+    assert all(each.divergence.kl > 0.01 for each in finder.pareto_front() if each.depth < 4)
 
 
-def test_a_loss_bounds_perplexity(finder: PlanFinder, original: Baseline) -> None:
+def test_a_loss_bounds_perplexity(finder: PlanFinder, baseline: Baseline) -> None:
     found = finder.find(Goal(max_loss=0.002))
     assert found.depth < 6
-    assert found.divergence.perplexity <= 1.002 * original.perplexity
+    assert found.divergence.perplexity <= 1.002 * baseline.perplexity
 
 
 def test_a_latency_bounds_the_depth(finder: PlanFinder) -> None:
-    """Five groups of 100 us and half a head are 525 us, and some exchanges; six are more."""
+    """Five groups of 100 us and half a head take 525 us without exchanges; six take more."""
     found = finder.find(Goal(max_latency_us=590))
     assert found.depth == 5
     assert 525 < found.latency_us <= 590
@@ -198,7 +198,7 @@ def test_a_latency_bounds_the_depth(finder: PlanFinder) -> None:
 def test_a_plan_that_exchanges_less_is_found_where_the_best_is_too_slow(
     comparison: Comparison, sensitivities: dict[Group, float]
 ) -> None:
-    """The bypass that loses least may cost an exchange too many."""
+    """The bypass of least divergence may take an exchange too many."""
     costs = Costs(SHAPE, layer_us=100, head_us=50, link_us=30)
 
     def latency_us(plan: Plan) -> float:
@@ -218,7 +218,7 @@ def test_a_plan_that_exchanges_less_is_found_where_the_best_is_too_slow(
 def test_layers_are_timed_as_a_rank_computes_them(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever precision plans are measured in, which stays as it was."""
+    """The precision that plans are measured in plays no part, and is left as it was."""
     during: list[tuple[int, str]] = []
 
     def prepare(*arguments: Any) -> Any:
@@ -244,9 +244,9 @@ def test_layers_are_timed_as_a_rank_computes_them(
 def test_goals_that_cannot_be_kept_are_said(
     comparison: Comparison, sensitivities: dict[Group, float]
 ) -> None:
-    dear = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
-    finder = PlanFinder(comparison, dear, COSTS, 2, MANY_S, SilentProgress())
-    with pytest.raises(PlanError, match="no two layers can run together within this bound"):
+    costly = {group: kl for group, kl in sensitivities.items() if group.layers == (4, 5)}
+    finder = PlanFinder(comparison, costly, COSTS, 2, MANY_S, SilentProgress())
+    with pytest.raises(PlanError, match="no two layers can run concurrently within this bound"):
         finder.find(Goal(max_kl=1e-3))
     for depth in (2, 7):
         with pytest.raises(PlanError, match=rf"depth is {depth}, but .* reach depths 3 to 6"):
@@ -257,16 +257,13 @@ def test_goals_that_cannot_be_kept_are_said(
 
 
 def test_searched_plans_are_no_worse_than_regular_ones(
-    finder: PlanFinder, original: Baseline
+    finder: PlanFinder, baseline: Baseline
 ) -> None:
     finder.find(Goal(depth=4))
-    best = {each.depth: each.divergence.kl for each in finder.front()}
-    baselines = list(finder.baselines(input_similarity(original)))
-    assert {each.to_json()["kind"] for each in baselines} == {
-        "CQIL D0",
-        "CQIL D1",
-        "layers removed",
-    }
-    for each in baselines:
+    best = {each.depth: each.divergence.kl for each in finder.pareto_front()}
+    published = list(finder.published_methods(input_similarity(baseline)))
+    kinds = {each.to_json()["kind"] for each in published}
+    assert kinds == {"CQIL D0", "CQIL D1", "layers removed"}
+    for each in published:
         if each.depth == 4 and isinstance(each, MeasuredPlan):
             assert best[4] <= each.divergence.kl
