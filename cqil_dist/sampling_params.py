@@ -120,7 +120,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is taken rather than one drawn."""
+        """True where the most probable token is taken rather than one drawn."""
         return self.temperature < _GREEDY_BELOW
 
     def to_dict(self) -> dict[str, Any]:

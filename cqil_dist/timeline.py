@@ -26,7 +26,7 @@ class SpanKind(IntEnum):
 
     @property
     def is_exchange(self) -> bool:
-        """Whether the rank moved data or waited for a peer, rather than computed."""
+        """True where the rank moved data or waited for a peer rather than computed."""
         return self in (SpanKind.ATTENTION_EXCHANGE, SpanKind.OUTPUT_EXCHANGE)
 
 
