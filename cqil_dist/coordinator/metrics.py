@@ -58,7 +58,7 @@ class EngineMetrics:
         self._stopping = threading.Event()
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
-        """Report the counts of an engine\'s `status` every second, on a thread of its own."""
+        """Report the counts of an engine's `status` every second, on a thread of its own."""
 
         def report() -> None:
             while not self._stopping.wait(_WATCH_S):
