@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -136,17 +135,13 @@ def decode_tensor_entry(entry: object, payload_bytes: int) -> tuple[torch.dtype,
     dtype, shape = dtype_from_code(entry[0]), tuple(entry[1:])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ProtocolError(f"a frame describes a payload of shape {shape!r}; sizes are >= 0")
-    if tensor_bytes(dtype, shape) != payload_bytes:
+    described = math.prod(shape) * dtype.itemsize
+    if described != payload_bytes:
         raise ProtocolError(
-            f"a frame describes a payload of shape {shape} and {dtype}, "
-            f"{tensor_bytes(dtype, shape)} bytes, but carries {payload_bytes} bytes"
+            f"a frame describes a payload of shape {shape} and {dtype}, {described} bytes, but "
+            f"carries {payload_bytes} bytes"
         )
     return dtype, shape
-
-
-def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """The number of bytes of a contiguous tensor of this dtype and shape."""
-    return math.prod(shape) * dtype.itemsize
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -10,7 +10,7 @@ vocabulary, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,9 +94,17 @@ class StepInput:
 
     @classmethod
     def of(
-        cls, segments: Sequence[Segment], rotary: RotaryTable, device: torch.device
+        cls,
+        segments: Sequence[Segment],
+        rotary: RotaryTable,
+        windows: Iterable[int | None],
+        device: torch.device,
     ) -> StepInput:
-        """Lay out a step of at least one segment."""
+        """Lay out a step of at least one segment.
+
+        Args:
+            windows: those that the model's layers have, each once; None for layers without one.
+        """
         slots: list[int] = []
         positions: list[int] = []
         logit_rows: list[int] = []
@@ -107,7 +115,7 @@ class StepInput:
         rows = torch.tensor([slots, positions], device=device)
         cos_N1E, sin_N1E = rotary.at(rows[1])
         logit_rows_R = torch.tensor(logit_rows, dtype=torch.long, device=device)
-        runs = _attention_runs(segments, rows)
+        runs = _attention_runs(segments, rows, windows)
         return cls(rows[0], rows[1], cos_N1E, sin_N1E, logit_rows_R, runs)
 
 
@@ -135,9 +143,17 @@ class AttentionRun:
         count: new tokens of each sequence; more than one only where B is 1.
         target: of a single sequence, the index of its slot, heads (all) and new positions in a
             cache; None where there are several.
+        visible: the keys that the rows see, by window (how many latest ones; None for all).
     """
 
-    def __init__(self, segments: Sequence[Segment], rows: slice, slots_B: Tensor, starts_B: Tensor):
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        rows: slice,
+        slots_B: Tensor,
+        starts_B: Tensor,
+        windows: Iterable[int | None],
+    ) -> None:
         first, last = segments[0], segments[-1]
         starts = [segment.start for segment in segments]
         self.rows = rows
@@ -149,32 +165,26 @@ class AttentionRun:
         if self.batch == 1:
             self.target = (first.slot, slice(None), slice(first.start, first.start + first.count))
         adjacent = all(segment.slot == first.slot + n for n, segment in enumerate(segments))
-        self._slots = slice(first.slot, last.slot + 1) if adjacent else slots_B
-        self._earliest = min(starts)
-        self._length = max(starts) + first.count
-        self._visible: dict[int | None, VisibleKeys] = {}
-
-    def visible(self, window: int | None) -> VisibleKeys:
-        """The keys that the run sees; `window` is how many latest ones, or None for all."""
-        if window not in self._visible:
-            first = 0 if window is None else max(0, self._earliest + 1 - window)
+        slots = slice(first.slot, last.slot + 1) if adjacent else slots_B
+        end = max(starts) + first.count
+        self.visible: dict[int | None, VisibleKeys] = {}
+        for window in windows:
+            begin = 0 if window is None else max(0, min(starts) + 1 - window)
             mask = None
             if self.batch > 1 or self.count > 1:
-                device = self.starts_B.device
-                query = (
-                    self.starts_B[:, None, None] + torch.arange(self.count, device=device)[:, None]
-                )
-                key = torch.arange(first, self._length, device=device)
+                new = torch.arange(self.count, device=starts_B.device)
+                query = starts_B[:, None, None, None] + new[:, None]
+                key = torch.arange(begin, end, device=starts_B.device)
                 mask = key <= query
                 if window is not None:
                     mask &= key > query - window
-                mask = mask.unsqueeze(1)
-            index = (self._slots, slice(None), slice(first, self._length))
-            self._visible[window] = VisibleKeys(index, mask)
-        return self._visible[window]
+            index = (slots, slice(None), slice(begin, end))
+            self.visible[window] = VisibleKeys(index, mask)
 
 
-def _attention_runs(segments: Sequence[Segment], rows: Tensor) -> tuple[AttentionRun, ...]:
+def _attention_runs(
+    segments: Sequence[Segment], rows: Tensor, windows: Iterable[int | None]
+) -> tuple[AttentionRun, ...]:
     """Adjacent decode segments attend as one batch, every prefill chunk by itself.
 
     Args:
@@ -192,6 +202,6 @@ def _attention_runs(segments: Sequence[Segment], rows: Tensor) -> tuple[Attentio
         count = batch[0].count
         end = row + len(batch) * count
         slots_B, starts_B = rows[:, row:end:count]
-        runs.append(AttentionRun(batch, slice(row, end), slots_B, starts_B))
+        runs.append(AttentionRun(batch, slice(row, end), slots_B, starts_B, windows))
         row = end
     return tuple(runs)

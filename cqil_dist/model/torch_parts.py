@@ -91,7 +91,7 @@ class TorchAttention:
         self.cache.append(run, kv_NKE)
         attended: list[Tensor] = []
         for span in self.spans:
-            visible = run.visible(span.window)
+            visible = run.visible[span.window]
             keys, values = self.cache.read(visible, span.kv_heads)
             queries = queries_NHE[:, span.queries.start : span.queries.stop]
             if run.count == 1:

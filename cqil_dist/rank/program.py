@@ -71,6 +71,7 @@ class RankProgram:
         self._dtype = precision.compute_dtype
         self._device = device
         self._rotary = RotaryTable(config, cache_shape.max_len, self._dtype, device)
+        self._windows = frozenset(config.windows)
         self._cache_shape = cache_shape
         self._caches: dict[tuple[Piece, ...], KVCache] = {}
         self._filled = [0] * cache_shape.slots
@@ -163,7 +164,7 @@ class RankProgram:
                 for cache in self._caches.values():
                     cache.clear(segment.slot, self._filled[segment.slot])
             self._filled[segment.slot] = segment.start + segment.count
-        step = StepInput.of(segments, self._rotary, self._device)
+        step = StepInput.of(segments, self._rotary, self._windows, self._device)
         x_ND = None
         if hidden_ND is not None:
             x_ND = hidden_ND.to(self._device, self._dtype)
