@@ -92,13 +92,13 @@ class Stage:
         return _bundle(with_columns, self._visible_layers)
 
     def attention_inputs(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """For each feed-forward bundle of `rank`, the attention outputs that it takes.
+        """The attention outputs that each feed-forward bundle of `rank` takes.
 
         They are numbered as they lie on `rank` after the attention round: bundle by bundle of the
         ranks that it gathers from, in rank order.
         """
-        meeting = self.attention_round
-        sources = (rank,) if meeting is None else meeting.sources[rank]
+        gathering = self.attention_round
+        sources = (rank,) if gathering is None else gathering.sources[rank]
         gathered = [bundle for source in sources for bundle in self.attention_bundles(source)]
         return tuple(
             tuple(

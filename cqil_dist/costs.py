@@ -98,8 +98,8 @@ class ModelShape:
 
         Args:
             block: columns are cut at multiples of this many, a weight format's group.
-            together: balance attention and feed-forward as one, for a layer whose ranks do not
-                meet in between; else each for itself.
+            together: balance attention and feed-forward as one, for a layer without an exchange in
+                between; else each for itself.
         """
         heads = _balanced_heads(self, parts)
         attention = [self.attention_weights(part) for part in heads]

@@ -68,7 +68,7 @@ class ServiceError(CqilError):
 
 
 class QueueFull(ServiceError):
-    """As many requests wait as may (try again later), or a message is larger than may be sent."""
+    """The queue is full (one may try again later), or a message is larger than any may be."""
 
 
 class RequestTimeout(ServiceError):

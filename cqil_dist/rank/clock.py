@@ -25,8 +25,8 @@ class StepClock:
     for: then each waits for its kernels, which makes the step slower.
 
     Attributes:
-        marks: of the latest step.
-        seconds: by (plan, group, kind), summed over all steps.
+        marks: the ends of the latest step's parts, in order.
+        seconds: the time of each part, by (plan index, group, kind), summed over all steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,21 +37,21 @@ class StepClock:
         self.marks: list[Mark] = []
         self.seconds: defaultdict[tuple[int, int, int], float] = defaultdict(float)
 
-    def begin(self, plan: int, exact: bool = False) -> None:
-        """A step begins. `exact` waits for the GPU at every mark."""
-        self._plan = plan
+    def begin(self, plan_index: int, exact: bool = False) -> None:
+        """Begin a step; with `exact`, every mark waits for the GPU."""
+        self._plan = plan_index
         self._waits = exact and self._on_gpu
         self.marks = []
         self.started = time.perf_counter()
 
     def mark(self, kind: SpanKind, group: int) -> None:
-        """This part of this group ends here."""
+        """Note that a part of a group has ended."""
         if self._waits:
             torch.cuda.synchronize()
         self.marks.append((kind, group, time.perf_counter()))
 
     def end(self) -> None:
-        """The step is done: its parts are added up."""
+        """Add the times of the step's parts to `seconds`."""
         before = self.started
         for kind, group, ended in self.marks:
             self.seconds[self._plan, group, kind] += ended - before
@@ -59,7 +59,7 @@ class StepClock:
 
 
 def times_of(clock: StepClock) -> list[Any]:
-    """When the step began, and its marks, for the answer's header."""
+    """When a clock's latest step began, and its marks, as an answer's header carries them."""
     return [clock.started, [[int(kind), group, ended] for kind, group, ended in clock.marks]]
 
 
@@ -92,8 +92,8 @@ def timeline_of(
     """A rank's spans on the coordinator's clock.
 
     Args:
-        times: what `times_of` gave there.
-        sent, answered: when the step was sent and answered, seconds on the coordinator.
+        times: what `times_of` gave on the rank.
+        sent, answered: when the step was sent and answered, in seconds of the coordinator's clock.
     """
     began, marks = times
     offset.learn(sent, began, marks[-1][2], answered)

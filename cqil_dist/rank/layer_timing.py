@@ -24,12 +24,16 @@ _LAYERS_BYTES = 1 << 30
 
 
 def prepare_layers(path: Path, world: int, max_len: int) -> Callable[[int, int], list[float]]:
-    """Where a decode step's time goes without any exchange: layers, and a rank's head share.
+    """Load layers and one rank's share of the head, and return what times them in decode steps.
 
-    Of as many layers as do not fit into a processor's caches; large ones stand for all alike.
+    Only as many layers are loaded as do not fit into a processor's caches; they stand for all.
 
-    `measure(position, repetitions)` gives [milliseconds of one layer, of the head shard, ...]:
-    medians are taken by the caller.
+    Args:
+        world: ranks that share the vocabulary head.
+
+    Returns:
+        `measure(position, repetitions)`, which gives milliseconds: of one layer, of the head share,
+        of one layer again and so on, once each for every repetition.
     """
     config = ModelConfig.from_directory(path)
     layer_bytes = 4 * sum(out * inner for out, inner in config.projection_shapes.values())

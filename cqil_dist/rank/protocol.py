@@ -29,8 +29,9 @@ class RankGroup:
     """All ranks of a launch, driven step by step over one link each.
 
     Args:
-        assignments: one for each plan.
-        links: to rank 0, 1, ... in order.
+        assignments: who computes what, for each plan.
+        embedding: the token embeddings.
+        links: the connections to rank 0, 1, ... in order.
         step_deadline_s: seconds a step may take before a rank counts as lost.
     """
 

@@ -21,7 +21,7 @@ from cqil_dist.timeline import SpanKind
 
 
 class RankStage:
-    """The parts of one stage that one rank holds, and where they meet those of other ranks.
+    """The parts of one stage that one rank holds, and the exchanges with other ranks' parts.
 
     Calling it computes the rank's share of the group equations (CQIL, arXiv 2404.06709):
 
@@ -30,8 +30,8 @@ class RankStage:
         y   = x + sum over j of ( a_j + F_j(u_j) )
 
     Args:
-        index: of the group in the plan.
-        stage: who computes what.
+        index: the group's index in the plan.
+        stage: who computes what of the group, and whose results each rank needs.
         rank: this rank.
         attention, feed_forward: the parts of this rank's pieces; None where it holds no heads, or
             no feed-forward columns, of the stage.

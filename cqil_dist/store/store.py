@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cqil_dist.errors import ModelError, ModelNotFound
+from cqil_dist.model.gguf_file import check_magic, float32_bytes
 from cqil_dist.progress import Progress
 from cqil_dist.store import builtin, gguf, hub
 from cqil_dist.store.builtin import BUILTIN_MODELS, BuiltinModel
@@ -150,12 +151,12 @@ def _builtin_recipe(name: str) -> Recipe:
 
 def _gguf_recipe(file: Path, progress: Progress) -> Recipe:
     def make(build: Build) -> Mapping[str, str]:
-        require_space(gguf.converted_bytes(file) + _SMALL_FILES_BYTES, file.name)
+        require_space(float32_bytes(file) + _SMALL_FILES_BYTES, file.name)
         gguf.convert(file, build.directory, file.name, build.progress)
         check_directory(build.directory)
         return {"path": str(file)}
 
-    gguf.check_magic(file)
+    check_magic(file)
     content = content_sha256(file, progress)
     return Recipe(f"gguf-{content[:16]}", file.name, f"GGUF file, sha256 {content}", make)
 

@@ -80,7 +80,7 @@ class Compensation:
 
     @cached_property
     def _states_WL(self) -> list[list[Tensor]]:
-        """For each window, the original model's layer inputs and last output, [1, T, D] each.
+        """The original model's layer inputs and last output for each window, [1, T, D] each.
 
         They are computed when first needed: if every result is known already, nothing is fitted.
         """

@@ -23,7 +23,7 @@ _JOINS = 8
 
 
 def least_sensitive_plans(num_layers: int, sensitivities: Sensitivities) -> dict[int, Plan]:
-    """For each depth, the plan whose groups have the smallest sum of sensitivities.
+    """The plans, by depth, whose groups have the smallest sum of sensitivities.
 
     The sum is not the plan's divergence, but ranks plans well enough to start from.
     """
@@ -130,7 +130,7 @@ class PlanSearch:
             yield plan
 
     def _splits(self, plan: Plan) -> Iterator[list[Plan]]:
-        """For every place where a group can be split in two, the plans with each pair of bypasses.
+        """The plans with one group split in two: for every cut, those with each pair of bypasses.
 
         The least sensitive pair comes first.
         """
