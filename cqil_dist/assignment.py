@@ -32,12 +32,12 @@ class Round:
         index: the round's number within a step, counted from 0.
         sources: for each rank, the ranks whose partial results it needs, in rank order, itself
             included where it contributes; empty where it has no use for the result.
-        tensors: for each rank, how many tensors of tokens by model width it contributes.
+        tensor_counts: for each rank, how many tensors of tokens by model width it contributes.
     """
 
     index: int
     sources: tuple[tuple[int, ...], ...]
-    tensors: tuple[int, ...]
+    tensor_counts: tuple[int, ...]
 
     def targets(self, rank: int) -> tuple[int, ...]:
         """The other ranks that need what `rank` contributes."""
@@ -91,7 +91,7 @@ class Stage:
         with_columns = [piece for piece in self.pieces[rank] if piece.columns]
         return _bundle(with_columns, self._visible_layers)
 
-    def attention_inputs(self, rank: int) -> tuple[tuple[int, ...], ...]:
+    def feed_forward_sees(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """The attention outputs that each feed-forward bundle of `rank` takes.
 
         They are numbered as they lie on `rank` after the attention round: bundle by bundle of the

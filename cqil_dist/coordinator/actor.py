@@ -28,7 +28,7 @@ from cqil_dist.errors import CqilError, ExchangeError
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.head import Embedding
 from cqil_dist.rank.model_files import model_directory
-from cqil_dist.rank.protocol import RankGroup
+from cqil_dist.rank.protocol import RemoteRanks
 from cqil_dist.rank.spec import EngineSpec
 from cqil_dist.rpc.options import OTHER_CALLS
 from cqil_dist.status import ModelInfo, Status
@@ -60,7 +60,7 @@ class Coordinator:
         self._address: str | None = None
         self._engine: Engine | None = None
         self._server: grpc.Server | None = None
-        self._group: RankGroup | None = None
+        self._group: RemoteRanks | None = None
         self._ranks: ConnectedRanks | None = None
         self._metrics = EngineMetrics()
         self._created = int(time.time())
@@ -81,7 +81,7 @@ class Coordinator:
                     loading = own.submit(self._load)
                     ranks, _ = self._pool.assemble()
                     tokenizer, self._embedding = loading.result()
-                self._address = self._serve(tokenizer, self._group_of(ranks))
+                self._address = self._serve(tokenizer, self._connected(ranks))
             return self._address
 
     def status(self) -> Status:
@@ -133,15 +133,15 @@ class Coordinator:
         embedding = Embedding(spec.config, Checkpoint(path), spec.precision.wire_dtype)
         return load_tokenizer(path), embedding
 
-    def _group_of(self, ranks: ConnectedRanks) -> RankGroup:
+    def _connected(self, ranks: ConnectedRanks) -> RemoteRanks:
         spec = self._spec
         self._ranks = ranks
-        self._group = RankGroup(
+        self._group = RemoteRanks(
             spec.assignments, self._embedding, ranks.links, spec.engine.step_deadline_s
         )
         return self._group
 
-    def _serve(self, tokenizer: PreTrainedTokenizerBase, group: RankGroup) -> str:
+    def _serve(self, tokenizer: PreTrainedTokenizerBase, group: RemoteRanks) -> str:
         spec = self._spec
         self._engine = Engine(
             group,
@@ -180,13 +180,13 @@ class Coordinator:
             for name, assignment in zip(spec.names, spec.assignments, strict=True)
         ]
 
-    def _rebuild(self, error: ExchangeError) -> tuple[RankGroup, dict[str, float]]:
+    def _rebuild(self, error: ExchangeError) -> tuple[RemoteRanks, dict[str, float]]:
         """Bring the ranks together again; the engine calls it (`engine.Rebuild`)."""
         assert self._group is not None, "it has failed"
         ended = self._group.closed_ranks()
         self._group.close()
         ranks, phases = self._pool.assemble(frozenset(ended))
-        return self._group_of(ranks), phases
+        return self._connected(ranks), phases
 
 
 def _living_actors(names: Sequence[str]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from cqil_dist.coordinator.actor_calls import ActorFailed, check_call
-from cqil_dist.coordinator.rank_matcher import MatchedRank
+from cqil_dist.coordinator.rank_finder import MatchedRank
 from cqil_dist.errors import ExchangeError, ModelError
 from cqil_dist.rank.spec import EngineSpec
 

@@ -1,6 +1,6 @@
 """Decides which actor becomes which rank, whom to wait for, and when to give up.
 
-Plain values and decisions; coordinator/rank_matcher.py asks the actors and replaces processes.
+Plain values and decisions; coordinator/rank_finder.py asks the actors and replaces processes.
 """
 
 from __future__ import annotations

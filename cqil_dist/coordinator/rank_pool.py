@@ -5,11 +5,11 @@ keep them; the others go to whatever actor answers (one that Ray has started aga
 load. Then all listen in the next epoch, connect, and serve. If another is lost meanwhile, it
 starts over, until the deadline.
 
-    rank_matcher   an actor for every rank        decided by lifecycle and rank_matching
+    rank_finder    an actor for every rank        decided by lifecycle and rank_matching
     rank_loading   its weights
     rendezvous     its connections                core_binding
-    spare_keeper   weights for the actors left    supervision
-    (here)         once more, or not              supervision
+    spare_keeper   weights for the actors left    failure_reactions
+    (here)         once more, or not              failure_reactions
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from cqil_dist.coordinator.actor_calls import ActorFailed
+from cqil_dist.coordinator.failure_reactions import Failure, Reaction, gives_up, reaction_to
 from cqil_dist.coordinator.lifecycle import Event, Lifecycle
 from cqil_dist.coordinator.pool_member import PoolMember
+from cqil_dist.coordinator.rank_finder import RankFinder
 from cqil_dist.coordinator.rank_loading import load_weights
-from cqil_dist.coordinator.rank_matcher import RankMatcher
 from cqil_dist.coordinator.rendezvous import ConnectedRanks, connect_ranks
 from cqil_dist.coordinator.spare_keeper import look_after_spares
-from cqil_dist.coordinator.supervision import Failure, Reaction, gives_up, reaction_to
 from cqil_dist.errors import CqilError, ExchangeError, LaunchError, ModelError, RankUnavailable
 from cqil_dist.rank.spec import EngineSpec
 
@@ -54,7 +54,7 @@ class RankPool:
         self._spec = spec
         self._secret = secret
         self._stopping = threading.Event()
-        self._matcher = RankMatcher(self._members, spec, self._check_open)
+        self._finder = RankFinder(self._members, spec, self._check_open)
         self._using_members = threading.Lock()
         if len(actors) > spec.world:
             threading.Thread(target=self._keep_spares, name="spares", daemon=True).start()
@@ -62,7 +62,7 @@ class RankPool:
     @property
     def waiting_for(self) -> str:
         """The ranks that wait for an actor, with the nodes they were on; empty where none does."""
-        return self._matcher.waiting_for
+        return self._finder.waiting_for
 
     def ready_spares(self) -> int:
         """Count the actors without a rank that hold the weights of all of them."""
@@ -88,7 +88,7 @@ class RankPool:
         """
         with self._using_members:
             for rank in ended:
-                self._matcher.member(rank).note(Event.ENDED)
+                self._finder.member(rank).note(Event.ENDED)
             tries = _Tries(time.monotonic() + self._spec.engine.recovery_timeout_s)
             while True:
                 self._check_open()
@@ -104,7 +104,7 @@ class RankPool:
 
     def _try(self, tries: _Tries) -> ConnectedRanks:
         with tries.timed("seat"):
-            ranks = self._matcher.match(tries.deadline)
+            ranks = self._finder.match(tries.deadline)
         with tries.timed("load", is_limited=False):
             load_weights(self._spec, ranks, self._check_open)
         with tries.timed("connect"):
@@ -115,7 +115,7 @@ class RankPool:
         return connected
 
     def _react(self, error: Exception, tries: _Tries) -> None:
-        """Do what `supervision` decides; returns where the ranks are to be tried once more."""
+        """Do what `failure_reactions` decides; return where another try is to follow."""
         failure = _failure(error)
         tries.failures.append(failure)
         if failure is Failure.UNFORESEEN:
@@ -124,9 +124,9 @@ class RankPool:
             case Reaction.RAISE, _:
                 raise error
             case Reaction.MARK_UNFIT, ActorFailed(rank=rank, reason=ModelError() as reason):
-                self._matcher.member(rank).mark_unfit(reason)
+                self._finder.member(rank).mark_unfit(reason)
             case Reaction.REPLACE, ActorFailed(rank=rank):
-                self._matcher.member(rank).replace(str(error))
+                self._finder.member(rank).replace(str(error))
         if gives_up(tries.failures, time.monotonic() > tries.deadline):
             raise RankUnavailable(
                 f"the ranks could not be connected: {type(error).__name__}: {error}"
@@ -141,7 +141,7 @@ class RankPool:
         while not self._stopping.wait(_SPARES_S):
             with self._using_members:
                 try:
-                    look_after_spares(self._matcher.spares(), self._members, self._spec)
+                    look_after_spares(self._finder.spares(), self._members, self._spec)
                 except Exception:  # of Ray's, while its head is away: there is a next time
                     logger.exception("looking after the spares")
 

@@ -14,7 +14,7 @@ from typing import Any
 from cqil_dist.coordinator.actor_calls import results
 from cqil_dist.coordinator.core_binding import bind_cores
 from cqil_dist.coordinator.node_addresses import host_addresses
-from cqil_dist.coordinator.rank_matcher import MatchedRank
+from cqil_dist.coordinator.rank_finder import MatchedRank
 from cqil_dist.errors import ExchangeError
 from cqil_dist.exchange.handshake import COORDINATOR
 from cqil_dist.exchange.link import Link

@@ -102,7 +102,11 @@ class EngineServicer(rpc.GenerationServiceServicer):
                     del self._by_id[request_id]
 
     def _end_former(self, request_id: str) -> None:
-        """End an earlier request of the same name, if there is one."""
+        """End an earlier request of the same name, if there is one.
+
+        A client that resumes a broken stream comes with the name that the stream had, possibly
+        before the end of its old call was noticed.
+        """
         with self._lock:
             former = self._by_id.pop(request_id, None)
         if former is not None:

@@ -1,6 +1,6 @@
 """Keeps actors without a rank ready to become any, while the ranks serve.
 
-What to do with a spare is coordinator/supervision.py's decision.
+What to do with a spare is coordinator/failure_reactions.py's decision.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cqil_dist.coordinator.actor_calls import as_raised
+from cqil_dist.coordinator.failure_reactions import Preparation, SpareAction, next_for_spare
 from cqil_dist.coordinator.lifecycle import Event
 from cqil_dist.coordinator.pool_member import PoolMember, Question, read_answers, replace_stuck
 from cqil_dist.coordinator.rank_loading import LOADING_ANSWER_S
-from cqil_dist.coordinator.supervision import Preparation, SpareAction, next_for_spare
 from cqil_dist.errors import ModelError
 from cqil_dist.rank.spec import EngineSpec
 

@@ -39,7 +39,7 @@ _MAX_SETBACKS = 5
 
 
 class StepModel(Protocol):
-    """A model that computes steps one after another, such as a `RankGroup` over its ranks."""
+    """A model that computes steps one after another; in serving, `rank.protocol.RemoteRanks`."""
 
     def begin(self, step: Step) -> None:
         """Start computing a step."""
@@ -146,8 +146,9 @@ class Engine:
         self._steps = 0
         self._slots = SlotPool(config.slots)
         self._scheduler = Scheduler(self._slots, config.prefill_tokens)
-        self._unreleased: list[Request] = []  # used by the engine's thread alone, as is:
-        self._computing: list[Request] = []  # the requests of the step under way
+        # Used by the engine's thread alone: answers to be released, requests of the step under way.
+        self._unreleased: list[Request] = []
+        self._computing: list[Request] = []
         self._changed = threading.Condition()  # guards the scheduler, its slots and what follows
         self._requests: dict[Sequence, Request] = {}  # all that the scheduler has
         self._cancelled: list[Request] = []
@@ -292,7 +293,7 @@ class Engine:
     def _deliver(self, computed: _ComputedStep) -> None:
         """Hand its share of a step's result to every request of the step."""
         step, rows = computed.step, computed.result.rows
-        logits_of_each = rows.split_with_sizes([segment.logits for segment in step.segments])
+        logits_of_each = rows.split_with_sizes([segment.wanted_logits for segment in step.segments])
         for segment, request, logits in zip(
             step.segments, self._computing, logits_of_each, strict=True
         ):

@@ -45,13 +45,14 @@ class Exchange(ABC):
         """Send this rank's partial result to those that need it, and wait for those it needs.
 
         Args:
-            exchange_round: who needs whose partial result; None gives `own_CND` back.
+            exchange_round: who needs whose partial result; None where nobody needs another's.
             own_CND: this rank's tensors: contiguous, in the exchange's dtype. None where it
                 contributes nothing to this round.
 
         Returns:
             The tensors of all of `exchange_round.sources[rank]`, in rank order, valid until the
-            next gather. None where this rank has no use for them: then it sends and does not wait.
+            next gather; or `own_CND` itself, in the shape that it came in, where this rank needs
+            no others. None where it has no use for any: then it sends and does not wait.
 
         Raises:
             PeerLost: a peer closed its connection or missed the deadline.
@@ -66,14 +67,14 @@ class Exchange(ABC):
         and errors are those of `gather`, for one tensor a rank. Unlike what that returns, the
         result stays valid.
         """
-        parts_CND = self.gather(exchange_round, own_ND)
-        if parts_CND is None or parts_CND is own_ND:
-            return parts_CND
-        if len(parts_CND) == 1:
-            return parts_CND[0].clone()
-        total_ND = parts_CND[0] + parts_CND[1]
-        for part_ND in parts_CND[2:]:
-            total_ND += part_ND
+        gathered_CND = self.gather(exchange_round, own_ND)
+        if gathered_CND is None or gathered_CND is own_ND:
+            return gathered_CND
+        if len(gathered_CND) == 1:
+            return gathered_CND[0].clone()
+        total_ND = gathered_CND[0] + gathered_CND[1]
+        for partial_ND in gathered_CND[2:]:
+            total_ND += partial_ND
         return total_ND
 
     @abstractmethod

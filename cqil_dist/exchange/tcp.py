@@ -111,7 +111,7 @@ class TcpExchange(Exchange):
             try:
                 route = self._routes.get(exchange_round) or self._add_route(exchange_round)
                 layout = route.layouts.get(self._tokens) or self._add_layout(route)
-                parts_CND = self._transfer(route, layout, own_CND, started)
+                gathered_CND = self._transfer(route, layout, own_CND, started)
             except BaseException as error:
                 # A frame may be half sent or half read: nothing can follow it.
                 self._failure = error
@@ -120,7 +120,7 @@ class TcpExchange(Exchange):
                 raise
         if route.senders:
             self.stats.record_wait(self._step, exchange_round.index, time.monotonic() - started)
-        return parts_CND
+        return gathered_CND
 
     def close(self) -> None:
         """See `Exchange.close`."""
@@ -150,7 +150,7 @@ class TcpExchange(Exchange):
             exchange_round=exchange_round,
             receivers=[self._peers[target] for target in exchange_round.targets(self.rank)],
             senders=[self._peers[source] for source in wanted if source != self.rank],
-            tensors={exchange_round.tensors[source] for source in involved},
+            counts={exchange_round.tensor_counts[source] for source in involved},
             contributes=contributes,
             leads=exchange_round.leader == self.rank,
         )
@@ -158,15 +158,15 @@ class TcpExchange(Exchange):
 
     def _add_layout(self, route: _Route) -> _Layout:
         wanted = route.exchange_round.sources[self.rank]
-        counts = route.exchange_round.tensors
+        counts = route.exchange_round.tensor_counts
         total = sum(counts[source] for source in wanted) if route.senders else 0
-        parts_CND = self._gathered.tensor((total, self._tokens, self._width))
+        gathered_CND = self._gathered.tensor((total, self._tokens, self._width))
         layout = route.layouts[self._tokens] = _Layout(
-            parts_CND, counts[self.rank] * self._tokens * self._width
+            gathered_CND, counts[self.rank] * self._tokens * self._width
         )
         first = 0
         for source in wanted if route.senders else ():
-            part_CND = parts_CND[first : first + counts[source]]
+            part_CND = gathered_CND[first : first + counts[source]]
             first += counts[source]
             if source == self.rank:
                 layout.own_CND = part_CND
@@ -185,7 +185,7 @@ class TcpExchange(Exchange):
                 count * self._tensor_bytes,
                 self._max_bytes,
             )
-            for count in route.tensors
+            for count in route.counts
         }
         sent = received = 0
         writing: list[_Peer] = []
@@ -197,13 +197,13 @@ class TcpExchange(Exchange):
                 or own.dtype is not self._dtype
                 or not own.is_contiguous()
             ):
-                shape = (route.exchange_round.tensors[self.rank], self._tokens, self._width)
+                shape = (route.exchange_round.tensor_counts[self.rank], self._tokens, self._width)
                 raise unfit(self.rank, route.exchange_round, own, shape, self._dtype)
             if layout.own_CND is not None:
                 layout.own_CND.copy_(own)
             if route.receivers:
                 host_own = own if self._on_host else self._staged(own)
-                head = heads[route.exchange_round.tensors[self.rank]]
+                head = heads[route.exchange_round.tensor_counts[self.rank]]
                 frame: list[bytes | memoryview] = [head, framing.memory_of(host_own)]
                 for peer in route.receivers:
                     peer.unsent, peer.unsent_bytes = frame, sum(map(len, frame))
@@ -221,7 +221,7 @@ class TcpExchange(Exchange):
         self.stats.bytes_sent += sent
         self.stats.bytes_received += received
         if route.senders:
-            return layout.parts_CND if self._on_host else layout.parts_CND.to(self._device)
+            return layout.gathered_CND if self._on_host else layout.gathered_CND.to(self._device)
         return own if route.exchange_round.sources[self.rank] else None
 
     def _finish(
@@ -258,13 +258,13 @@ class _Layout:
     """Where the tensors that one rank gathers lie in its buffer, one source after another.
 
     Attributes:
-        parts_CND: all of them; none where the rank has use for its own alone.
+        gathered_CND: all of them; none where the rank has use for its own alone.
         own_values: how many values this rank contributes.
         own_CND: where its own go; None where it needs none of them.
         payloads: of each other source, in rank order, how many tensors it sends, and their bytes.
     """
 
-    parts_CND: Tensor
+    gathered_CND: Tensor
     own_values: int
     own_CND: Tensor | None = None
     payloads: list[tuple[int, memoryview]] = field(default_factory=list)
@@ -276,14 +276,14 @@ class _Route:
 
     Attributes:
         receivers, senders: the peers that it sends to and receives from, in rank order.
-        tensors: how many tensors the frames have that come and go.
+        counts: how many tensors the frames have that come and go, each number once.
         layouts: of what it gathers, by the step's number of tokens.
     """
 
     exchange_round: Round
     receivers: Sequence[_Peer]
     senders: Sequence[_Peer]
-    tensors: set[int]
+    counts: set[int]
     contributes: bool
     leads: bool
     layouts: dict[int, _Layout] = field(default_factory=dict)

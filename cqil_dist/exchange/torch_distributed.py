@@ -107,19 +107,19 @@ class TorchDistributedExchange(Exchange):
             if own_CND is None or own_CND.numel() != math.prod(own_shape):
                 raise unfit(self.rank, exchange_round, own_CND, own_shape, self._dtype)
             own = own_CND.view(own_shape)
-        parts_CND: Tensor | None
+        gathered_CND: Tensor | None
         try:
             if self._is_all_to_all(exchange_round):
-                parts_CND = self._all_gather(own)
+                gathered_CND = self._all_gather(own)
             else:
-                parts_CND = self._send_and_receive(exchange_round, own)
+                gathered_CND = self._send_and_receive(exchange_round, own)
         except RuntimeError as error:
             raise ExchangeError(
                 f"step {self._step}, round {exchange_round.index} failed in {self._backend}: "
                 f"{error}"
             ) from error
         self._count(exchange_round, time.perf_counter() - started)
-        return parts_CND
+        return gathered_CND
 
     def close(self) -> None:
         """Leave the group. Idempotent. A gather in another thread ends no sooner than it would."""
@@ -129,12 +129,12 @@ class TorchDistributedExchange(Exchange):
                 dist.destroy_process_group()
 
     def _shape(self, exchange_round: Round, source: int) -> Shape:
-        return exchange_round.tensors[source], self._tokens, self._width
+        return exchange_round.tensor_counts[source], self._tokens, self._width
 
     def _is_all_to_all(self, exchange_round: Round) -> bool:
         """Whether every rank needs every rank's part, and all parts have one shape."""
         everyone = tuple(range(self._world))
-        same_shape = len(set(exchange_round.tensors)) == 1
+        same_shape = len(set(exchange_round.tensor_counts)) == 1
         return same_shape and all(wanted == everyone for wanted in exchange_round.sources)
 
     def _all_gather(self, own_CND: Tensor) -> Tensor:
@@ -145,15 +145,15 @@ class TorchDistributedExchange(Exchange):
 
     def _send_and_receive(self, exchange_round: Round, own_CND: Tensor) -> Tensor | None:
         wanted = exchange_round.sources[self.rank]
-        total = sum(exchange_round.tensors[source] for source in wanted)
+        total = sum(exchange_round.tensor_counts[source] for source in wanted)
         gathered_CND = self._buffer((total, self._tokens, self._width))
         operations = [
             dist.P2POp(dist.isend, own_CND, target) for target in exchange_round.targets(self.rank)
         ]
         first = 0
         for source in wanted:
-            part_CND = gathered_CND[first : first + exchange_round.tensors[source]]
-            first += exchange_round.tensors[source]
+            part_CND = gathered_CND[first : first + exchange_round.tensor_counts[source]]
+            first += exchange_round.tensor_counts[source]
             if source == self.rank:
                 part_CND.copy_(own_CND)
             else:

@@ -98,7 +98,8 @@ class ResolvedLaunch:
         else:
             Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
-        assignments = [assign(plan, world, model.shape, config.ungrouped)]
+        block = config.precision_for(model, on_gpu=False).weight_format.group
+        assignments = [assign(plan, world, model.shape, config.ungrouped, block)]
         if config.compare is not None:
             other = plan_for(config.compare, config.model, model.num_layers)
             if other == plan and adapter is None:

@@ -36,18 +36,17 @@ class Matrix(ABC):
 class WeightFormat(ABC):
     """A way to store matrices.
 
+    A backend may fold the gain of the norm before a projection into the matrix where that is exact;
+    the grid of a quantised file cannot take a gain up, and there it stays with the norm.
+
     Attributes:
         name: what users call it.
         group: values of a row that share a scale; feed-forward columns are split over ranks at its
             multiples, so that no rank holds a part of a group.
-        takes_gains: whether values may be scaled before they are stored, so that the gain of the
-            norm before a projection can be folded into it. The grid of a quantised file cannot
-            take it up; then the gain stays with the norm.
     """
 
     name: str
     group: int
-    takes_gains: bool
 
     @abstractmethod
     def empty(self, outputs: int, inputs: int, device: torch.device) -> Matrix:
@@ -64,7 +63,6 @@ class FloatFormat(WeightFormat):
 
     dtype: torch.dtype
     group = 1
-    takes_gains = True
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -16,6 +16,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Precision:
     """The numbers of one engine, by name: plain values, the same for all its ranks.
 
+    torch's parts cache and send what they compute without converting it, so `kv` and `wire` are
+    `compute` where they compute, as `of` has it.
+
     Attributes:
         compute: dtype of hidden states, biases and norms, and of all arithmetic between products.
         weights: format of the weight matrices (`cqil_dist.model.formats`).

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cqil_dist.model.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, layer_tensor
 from cqil_dist.model.config import ModelConfig
+from cqil_dist.model.precision import Precision
 from cqil_dist.model.rope import RotaryTable, rotate
 from cqil_dist.plan import Group, Plan
 
@@ -46,6 +47,10 @@ def group_output(
 class ReferenceModel:
     """A model under a plan, computed over whole sequences in one process.
 
+    Args:
+        precision: the numbers to compute with, float32 unless told otherwise. Matrices are those
+            that the weight format stands for.
+
     Raises:
         CheckpointError: a tensor is missing, misshapen or unreadable.
     """
@@ -55,11 +60,11 @@ class ReferenceModel:
         config: ModelConfig,
         checkpoint: Checkpoint,
         plan: Plan,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
-        self._weights = _read_all(config, checkpoint, dtype)
+        self._weights = _read_all(config, checkpoint, precision or Precision.of("float32"))
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -123,10 +128,19 @@ class ReferenceModel:
         return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
 
-def _read_all(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_all(
+    config: ModelConfig, checkpoint: Checkpoint, precision: Precision
+) -> dict[str, Tensor]:
     shapes = _tensor_shapes(config)
     with checkpoint.open() as reader:
-        return {name: reader.read(name, shape).to(dtype) for name, shape in shapes.items()}
+        read = {name: reader.read(name, shape) for name, shape in shapes.items()}
+    for name, tensor in read.items():
+        if tensor.dim() == 2 and name != EMBEDDING:
+            outputs, inputs = tensor.shape
+            matrix = precision.weight_format.empty(outputs, inputs, tensor.device)
+            matrix.write(tensor)
+            read[name] = matrix.dequantised()
+    return {name: tensor.to(precision.compute_dtype) for name, tensor in read.items()}
 
 
 def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

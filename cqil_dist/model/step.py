@@ -24,13 +24,13 @@ from cqil_dist.timeline import RankTimeline
 class Segment:
     """Positions start .. start+count-1 of the sequence in `slot`.
 
-    `logits` asks for next-token logits after each of the segment's last so many tokens.
+    `wanted_logits` asks for next-token logits after each of the segment's last so many tokens.
     """
 
     slot: int
     start: int
     count: int
-    logits: int
+    wanted_logits: int
 
     @property
     def end(self) -> int:
@@ -111,7 +111,7 @@ class StepInput:
         for segment in segments:
             slots += [segment.slot] * segment.count
             positions += range(segment.start, segment.start + segment.count)
-            logit_rows += range(len(positions) - segment.logits, len(positions))
+            logit_rows += range(len(positions) - segment.wanted_logits, len(positions))
         rows = torch.tensor([slots, positions], device=device)
         cos_N1E, sin_N1E = rotary.at(rows[1])
         logit_rows_R = torch.tensor(logit_rows, dtype=torch.long, device=device)

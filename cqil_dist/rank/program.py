@@ -18,11 +18,11 @@ from cqil_dist.exchange.base import Exchange
 from cqil_dist.model.checkpoint import Checkpoint
 from cqil_dist.model.config import ModelConfig
 from cqil_dist.model.kv_cache import KVCache
-from cqil_dist.model.loading import TorchBackend
 from cqil_dist.model.parts import PartBackend
 from cqil_dist.model.precision import Precision
 from cqil_dist.model.rope import RotaryTable
 from cqil_dist.model.step import Segment, StepInput
+from cqil_dist.model.torch_backend import TorchBackend
 from cqil_dist.rank.clock import StepClock
 from cqil_dist.rank.stage import RankStage
 from cqil_dist.timeline import SpanKind
@@ -126,6 +126,7 @@ class RankProgram:
         hidden_ND: Tensor | None,
         exchange: Exchange,
         plan_index: int = 0,
+        *,
         exact_times: bool = False,
     ) -> Tensor:
         """Compute one step of N tokens together with the other ranks of the exchange.

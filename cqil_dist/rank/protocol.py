@@ -25,7 +25,7 @@ from cqil_dist.rank.clock import ClockOffset, timeline_of, times_of
 from cqil_dist.rank.program import RankProgram
 
 
-class RankGroup:
+class RemoteRanks:
     """All ranks of a launch, driven step by step over one link each.
 
     Args:
@@ -60,7 +60,7 @@ class RankGroup:
         header = {
             "step": self.steps,
             "plan": step.plan_index,
-            "segments": [[s.slot, s.start, s.count, s.logits] for s in step.segments],
+            "segments": [[s.slot, s.start, s.count, s.wanted_logits] for s in step.segments],
             "argmax_only": step.argmax_only,
             "timeline": step.wants_timeline,
         }
@@ -127,7 +127,9 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
         segments = [Segment(*fields) for fields in header["segments"]]
         exchange.begin_step(header["step"], sum(segment.count for segment in segments))
         try:
-            logits = program.step(segments, hidden_ND, exchange, header["plan"], header["timeline"])
+            logits = program.step(
+                segments, hidden_ND, exchange, header["plan"], exact_times=header["timeline"]
+            )
             answer: dict[str, Any] = {}
             if header["timeline"]:
                 answer["times"] = times_of(program.clock)

@@ -53,7 +53,7 @@ class RankStage:
         self._attention_round = stage.attention_round
         self._output_round = stage.output_round
         self._owns_residual = stage.residual_owner == rank
-        self._inputs = stage.attention_inputs(rank)
+        self._sees = stage.feed_forward_sees(rank)
         self._clock = clock
 
     def __call__(self, x_ND: Tensor | None, step: StepInput, exchange: Exchange) -> Tensor | None:
@@ -65,39 +65,40 @@ class RankStage:
         Raises:
             ExchangeError: a peer was lost, or does not follow the plan.
         """
-        part_ND = None
+        partial_ND = None
         if x_ND is not None:
             a_BND = self._attention(x_ND, step) if self._attention else None
             self._clock.mark(SpanKind.ATTENTION, self._index)
-            seen_BND = exchange.gather(self._attention_round, a_BND)
+            gathered_BND = exchange.gather(self._attention_round, a_BND)
             if self._attention_round is not None:
                 self._clock.mark(SpanKind.ATTENTION_EXCHANGE, self._index)
             terms = [x_ND] if self._owns_residual else []
             if a_BND is not None:
                 terms += a_BND.unbind()
             if self._feed_forward:
-                terms.append(self._feed_forward(add_seen(x_ND, seen_BND, self._inputs)))
-            part_ND = reduce(torch.add, terms)
+                terms.append(self._feed_forward(add_seen(x_ND, gathered_BND, self._sees)))
+            partial_ND = reduce(torch.add, terms)
             self._clock.mark(SpanKind.FEED_FORWARD, self._index)
-        y_ND = exchange.sum(self._output_round, part_ND)
+        y_ND = exchange.sum(self._output_round, partial_ND)
         if self._output_round is not None:
             self._clock.mark(SpanKind.OUTPUT_EXCHANGE, self._index)
         return y_ND
 
 
-def add_seen(x_ND: Tensor, seen_BND: Tensor | None, inputs: Sequence[Sequence[int]]) -> Tensor:
+def add_seen(x_ND: Tensor, gathered_BND: Tensor | None, sees: Sequence[Sequence[int]]) -> Tensor:
     """The bypass: what each of M feed-forward inputs takes, [M, N, D].
 
     Args:
         x_ND: the stage's input.
-        seen_BND: attention outputs that reached this rank; None where there are none.
-        inputs: for each feed-forward input, which of them it sees, in the order of their sum.
+        gathered_BND: the attention outputs that reached this rank, its own and others'; None where
+            there are none.
+        sees: for each feed-forward input, which of them it sees, in the order of their sum.
     """
     u: list[Tensor] = []
-    for seen in inputs:
+    for seen in sees:
         u_ND = x_ND
-        for bundle in seen:
-            assert seen_BND is not None, "what is seen was gathered"
-            u_ND = u_ND + seen_BND[bundle]
+        for index in seen:
+            assert gathered_BND is not None, "what is seen was gathered"
+            u_ND = u_ND + gathered_BND[index]
         u.append(u_ND)
     return u[0].unsqueeze(0) if len(u) == 1 else torch.stack(u)

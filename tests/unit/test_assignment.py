@@ -88,7 +88,7 @@ def test_feed_forward_parts_take_each_visible_attention_output_once(
             together = stage.feed_forward_bundles(rank)
             assert [p for b in together for p in b] == [p for p in stage.pieces[rank] if p.columns]
             gathered = [b for r in heard_by(stage, rank) for b in stage.attention_bundles(r)]
-            for bundle, taken in zip(together, stage.attention_inputs(rank), strict=True):
+            for bundle, taken in zip(together, stage.feed_forward_sees(rank), strict=True):
                 heads = [(p.layer, h) for n in taken for p in gathered[n] for h in p.heads]
                 for piece in bundle:
                     member = stage.group.layers.index(piece.layer)
@@ -138,7 +138,7 @@ def test_ranks_agree_on_who_sends_to_whom_and_who_counts(plan: Plan, world: int)
         assert sends, "a round in which nothing moves"
         contributing = {source for wanted in each.sources for source in wanted}
         assert each.leader == min(contributing)
-        assert contributing <= {rank for rank, count in enumerate(each.tensors) if count}
+        assert contributing <= {rank for rank, count in enumerate(each.tensor_counts) if count}
 
 
 @given(st.integers(1, 6), st.integers(6, 400))

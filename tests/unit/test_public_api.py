@@ -79,7 +79,7 @@ def test_importing_the_package_costs_nothing() -> None:
         "rank.mesh_spec",
         "coordinator.lifecycle",
         "coordinator.rank_matching",
-        "coordinator.supervision",
+        "coordinator.failure_reactions",
         "coordinator.core_binding",
         "planning.search.goal",
     ],

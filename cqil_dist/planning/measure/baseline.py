@@ -1,9 +1,10 @@
-"""The original model on some text: the baseline that every plan is compared with."""
+"""The original model on some text, and how far plans diverge from it there."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cqil_dist.plan import Group
-from cqil_dist.planning.measure.divergence import Divergence
 from cqil_dist.planning.measure.grouped_model import (
     final_hidden,
     grouped,
@@ -24,6 +24,24 @@ from cqil_dist.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a changed model is from the original model, averaged over the tokens of a text.
+
+    Attributes:
+        kl: KL(original || changed) of the next token's distribution, in nats.
+        loss: the changed model's cross entropy on the text, in nats.
+    """
+
+    kl: float
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """The changed model's perplexity on the text."""
+        return math.exp(self.loss)
 
 
 class Baseline:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.baseline import Divergence
 
 if TYPE_CHECKING:
     from cqil_dist.planning.measure.baseline import Baseline

@@ -12,7 +12,7 @@ from cqil_dist.assignment import Assignment, assign
 from cqil_dist.costs import Costs
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
-from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.baseline import Divergence
 from cqil_dist.planning.measure.similarity import regular_plan, without_layers
 from cqil_dist.planning.provenance import made_with
 from cqil_dist.planning.search.comparison import Comparison

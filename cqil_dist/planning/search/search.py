@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise, product
 
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.baseline import Divergence
 from cqil_dist.planning.search.sensitivity import Sensitivities, groups_by_layers
 from cqil_dist.progress import Progress
 

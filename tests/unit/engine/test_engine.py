@@ -50,7 +50,7 @@ class OverflowingModel(ObservedModel):
 
     def compute(self, step: Step) -> Tensor:
         logits = super().compute(step).clone()
-        slots = [segment.slot for segment in step.segments for _ in range(segment.logits)]
+        slots = [segment.slot for segment in step.segments for _ in range(segment.wanted_logits)]
         for row, slot in zip(logits, slots, strict=True):
             if len(self.steps) == 1 and slot == 0:
                 row[5] = float("nan")
@@ -232,7 +232,7 @@ def test_a_long_prompt_does_not_stop_who_is_decoding(model: TinyModel) -> None:
     assert len(chunked) == 5
     for segments in chunked:
         assert len(segments) == 2
-        assert [(s.count, s.logits) for s in segments if s.slot == 0] == [(1, 1)]
+        assert [(s.count, s.wanted_logits) for s in segments if s.slot == 0] == [(1, 1)]
 
 
 def test_more_requests_than_slots_take_turns(model: TinyModel) -> None:

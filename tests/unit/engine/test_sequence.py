@@ -16,12 +16,12 @@ def in_slot(length: int, *, scores_prompt: bool = False) -> Sequence:
 
 def test_logits_are_wanted_after_the_last_token_alone() -> None:
     sequence = in_slot(5)
-    assert sequence.segment(4) == Segment(3, 0, 4, logits=0)
+    assert sequence.segment(4) == Segment(3, 0, 4, wanted_logits=0)
     sequence.computed = 4
-    assert sequence.segment(1) == Segment(3, 4, 1, logits=1)
+    assert sequence.segment(1) == Segment(3, 4, 1, wanted_logits=1)
     sequence.computed = 5
     sequence.append(9)
-    assert sequence.segment(1) == Segment(3, 5, 1, logits=1)
+    assert sequence.segment(1) == Segment(3, 5, 1, wanted_logits=1)
 
 
 @pytest.mark.parametrize("replayed", [0, 3])
@@ -30,14 +30,14 @@ def test_a_prompt_that_is_scored_wants_them_after_each_of_its_tokens(replayed: i
     sequence = in_slot(6, scores_prompt=True)
     for token_id in range(replayed):
         sequence.append(token_id)
-    assert sequence.segment(4) == Segment(3, 0, 4, logits=4)
+    assert sequence.segment(4) == Segment(3, 0, 4, wanted_logits=4)
     sequence.computed, sequence.unscored = 4, 1
     rest = sequence.pending
-    assert sequence.segment(rest) == Segment(3, 4, rest, logits=rest)
+    assert sequence.segment(rest) == Segment(3, 4, rest, wanted_logits=rest)
     sequence.computed = 0  # the cache is lost
-    assert sequence.segment(5) == Segment(3, 0, 5, logits=1)
+    assert sequence.segment(5) == Segment(3, 0, 5, wanted_logits=1)
     sequence.unscored = 0
-    assert sequence.segment(6 + replayed) == Segment(3, 0, 6 + replayed, logits=1)
+    assert sequence.segment(6 + replayed) == Segment(3, 0, 6 + replayed, wanted_logits=1)
 
 
 def test_a_token_gained_makes_up_for_setbacks() -> None:

@@ -126,8 +126,8 @@ def test_rounds_of_a_bypass_plan_where_each_rank_needs_others_and_shapes_differ(
     attention = stage.attention_round
     assert attention is not None
     assert len(set(attention.sources)) > 1, "an asymmetric round"
-    assert len(set(attention.tensors)) > 1
-    parts = [torch.randn(count, 2, WIDTH) for count in attention.tensors]
+    assert len(set(attention.tensor_counts)) > 1
+    parts = [torch.randn(count, 2, WIDTH) for count in attention.tensor_counts]
 
     def walk(exchange: TcpExchange) -> None:
         for step in range(20):

@@ -74,9 +74,9 @@ def walk(rank: int, world: int, address: str) -> tuple[list[torch.Tensor], dict[
             exchange.begin_step(step, 2)
             for each in rounds:
                 contributes = any(rank in wanted for wanted in each.sources)
-                own = part(rank, step, each.tensors[rank]) if contributes else None
+                own = part(rank, step, each.tensor_counts[rank]) if contributes else None
                 gathered = exchange.gather(each, own)
-                wanted = [part(r, step, each.tensors[r]) for r in each.sources[rank]]
+                wanted = [part(r, step, each.tensor_counts[r]) for r in each.sources[rank]]
                 if wanted:
                     assert gathered is not None
                     assert torch.equal(gathered, torch.cat(wanted)), each

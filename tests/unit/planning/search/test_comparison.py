@@ -10,8 +10,7 @@ from helpers.planning_cases import fresh, random_windows
 from helpers.tiny_models import TinyModel
 
 from cqil_dist.plan import Group, Plan
-from cqil_dist.planning.measure.baseline import Baseline
-from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.baseline import Baseline, Divergence
 from cqil_dist.planning.search.comparison import Comparison
 from cqil_dist.planning.search.sensitivity import candidates, measure_sensitivities
 from cqil_dist.progress import SilentProgress

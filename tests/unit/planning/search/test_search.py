@@ -14,8 +14,7 @@ from cqil_dist.assignment import assign
 from cqil_dist.costs import Costs, ModelShape
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Bypass, Group, Plan
-from cqil_dist.planning.measure.baseline import Baseline
-from cqil_dist.planning.measure.divergence import Divergence
+from cqil_dist.planning.measure.baseline import Baseline, Divergence
 from cqil_dist.planning.measure.grouped_model import load_model
 from cqil_dist.planning.measure.similarity import input_similarity
 from cqil_dist.planning.measure.windows import Windows

@@ -34,7 +34,7 @@ class MatchedRank:
     state: ActorState
 
 
-class RankMatcher:
+class RankFinder:
     """The match between the ranks of a launch and the actors of its pool.
 
     Args:

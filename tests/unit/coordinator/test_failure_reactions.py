@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cqil_dist.coordinator.lifecycle import Lifecycle, Unfit
-from cqil_dist.coordinator.supervision import (
+from cqil_dist.coordinator.failure_reactions import (
     Failure,
     Preparation,
     Reaction,
@@ -14,6 +13,7 @@ from cqil_dist.coordinator.supervision import (
     next_for_spare,
     reaction_to,
 )
+from cqil_dist.coordinator.lifecycle import Lifecycle, Unfit
 from cqil_dist.errors import CheckpointError
 
 
