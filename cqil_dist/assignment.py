@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -64,8 +64,8 @@ class Stage:
 
     group: Group
     pieces: tuple[tuple[Piece, ...], ...]
-    attention_round: Round | None
-    output_round: Round | None
+    attention_round: Round | None = None
+    output_round: Round | None = None
 
     @property
     def workers(self) -> tuple[int, ...]:
@@ -91,14 +91,23 @@ class Stage:
         with_columns = [piece for piece in self.pieces[rank] if piece.columns]
         return _bundle(with_columns, self._visible_layers)
 
+    def attention_sources(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold an attention output which a feed-forward on `rank` sees, in order."""
+        with_columns = [piece for piece in self.pieces[rank] if piece.columns]
+        seen = frozenset[int]().union(*map(self._visible_layers, with_columns))
+        return tuple(
+            source
+            for source, held in enumerate(self.pieces)
+            if any(piece.heads and piece.layer in seen for piece in held)
+        )
+
     def feed_forward_sees(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """The attention outputs that each feed-forward bundle of `rank` takes.
 
         They are numbered as they lie on `rank` after the attention round: bundle by bundle of the
         ranks that it gathers from, in rank order.
         """
-        gathering = self.attention_round
-        sources = (rank,) if gathering is None else gathering.sources[rank]
+        sources = self.attention_sources(rank)
         gathered = [bundle for source in sources for bundle in self.attention_bundles(source)]
         return tuple(
             tuple(
@@ -314,41 +323,23 @@ def _stages(
     stages: list[Stage] = []
     rounds = 0
     for index, (group, share) in enumerate(zip(plan.groups, pieces, strict=True)):
-        workers = tuple(rank for rank in range(world) if share[rank])
+        stage = Stage(group, share)
         if index + 1 < plan.depth:
             needing = {rank for rank in range(world) if pieces[index + 1][rank]}
         else:
             needing = set(range(world))  # the vocabulary head is shared by all ranks
-        attention_round = output_round = None
-        sources = tuple(_attention_sources(group, share, rank) for rank in range(world))
+        sources = tuple(stage.attention_sources(rank) for rank in range(world))
         if _crosses_ranks(sources):
-            alone = Stage(group, share, None, None)
-            bundles = tuple(len(alone.attention_bundles(rank)) for rank in range(world))
-            attention_round = Round(rounds, sources, bundles)
+            bundles = tuple(len(stage.attention_bundles(rank)) for rank in range(world))
+            stage = replace(stage, attention_round=Round(rounds, sources, bundles))
             rounds += 1
-        sources = tuple(workers if rank in needing else () for rank in range(world))
+        sources = tuple(stage.workers if rank in needing else () for rank in range(world))
         if _crosses_ranks(sources):
-            output_round = Round(rounds, sources, tuple(int(bool(own)) for own in share))
+            one_each = tuple(int(bool(own)) for own in share)
+            stage = replace(stage, output_round=Round(rounds, sources, one_each))
             rounds += 1
-        stages.append(Stage(group, share, attention_round, output_round))
+        stages.append(stage)
     return tuple(stages)
-
-
-def _attention_sources(
-    group: Group, share: tuple[tuple[Piece, ...], ...], rank: int
-) -> tuple[int, ...]:
-    """Ranks holding an attention output that a feed-forward part on `rank` takes as input."""
-    needed = {
-        group.layers[seen]
-        for piece in share[rank]
-        if piece.columns
-        for seen in group.visible(group.layers.index(piece.layer))
-    }
-    return tuple(
-        source
-        for source, held in enumerate(share)
-        if any(piece.heads and piece.layer in needed for piece in held)
-    )
 
 
 def _bundle(pieces: Sequence[Piece], key: Callable[[Piece], frozenset[int]]) -> tuple[Bundle, ...]:

@@ -54,9 +54,19 @@ class Recovery:
         return f"recovered in {self.seconds:.2f} s ({phases}) from: {self.cause}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineStatus:
-    """The part of a `Status` that the engine itself knows; the fields are explained there."""
+    """How busy an engine is, and whether it can compute.
+
+    Attributes:
+        state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
+            engine has given up.
+        state_detail: what is waited for, or why it gave up.
+        recoveries: how often since the coordinator started; `last_recovery` is the latest.
+        running_requests, waiting_requests: those that hold a slot, and those that wait for one.
+        max_waiting: most requests that may wait for a slot.
+        steps: number of steps computed since the coordinator started.
+    """
 
     state: EngineState
     state_detail: str
@@ -70,40 +80,23 @@ class EngineStatus:
     steps: int
 
 
-@dataclass(frozen=True)
-class Status:
-    """A description of what an engine serves, and of how busy it is.
+@dataclass(frozen=True, kw_only=True)
+class Status(EngineStatus):
+    """A description of what an engine serves, on which ranks, and of how busy it is.
 
     Attributes:
         plan: as `Plan.to_json` gives it.
-        running_requests, waiting_requests: those that hold a slot, and those that wait for one.
-        max_waiting: most requests that may wait for a slot.
         max_len: most tokens a prompt and its completion may have together.
-        steps: number of steps computed since the coordinator started.
-        state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the
-            engine has given up.
-        state_detail: what is waited for, or why it gave up.
         epoch: number of the mesh that the ranks form, from 0; attempts that failed count.
         ready_spares: standby actors that hold the weights of every rank.
-        recoveries: how often since the coordinator started; `last_recovery` is the latest.
     """
 
     model: str
     plan: dict[str, Any]
     ranks: tuple[RankStatus, ...]
-    running_requests: int
-    waiting_requests: int
-    free_slots: int
-    slots: int
     max_len: int
-    steps: int
-    state: EngineState
-    state_detail: str
     epoch: int
     ready_spares: int
-    recoveries: int
-    last_recovery: Recovery | None
-    max_waiting: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

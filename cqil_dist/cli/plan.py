@@ -223,7 +223,7 @@ def show(
     """Groups, serial depth, ideal reduction, exchanges, and what each rank holds."""
     from cqil_dist.launching.resolve import ResolvedLaunch
 
-    config = LaunchConfig(model, plan, ranks, ungrouped, compare, dtype=dtype)
+    config = LaunchConfig(model, plan, ranks, compare, ungrouped=ungrouped, dtype=dtype)
     resolved = ResolvedLaunch.of(config, ConsoleProgress())
     assignment, parsed = resolved.assignment, resolved.assignment.plan
     assignments = resolved.assignments

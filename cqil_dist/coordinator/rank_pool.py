@@ -120,17 +120,18 @@ class RankPool:
         tries.failures.append(failure)
         if failure is Failure.UNFORESEEN:
             logger.exception("unexpected")
+        what = f"the ranks could not be connected: {type(error).__name__}: {error}"
         match reaction_to(failure), error:
             case Reaction.RAISE, _:
                 raise error
             case Reaction.MARK_UNFIT, ActorFailed(rank=rank, reason=ModelError() as reason):
-                self._finder.member(rank).mark_unfit(reason)
+                member = self._finder.member(rank)
+                member.mark_unfit(reason)
+                what = f"{member.address} cannot read the weights of rank {rank}: {reason}"
             case Reaction.REPLACE, ActorFailed(rank=rank):
                 self._finder.member(rank).replace(str(error))
         if gives_up(tries.failures, time.monotonic() > tries.deadline):
-            raise RankUnavailable(
-                f"the ranks could not be connected: {type(error).__name__}: {error}"
-            ) from error
+            raise RankUnavailable(what) from error
         logger.warning("the ranks are matched once more, because: %s", error)
 
     def _check_open(self) -> None:

@@ -33,6 +33,9 @@ from cqil_dist.exchange.sockets import prepare, unsent, wait_ready
 
 DEFAULT_SPIN_S = 0.001
 
+# Layouts of the gather buffer that are kept, some 2 kB each for every peer.
+_KEPT_LAYOUTS = 256
+
 # Room for the head of a frame: 8 bytes of lengths, then a list of 4 numbers and 3 sizes of at most
 # 9 bytes each.
 _HEAD_ROOM = 128
@@ -88,6 +91,8 @@ class TcpExchange(Exchange):
         self._gathered = _Buffer(dtype, pinned)
         self._staging = _Buffer(dtype, pinned)
         self._routes: dict[Round, _Route] = {}
+        # By what is wanted of whom, and the step's number of tokens: rounds have few that differ.
+        self._layouts: dict[tuple[tuple[tuple[int, int], ...], int], _Layout] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Held by a gather, so that no descriptor is closed and given to another file meanwhile.
@@ -110,7 +115,8 @@ class TcpExchange(Exchange):
                 raise self._unusable()
             try:
                 route = self._routes.get(exchange_round) or self._add_route(exchange_round)
-                layout = route.layouts.get(self._tokens) or self._add_layout(route)
+                key = (route.wanted, self._tokens)
+                layout = self._layouts.get(key) or self._add_layout(route)
                 gathered_CND = self._transfer(route, layout, own_CND, started)
             except BaseException as error:
                 # A frame may be half sent or half read: nothing can follow it.
@@ -150,6 +156,7 @@ class TcpExchange(Exchange):
             exchange_round=exchange_round,
             receivers=[self._peers[target] for target in exchange_round.targets(self.rank)],
             senders=[self._peers[source] for source in wanted if source != self.rank],
+            wanted=tuple((source, exchange_round.tensor_counts[source]) for source in wanted),
             counts={exchange_round.tensor_counts[source] for source in involved},
             contributes=contributes,
             leads=exchange_round.leader == self.rank,
@@ -157,21 +164,19 @@ class TcpExchange(Exchange):
         return route
 
     def _add_layout(self, route: _Route) -> _Layout:
-        wanted = route.exchange_round.sources[self.rank]
-        counts = route.exchange_round.tensor_counts
-        total = sum(counts[source] for source in wanted) if route.senders else 0
-        gathered_CND = self._gathered.tensor((total, self._tokens, self._width))
-        layout = route.layouts[self._tokens] = _Layout(
-            gathered_CND, counts[self.rank] * self._tokens * self._width
-        )
+        total = sum(count for _, count in route.wanted) if route.senders else 0
+        gathered_CND, moved = self._gathered.tensor((total, self._tokens, self._width))
+        if moved or len(self._layouts) >= _KEPT_LAYOUTS:
+            self._layouts.clear()  # the buffer that they lie in is given back with them
+        layout = self._layouts[route.wanted, self._tokens] = _Layout(gathered_CND)
         first = 0
-        for source in wanted if route.senders else ():
-            part_CND = gathered_CND[first : first + counts[source]]
-            first += counts[source]
+        for source, count in route.wanted if route.senders else ():
+            part_CND = gathered_CND[first : first + count]
+            first += count
             if source == self.rank:
                 layout.own_CND = part_CND
             else:
-                layout.payloads.append((counts[source], framing.memory_of(part_CND)))
+                layout.payloads.append((count, framing.memory_of(part_CND)))
         return layout
 
     def _transfer(
@@ -191,20 +196,20 @@ class TcpExchange(Exchange):
         writing: list[_Peer] = []
         reading: list[_Peer] = []
         if route.contributes:
+            count = route.exchange_round.tensor_counts[self.rank]
             if (
                 own is None
-                or own.numel() != layout.own_values
+                or own.numel() != count * self._tokens * self._width
                 or own.dtype is not self._dtype
                 or not own.is_contiguous()
             ):
-                shape = (route.exchange_round.tensor_counts[self.rank], self._tokens, self._width)
+                shape = (count, self._tokens, self._width)
                 raise unfit(self.rank, route.exchange_round, own, shape, self._dtype)
             if layout.own_CND is not None:
                 layout.own_CND.copy_(own)
             if route.receivers:
-                host_own = own if self._on_host else self._staged(own)
-                head = heads[route.exchange_round.tensor_counts[self.rank]]
-                frame: list[bytes | memoryview] = [head, framing.memory_of(host_own)]
+                host_own = own if self._on_host else self._staged(own, layout)
+                frame: list[bytes | memoryview] = [heads[count], framing.memory_of(host_own)]
                 for peer in route.receivers:
                     peer.unsent, peer.unsent_bytes = frame, sum(map(len, frame))
                     sent += peer.unsent_bytes
@@ -248,9 +253,12 @@ class TcpExchange(Exchange):
                     f"(nothing from ranks {missing}; ranks {stuck} take nothing)"
                 )
 
-    def _staged(self, own: Tensor) -> Tensor:
-        """A copy in host memory of what lies on a device."""
-        return self._staging.tensor(tuple(own.shape)).copy_(own)
+    def _staged(self, own: Tensor, layout: _Layout) -> Tensor:
+        """A copy in host memory of what lies on a device: the one that was gathered, if any was."""
+        if layout.own_CND is not None:
+            return layout.own_CND
+        staged, _ = self._staging.tensor(tuple(own.shape))
+        return staged.copy_(own)
 
 
 @dataclass(slots=True)
@@ -259,13 +267,11 @@ class _Layout:
 
     Attributes:
         gathered_CND: all of them; none where the rank has use for its own alone.
-        own_values: how many values this rank contributes.
         own_CND: where its own go; None where it needs none of them.
         payloads: of each other source, in rank order, how many tensors it sends, and their bytes.
     """
 
     gathered_CND: Tensor
-    own_values: int
     own_CND: Tensor | None = None
     payloads: list[tuple[int, memoryview]] = field(default_factory=list)
 
@@ -276,17 +282,17 @@ class _Route:
 
     Attributes:
         receivers, senders: the peers that it sends to and receives from, in rank order.
+        wanted: the ranks whose tensors it needs, itself included, and how many they contribute.
         counts: how many tensors the frames have that come and go, each number once.
-        layouts: of what it gathers, by the step's number of tokens.
     """
 
     exchange_round: Round
     receivers: Sequence[_Peer]
     senders: Sequence[_Peer]
+    wanted: tuple[tuple[int, int], ...]
     counts: set[int]
     contributes: bool
     leads: bool
-    layouts: dict[int, _Layout] = field(default_factory=dict)
 
 
 class _Buffer:
@@ -296,14 +302,15 @@ class _Buffer:
         self._pinned = pinned
         self._memory = torch.empty(0, dtype=dtype)
 
-    def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of this shape in the memory that the last one had, where it fits there."""
+    def tensor(self, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """A tensor of this shape in the memory that the last one had, and whether that moved."""
         needed = math.prod(shape)
-        if needed > self._memory.numel():
+        grows = needed > self._memory.numel()
+        if grows:
             size = max(needed, 2 * self._memory.numel())
             with torch.inference_mode(False):  # else the buffer were of no use outside of it
                 self._memory = torch.empty(size, dtype=self._memory.dtype, pin_memory=self._pinned)
-        return self._memory[:needed].view(shape)
+        return self._memory[:needed].view(shape), grows
 
 
 class _Peer:

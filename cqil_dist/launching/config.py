@@ -46,12 +46,6 @@ class LaunchConfig(EngineOptions):
         unset="as many as the largest group has layers",
         short="-r",
     )
-    ungrouped: str = setting(
-        "own",
-        "What becomes of layers outside the plan's groups: own gives each to one rank; shard "
-        "splits each over all ranks (tensor parallelism), for two exchanges a layer.",
-        one_of(*UNGROUPED),
-    )
     compare: PlanSource | None = setting(
         None,
         "A second plan to serve over the same ranks, as a model of its own and without the "
@@ -101,6 +95,12 @@ class LaunchConfig(EngineOptions):
         "Number of standby actors, on nodes of their own under STRICT_SPREAD, that take over lost "
         "ranks and read all ranks' weights beforehand as far as memory allows.",
         whole(0),
+    )
+    ungrouped: str = setting(
+        "own",
+        "What becomes of layers outside the plan's groups: own gives each to one rank; shard "
+        "splits each over all ranks (tensor parallelism), for two exchanges a layer.",
+        one_of(*UNGROUPED),
     )
     verbose: bool = setting(False, "Show Ray's own logs.", short="-v")
 

@@ -8,7 +8,7 @@ from typing import Self
 
 from cqil_dist.assignment import Assignment, assign, follow
 from cqil_dist.engine.config import EngineConfig
-from cqil_dist.errors import PlanError
+from cqil_dist.errors import LaunchError, PlanError
 from cqil_dist.launching.config import LaunchConfig
 from cqil_dist.model.adapter import Adapter
 from cqil_dist.model.config import ModelConfig
@@ -86,7 +86,8 @@ class ResolvedLaunch:
 
         Raises:
             ModelError, PlanError: the model or the plan cannot be used.
-            LaunchError: requests are to be longer than the model's positions.
+            LaunchError: requests are to be longer than the model's positions, or layers are to be
+                split over a single rank.
         """
         path = resolve(config.model, progress)
         model = ModelConfig.from_directory(path)
@@ -98,6 +99,11 @@ class ResolvedLaunch:
         else:
             Adapter.made_for(adapter, model, plan)
         world = config.ranks or max(group.size for group in plan.groups)
+        if config.ungrouped == "shard" and config.ranks is None and world == 1:
+            raise LaunchError(
+                "ungrouped is 'shard' but no group of the plan asks for more than 1 rank; say with "
+                "ranks over how many to split the layers"
+            )
         block = config.precision_for(model, on_gpu=False).weight_format.group
         assignments = [assign(plan, world, model.shape, config.ungrouped, block)]
         if config.compare is not None:

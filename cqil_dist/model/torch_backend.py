@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from cqil_dist.model.tensor_reader import TensorReader
 from cqil_dist.model.torch_parts import (
     AttentionSpan,
     GatedProjections,
-    OutputProjection,
     TorchAttention,
     TorchFeedForward,
 )
@@ -36,7 +36,7 @@ class TorchBackend:
     Stages that compute the same bundles, of one plan or of several, share their weights.
 
     Raises:
-        CheckpointError: the weight format is none that torch multiplies by.
+        CheckpointError: the numbers are none that torch computes with unconverted.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class TorchBackend:
         device: torch.device,
     ) -> None:
         weights = precision.weight_format
-        if not isinstance(weights, FloatFormat):
+        numbers = {precision.compute, precision.weights, precision.kv, precision.wire}
+        if not isinstance(weights, FloatFormat) or len(numbers) > 1:
             raise CheckpointError(
-                f"torch does not compute with weights in {weights.name}; use float32, float16 or "
-                "bfloat16"
+                f"torch's parts convert nothing between {', '.join(sorted(numbers))}; use float32, "
+                "float16 or bfloat16 for all of compute, weights, kv and wire"
             )
         self._config = config
         self._shape: ModelShape = config.shape
@@ -114,20 +115,17 @@ class TorchBackend:
             cache=cache,
         )
 
-    def _outputs(
-        self, reader: TensorReader, bundles: Sequence[Bundle]
-    ) -> tuple[OutputProjection, ...]:
+    def _outputs(self, reader: TensorReader, bundles: Sequence[Bundle]) -> tuple[Projection, ...]:
         config = self._config
         part = ("self_attn.o_proj", config.num_heads * config.head_dim, self._query_columns)
-        outputs: list[OutputProjection] = []
-        first = 0
-        for bundle in bundles:
-            biased = [piece for piece in bundle if config.o_bias and piece.adds_attention_bias]
-            last = first + sum(len(self._query_columns(piece)) for piece in bundle)
-            projection = self._summed(reader, bundle, part, biased)
-            outputs.append(OutputProjection(slice(first, last), projection))
-            first = last
-        return tuple(outputs)
+        biased = [
+            [piece for piece in bundle if config.o_bias and piece.adds_attention_bias]
+            for bundle in bundles
+        ]
+        return tuple(
+            self._summed(reader, bundle, part, adding)
+            for bundle, adding in zip(bundles, biased, strict=True)
+        )
 
     def _feed_forward(self, reader: TensorReader, bundle: Bundle) -> GatedProjections:
         config = self._config
@@ -232,33 +230,29 @@ def attention_spans(
     Args:
         windows: of every layer of the model.
     """
+    group = shape.queries_per_kv
+    read = [  # by how many queries, and under which window, each key/value head is read
+        (
+            min(piece.heads.stop, (head + 1) * group) - max(piece.heads.start, head * group),
+            windows[piece.layer],
+        )
+        for piece in pieces
+        for head in shape.kv_heads(piece.heads)
+    ]
     spans: list[AttentionSpan] = []
     query = kv_head = 0
-    for piece in pieces:
-        for head in shape.kv_heads(piece.heads):
-            first = max(piece.heads.start, head * shape.queries_per_kv)
-            last = min(piece.heads.stop, (head + 1) * shape.queries_per_kv)
-            span = AttentionSpan(
-                range(query, query + last - first),
-                range(kv_head, kv_head + 1),
-                last - first,
-                windows[piece.layer],
+    for (queries, window), alike in groupby(read):
+        heads = len(list(alike))
+        spans.append(
+            AttentionSpan(
+                range(query, query + heads * queries),
+                range(kv_head, kv_head + heads),
+                queries,
+                window,
             )
-            if spans and _alike(spans[-1], span):
-                spans[-1] = AttentionSpan(
-                    range(spans[-1].queries.start, span.queries.stop),
-                    range(spans[-1].kv_heads.start, span.kv_heads.stop),
-                    span.queries_per_kv,
-                    span.window,
-                )
-            else:
-                spans.append(span)
-            query, kv_head = span.queries.stop, span.kv_heads.stop
+        )
+        query, kv_head = query + heads * queries, kv_head + heads
     return tuple(spans)
-
-
-def _alike(before: AttentionSpan, after: AttentionSpan) -> bool:
-    return (before.queries_per_kv, before.window) == (after.queries_per_kv, after.window)
 
 
 def _scaled(units: range, width: int) -> range:

@@ -45,27 +45,20 @@ class AttentionSpan:
 
 
 @dataclass(frozen=True)
-class OutputProjection:
-    """Projects the attention outputs in `columns` (of all heads' outputs) back to model width."""
-
-    columns: slice
-    projection: Projection
-
-
-@dataclass(frozen=True)
 class TorchAttention:
     """Attention of one or more layers, or shares of layers, with the same input.
 
     Attributes:
         qkv: [D] -> all query heads, then all key heads, then all value heads, layer by layer.
         head_gains_HE: gains of the query and key norms (Qwen3), [query + key heads, head_dim].
-        outputs: one projection a bundle; their inputs are the query heads' outputs.
+        outputs: one projection a bundle, back to model width; each takes as many of the query
+            heads' outputs, in their order, as it has inputs.
         spans: which heads attend together, in head order.
     """
 
     qkv: Projection
     head_gains_HE: Tensor | None
-    outputs: tuple[OutputProjection, ...]
+    outputs: tuple[Projection, ...]
     spans: tuple[AttentionSpan, ...]
     head_dim: int
     eps: float
@@ -75,16 +68,19 @@ class TorchAttention:
         """See `AttentionPart`."""
         kv_heads = self.cache.kv_heads
         qkv_NHE = self.qkv(rms_norm(x_ND, self.eps)).view(len(x_ND), -1, self.head_dim)
-        rotated, values = qkv_NHE[:, :-kv_heads], qkv_NHE[:, -kv_heads:]
+        queries_keys, values = qkv_NHE[:, :-kv_heads], qkv_NHE[:, -kv_heads:]
         if self.head_gains_HE is not None:
-            rotated = rms_norm(rotated, self.eps) * self.head_gains_HE
-        rotated = rotate(rotated, step.cos_N1E, step.sin_N1E)
+            queries_keys = rms_norm(queries_keys, self.eps) * self.head_gains_HE
+        rotated = rotate(queries_keys, step.cos_N1E, step.sin_N1E)
         queries, keys = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
         kv_NKE = torch.cat((keys, values), dim=1)
         attended = [self._attend(queries[run.rows], kv_NKE[run.rows], run) for run in step.runs]
         attended_NA = attended[0] if len(attended) == 1 else torch.cat(attended)
-        outputs = [out.projection(attended_NA[:, out.columns]) for out in self.outputs]
-        return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
+        if len(self.outputs) == 1:
+            return self.outputs[0](attended_NA).unsqueeze(0)
+        widths = [len(output.weight.weight_IO) for output in self.outputs]
+        bundles = zip(self.outputs, torch.split(attended_NA, widths, dim=1), strict=True)
+        return torch.stack([output(attended) for output, attended in bundles])
 
     def _attend(self, queries_NHE: Tensor, kv_NKE: Tensor, run: AttentionRun) -> Tensor:
         """Attention of one run's rows over its slots, [B * count, A], after storing `kv_NKE`."""
@@ -118,7 +114,7 @@ class TorchAttention:
     def nbytes(self) -> int:
         """Bytes of the weights; the cache counts for itself."""
         gains = 0 if self.head_gains_HE is None else self.head_gains_HE.nbytes
-        outputs = sum(output.projection.nbytes for output in self.outputs)
+        outputs = sum(output.nbytes for output in self.outputs)
         return self.qkv.nbytes + gains + outputs
 
 

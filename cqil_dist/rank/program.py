@@ -47,7 +47,7 @@ class RankProgram:
 
     Attributes:
         clock: where the rank's time goes.
-        head_rows: the rank's rows of the vocabulary.
+        head_rows, head: the rank's rows of the vocabulary, and the part that computes them.
 
     Raises:
         CheckpointError: a tensor this rank needs is missing, misshapen or unreadable.
@@ -86,7 +86,7 @@ class RankProgram:
                 self._plans[-1].append(self._load(index, stage, self._backends[checkpoint]))
                 on_stage_loaded()
         self.head_rows = assignments[0].head_rows[rank]
-        self._head = self._backends[checkpoints[0]].head(self.head_rows)
+        self.head = self._backends[checkpoints[0]].head(self.head_rows)
 
     @property
     def weight_bytes(self) -> int:
@@ -146,7 +146,7 @@ class RankProgram:
             ExchangeError: a peer was lost, or does not follow the plan.
         """
         self.clock.begin(plan_index, exact_times)
-        logits_RV = self._head(self.layers(segments, hidden_ND, exchange, plan_index))
+        logits_RV = self.head(self.layers(segments, hidden_ND, exchange, plan_index))
         self.clock.mark(SpanKind.HEAD, len(self._plans[plan_index]))
         self.clock.end()
         return logits_RV
@@ -173,8 +173,3 @@ class RankProgram:
             x_ND = stage(x_ND, step, exchange)
         assert x_ND is not None, "the last stage's output reaches every rank"
         return x_ND[step.logit_rows_R]
-
-    @torch.inference_mode()
-    def head(self, hidden_RD: Tensor) -> Tensor:
-        """Float32 logits [R, rows] of this rank's rows of the vocabulary."""
-        return self._head(hidden_RD)

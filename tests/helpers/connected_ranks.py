@@ -84,7 +84,8 @@ class Ranks:
     ) -> Tensor:
         """The step's logits [R, V], joined from all ranks' shards."""
         hidden = self.hidden(segments, token_ids, plan)
-        shards = [p.head(h) for p, h in zip(self.programs, hidden, strict=True)]
+        with torch.inference_mode():
+            shards = [p.head(h) for p, h in zip(self.programs, hidden, strict=True)]
         return torch.cat(shards, dim=-1)
 
     def logits(self, token_ids: Sequence[int], cuts: Sequence[int], slot: int = 0) -> Tensor:

@@ -246,7 +246,7 @@ def shard(layer: int, index: int, shards: int, shape: ModelShape) -> Piece:
 
 def bundles_of(group: Group, pieces: Sequence[Piece]) -> int:
     """Attention outputs that a rank with these pieces has: one for every set of those who see."""
-    return len(Stage(group, (tuple(pieces),), None, None).attention_bundles(0))
+    return len(Stage(group, (tuple(pieces),)).attention_bundles(0))
 
 
 def tensor_parallel(plan: Plan, world: int, shape: ModelShape) -> Assignment:

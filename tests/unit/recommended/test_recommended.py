@@ -7,7 +7,7 @@ from importlib import resources
 
 import pytest
 
-import cqil_dist.recommended.index
+import cqil_dist.recommended
 from cqil_dist.errors import PlanError
 from cqil_dist.plan import Plan
 from cqil_dist.recommended.index import NAMES, plan_for
@@ -22,7 +22,7 @@ def test_built_in_models_have_all_three_and_say_what_they_cost(model: str) -> No
     assert depths[0] < depths[-1] < 30
     losses = []
     for name in NAMES:
-        file = resources.files(cqil_dist.recommended.index) / model / f"{name}.json"
+        file = resources.files(cqil_dist.recommended) / model / f"{name}.json"
         measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
         assert measured["text"]
         losses.append(measured["perplexity"] / measured["original_perplexity"])
