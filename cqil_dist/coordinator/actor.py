@@ -20,7 +20,7 @@ import torch
 
 from cqil_dist.coordinator.metrics import EngineMetrics
 from cqil_dist.coordinator.node_addresses import host_addresses
-from cqil_dist.coordinator.rank_pool import RankPool
+from cqil_dist.coordinator.recovery import RankPool
 from cqil_dist.coordinator.rendezvous import ConnectedRanks
 from cqil_dist.coordinator.service import EngineServicer, start_server
 from cqil_dist.engine.engine import Engine

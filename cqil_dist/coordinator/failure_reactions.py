@@ -1,6 +1,6 @@
 """Decides what a failure means: of bringing the ranks together, and of preparing a spare.
 
-Plain values and decisions; coordinator/rank_pool.py and coordinator/spare_keeper.py tell failures
+Plain values and decisions; coordinator/recovery.py and coordinator/spare_keeper.py tell failures
 apart, and do what is decided.
 """
 

@@ -6,7 +6,6 @@ same feed-forward parts), M feed-forward inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -16,6 +15,7 @@ from cqil_dist.assignment import Stage
 from cqil_dist.exchange.base import Exchange
 from cqil_dist.model.parts import AttentionPart, FeedForwardPart
 from cqil_dist.model.step import StepInput
+from cqil_dist.rank.bypass import add_seen
 from cqil_dist.rank.clock import StepClock
 from cqil_dist.timeline import SpanKind
 
@@ -83,22 +83,3 @@ class RankStage:
         if self._output_round is not None:
             self._clock.mark(SpanKind.OUTPUT_EXCHANGE, self._index)
         return y_ND
-
-
-def add_seen(x_ND: Tensor, gathered_BND: Tensor | None, sees: Sequence[Sequence[int]]) -> Tensor:
-    """The bypass: what each of M feed-forward inputs takes, [M, N, D].
-
-    Args:
-        x_ND: the stage's input.
-        gathered_BND: the attention outputs that reached this rank, its own and others'; None where
-            there are none.
-        sees: for each feed-forward input, which of them it sees, in the order of their sum.
-    """
-    u: list[Tensor] = []
-    for seen in sees:
-        u_ND = x_ND
-        for index in seen:
-            assert gathered_BND is not None, "what is seen was gathered"
-            u_ND = u_ND + gathered_BND[index]
-        u.append(u_ND)
-    return u[0].unsqueeze(0) if len(u) == 1 else torch.stack(u)

@@ -29,9 +29,9 @@ def test_a_plan_to_compare_with_is_noted_where_its_layers_lie_in_another_form(
 ) -> None:
     path = str(tiny_model().path)
 
-    def note(**options: str) -> str | None:
-        config = LaunchConfig(path, "P2 S1 E5 D1", 2, "sequential", **options)
+    def note(ungrouped: str) -> str | None:
+        config = LaunchConfig(path, "P2 S1 E5 D1", 2, "sequential", ungrouped=ungrouped)
         return ResolvedLaunch.of(config, SilentProgress()).compared_note
 
-    assert note() is None
-    assert "layers 1-4 of the plan to compare with" in (note(ungrouped="shard") or "")
+    assert note("own") is None
+    assert "layers 1-4 of the plan to compare with" in (note("shard") or "")
