@@ -71,7 +71,7 @@ class Result:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Milliseconds of a layer and of the head, on one core alone or on all ranks' cores at once."""
+    """The milliseconds of a layer and the head, on a core alone or on all ranks' cores at once."""
 
     layer_alone: float
     layer_together: float
@@ -93,7 +93,7 @@ class Case:
 def measure(
     case: Case, plans: Sequence[str], ranks: int, repeats: int, address: str | None, strategy: str
 ) -> tuple[list[Result], LayerTimes | None, list[str]]:
-    """Run the benchmark.
+    """Run the latency benchmark.
 
     Args:
         plans: the concurrent plans, each on `ranks` ranks.
@@ -187,7 +187,7 @@ def _take_turns(
 
 
 def _generate(engine: Any, prompt_ids: list[int], max_tokens: int) -> list[float]:
-    """Milliseconds to an engine's first token, and then to each further one."""
+    """Return the milliseconds to an engine's first token, and then to each further one."""
     timings = engine.complete(
         prompt_ids, max_tokens=max_tokens, temperature=0, ignore_eos=True
     ).timings
@@ -218,7 +218,7 @@ def _median_times(samples: Sequence[LayerTimes]) -> LayerTimes:
 
 
 def _predicted(engine: Any, times: LayerTimes) -> float:
-    """Milliseconds of the serial path: shared groups at busy cores' pace, others alone."""
+    """Predict a serial path's milliseconds: shared groups at busy cores' pace, others alone."""
     if engine.assignment.world == 1:
         return float(engine.plan.depth * times.layer_alone + times.head_whole_alone)
     shared = sum(len(stage.workers) > 1 for stage in engine.assignment.stages)

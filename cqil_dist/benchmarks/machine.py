@@ -11,7 +11,7 @@ from typing import Any
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware, cores, system, date, and the versions of what decides the speed."""
+    """Return hardware, cores, system, date, and the versions of what decides the speed."""
     return {
         "hardware": _hardware(device),
         "cores": os.cpu_count(),
@@ -22,7 +22,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _hardware(device: str) -> str:
-    """The name of the GPU or CPU that computes."""
+    """Return the name of the GPU or CPU that computes."""
     if device == "cuda":
         import torch
 

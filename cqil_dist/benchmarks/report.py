@@ -55,7 +55,7 @@ def _latency_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _serial_path_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Per-token latency compared with the serial path's time, and where exchanges spend theirs."""
+    """Compare per-token latency with the serial path's time; show where exchanges spend theirs."""
     table = Table(title="Serial path", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("configuration", no_wrap=True)
     for column in ("depth", "exchanges", "path, ms", "over it", "transfer, us", "skew, us"):

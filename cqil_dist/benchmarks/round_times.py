@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Seconds of transfer and of skew, one entry a round, in the order of rounds."""
+    """The seconds of transfer and of skew, one entry a round, in the order of rounds."""
 
     transfer_s: npt.NDArray[np.float64]
     skew_s: npt.NDArray[np.float64]

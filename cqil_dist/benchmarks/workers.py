@@ -101,7 +101,7 @@ def prepare_transformers(path: Path, device: str, dtype: str) -> Measurement:
             self.times.append(time.perf_counter())
 
         def end(self) -> None:
-            """There is nothing to do: the caller reads the times."""
+            """Do nothing: the caller reads the times."""
 
     def measure(prompt_ids: list[int], max_tokens: int) -> list[float]:
         clock = Clock()

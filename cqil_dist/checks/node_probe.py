@@ -88,7 +88,7 @@ class NodeProbe:
         )
 
     def listen(self) -> str:
-        """Listen on a port of the node's cluster address: "host:port". Raises ExchangeError."""
+        """Listen on the node's cluster address, and return "host:port". Raises ExchangeError."""
         self._listener = Listener(self._host, self._secret, epoch=0)
         return self._listener.address
 

@@ -42,7 +42,7 @@ LOGIT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison and its outcome."""
+    """A comparison and its outcome."""
 
     name: str
     passed: bool

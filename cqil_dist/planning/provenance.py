@@ -11,7 +11,7 @@ from cqil_dist.recommended.record import PlanRecord, measured_of, plan_record
 
 
 def made_with(windows: Windows, *sources: PlanRecord | None) -> dict[str, Any]:
-    """The provenance of a plan or an adapter, which its JSON holds under "measured".
+    """Return the provenance of a plan or an adapter, which its JSON holds under "measured".
 
     Args:
         windows: the text that the plan was chosen on, or that the adapter was fitted to.
@@ -49,7 +49,7 @@ def refuse_seen_text(
 
 
 def has_seen(record: PlanRecord | None, text: Windows) -> bool:
-    """Whether the plan or adapter of this record was made with a file that the text is from."""
+    """Return whether the record's plan or adapter was made with a file that the text is from."""
     return not _files(record).isdisjoint(text.checksums)
 
 

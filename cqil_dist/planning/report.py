@@ -59,7 +59,7 @@ _Measure = tuple[str, str, str, str]
 
 
 def _records(folder: Path) -> tuple[_Records, list[str]]:
-    """A folder's records by kind, and the names of files that another version has written."""
+    """Read a folder's records by kind, and the names of files that another version has written."""
     found: _Records = {kind: [] for kind in _KINDS}
     left_out: list[str] = []
     for path in sorted(folder.glob("*.json")):
@@ -76,7 +76,7 @@ def _records(folder: Path) -> tuple[_Records, list[str]]:
 
 
 def _headings(keys: Sequence[_Measure]) -> dict[_Measure, str]:
-    """The heading of each measure's column, with the digest where two would look the same."""
+    """Return the heading of each measure's column, with the digest where two would look alike."""
     headings = {key: ", ".join(key[:3]) for key in keys}
     often = Counter(headings.values())
     return {
@@ -86,7 +86,7 @@ def _headings(keys: Sequence[_Measure]) -> dict[_Measure, str]:
 
 
 def _rows(records: _Records) -> list[dict[str, Any]]:
-    """The table's rows, one for each evaluation and for each plan that was only timed.
+    """Return the table's rows, one for each evaluation and for each plan that was only timed.
 
     The deepest plan comes first. A plan takes the same time with an adapter as without one, because
     adapters are merged: an evaluation with an adapter has its plan's latency.
@@ -150,7 +150,7 @@ def _interval(interval: dict[str, float]) -> str:
 
 
 def _picture(path: Path) -> str:
-    """A PNG file as a data URI; an empty string where there is no such file."""
+    """Return a PNG file as a data URI; an empty string where there is no such file."""
     if not path.is_file():
         return ""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

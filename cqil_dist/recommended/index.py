@@ -17,7 +17,7 @@ NAMES = tuple(_LOSSES)
 
 
 def plan_for(source: PlanSource, model: str, num_layers: int) -> Plan:
-    """The plan that a user gave, by a recommended plan's name or as `Plan.parse` reads it.
+    """Return the plan that a user gave, by a recommended plan's name or as `Plan.parse` reads it.
 
     Args:
         model: the model's name or path, as the user gave it.
@@ -37,7 +37,7 @@ def plan_for(source: PlanSource, model: str, num_layers: int) -> Plan:
 
 
 def recommended(name: str, model: str) -> str | None:
-    """The text of a recommended plan's file; None if no plan of that name comes with the model."""
+    """Return the text of a recommended plan's file; None if the model has no plan of that name."""
     file = resources.files(__package__) / model / f"{name.strip().lower()}.json"
     if "/" in model or "/" in name or not file.is_file():
         return None

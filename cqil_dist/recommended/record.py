@@ -16,7 +16,7 @@ PlanRecord = Mapping[str, Any]
 
 
 def plan_record(source: PlanSource, model: str) -> PlanRecord | None:
-    """The JSON of a plan in any form that `plan_for` takes; None if the plan is in no JSON."""
+    """Return the JSON of a plan as `plan_for` takes it; None if the plan is in no JSON."""
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | Path):
@@ -32,7 +32,7 @@ def plan_record(source: PlanSource, model: str) -> PlanRecord | None:
 
 
 def measured_of(record: PlanRecord | None) -> Mapping[str, Any]:
-    """The measurements in a plan's JSON; empty if there are none."""
+    """Return the measurements in a plan's JSON; empty if there are none."""
     measured = (record or {}).get("measured")
     return measured if isinstance(measured, Mapping) else {}
 

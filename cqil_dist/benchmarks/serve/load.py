@@ -28,13 +28,13 @@ class Endpoint(StrEnum):
 
     @property
     def path(self) -> str:
-        """The endpoint's path in the OpenAI API."""
+        """Return the endpoint's path in the OpenAI API."""
         return "/v1/chat/completions" if self is Endpoint.CHAT else "/v1/completions"
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server, and how fast.
+    """The requests that a server is to answer, and how fast they come.
 
     Attributes:
         max_concurrency: most requests under way at once, one run each in every repeat; None for no

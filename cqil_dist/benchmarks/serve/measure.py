@@ -89,7 +89,7 @@ async def _measure(target: Target, load: Load, progress: Progress, found: Measur
 
 
 def _choose_model(target: Target, load: Load, listing: Listing) -> str:
-    """The model that was asked for, or else the first one that the server lists."""
+    """Return the model that was asked for, or else the first one that the server lists."""
     if load.model is not None:
         return load.model
     if not listing.models:

@@ -72,12 +72,12 @@ PROMPTS: tuple[str, ...] = (
 
 
 def content_hash() -> str:
-    """Checksum of the prompts; it changes with each of them and with their order."""
+    """Return the prompts' checksum, which changes with each of them and with their order."""
     return hashlib.sha256("\0".join(PROMPTS).encode()).hexdigest()[:16]
 
 
 def chosen(count: int, seed: int) -> list[str]:
-    """`count` prompts: all of them in a random order, then again in another, and so on."""
+    """Choose `count` prompts: all in a random order, then again in another, and so on."""
     order = random.Random(seed)
     texts: list[str] = []
     while len(texts) < count:
@@ -86,5 +86,5 @@ def chosen(count: int, seed: int) -> list[str]:
 
 
 def made_unique(text: str) -> str:
-    """The prompt after a random number of 8 digits, so that no server has it in a prefix cache."""
+    """Put a random number of 8 digits before a prompt, so that no server's prefix cache has it."""
     return f"Note {secrets.randbelow(10**8):08d}. {text}"

@@ -19,7 +19,7 @@ from cqil_dist.benchmarks.serve.stream import Answer, Recording, read, record
 
 
 def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds from the start at which each of `count` requests is due, ascending from 0.
+    """Return the seconds from the start at which `count` requests are due, ascending from 0.
 
     Gaps are drawn from a gamma distribution with mean 1 / `rate` and shape `burstiness`: 1 gives
     a Poisson process, less gives bursts, more is more regular. The same seed gives the same

@@ -70,7 +70,7 @@ async def record(
 
 
 def reason(error: Exception) -> str:
-    """A connection's error in words; several of httpx's errors have no text beside their type."""
+    """Put a connection's error in words; several of httpx's have no text beside their type."""
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
@@ -94,33 +94,33 @@ class Answer:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens of the answer by the server's usage or, without that, its events with text."""
+        """Count the answer's tokens: by the server's usage or, without it, events with text."""
         return self.usage.get("completion_tokens", len(self.text_s))
 
     @property
     def queueing_ms(self) -> float:
-        """Milliseconds from when the request was due until it was sent."""
+        """Return the milliseconds from when the request was due until it was sent."""
         return 1000 * (self.sent_s - self.due_s)
 
     @property
     def ttft_ms(self) -> float:
-        """Time to first token: milliseconds from sending until the first event with text."""
+        """Return time to first token: milliseconds from sending until the first event with text."""
         return 1000 * (self.text_s[0] - self.sent_s)
 
     @property
     def e2el_ms(self) -> float:
-        """End-to-end latency: milliseconds from sending until the end of the stream."""
+        """Return the end-to-end latency: milliseconds from sending to the end of the stream."""
         return 1000 * (self.ended_s - self.sent_s)
 
     @property
     def tpot_ms(self) -> float | None:
-        """Milliseconds per output token after the first; None if there is one token at most."""
+        """Return milliseconds per output token after the first; None for one token at most."""
         after_first = self.output_tokens - 1
         return 1000 * (self.text_s[-1] - self.text_s[0]) / after_first if after_first > 0 else None
 
     @property
     def itl_ms(self) -> list[float]:
-        """Inter-token latencies: milliseconds between events with text."""
+        """Return the inter-token latencies: milliseconds between events with text."""
         return [1000 * (after - before) for before, after in pairwise(self.text_s)]
 
 
@@ -165,7 +165,7 @@ def _read_events(recording: Recording, answer: Answer) -> str | None:
 
 
 def _events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The data of each event, with the time at which it was complete.
+    """Yield the data of each event, with the time at which it was complete.
 
     Every event of the OpenAI API is one `data:` line; comments and other fields are skipped.
     """
@@ -186,7 +186,7 @@ def _message(recording: Recording) -> str:
 
 
 def _error_text(error: Any) -> str:
-    """The message of an error, in any form that servers give it, as one line."""
+    """Return the message of an error, in any form that servers give it, as one line."""
     for name in ("error", "message", "detail"):
         if isinstance(error, dict):
             error = error.get(name) or error

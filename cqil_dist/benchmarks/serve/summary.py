@@ -34,7 +34,7 @@ _STATISTICS: dict[str, Callable[[Sequence[float]], Any]] = {
 def report(
     target: Target, load: Load, found: Measurement, client: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of serve.json.
+    """Return the content of serve.json.
 
     Args:
         client: the machine and software that this program ran on.
@@ -59,7 +59,7 @@ def report(
 
 
 def results(runs: Iterable[Run], *, paced: bool) -> list[dict[str, Any]]:
-    """The figures of each concurrency over all its repeats, in the order they were first run.
+    """Return each concurrency's figures over all its repeats, in the order they were first run.
 
     Args:
         paced: whether requests were due one by one, so that the time they queued is meaningful.
@@ -90,7 +90,7 @@ def _result(bound: int | None, runs: Sequence[Run], paced: bool) -> dict[str, An
 
 
 def _throughput(good: Sequence[Answer], duration_s: float) -> dict[str, Any]:
-    """Tokens and throughputs of the successful answers; prompt tokens only if all report them."""
+    """Sum up successful answers' tokens and throughputs; prompt tokens only if all report them."""
     known = [answer.usage["prompt_tokens"] for answer in good if "prompt_tokens" in answer.usage]
     inputs = sum(known) if len(known) == len(good) else None
     outputs = sum(answer.output_tokens for answer in good)
@@ -124,7 +124,7 @@ def _latencies(good: Sequence[Answer], paced: bool) -> dict[str, float | None]:
 
 
 def _repeat(run: Run) -> dict[str, Any]:
-    """The figures of a single repeat: how far repeats differ tells how far to trust their union."""
+    """Return one repeat's figures: how far repeats differ tells how far to trust their union."""
     good = [answer for answer in run.answers if answer.failure is None]
     latencies = _latencies(good, paced=False)
     return {

@@ -87,7 +87,7 @@ def _failures(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def notes(report: dict[str, Any]) -> Iterator[str]:
-    """Remarks on how to read the figures."""
+    """Yield remarks on how to read the figures."""
     if any(result["output_tokens_from"] in ("events", "mixed") for result in report["results"]):
         yield "Without usage, output tokens are events with text, of which each may hold several."
     if any((result["output_tokens_per_event"] or 0) > 1.2 for result in report["results"]):

@@ -52,19 +52,19 @@ class Target:
 
     @property
     def root(self) -> str:
-        """The URL to which the paths of the OpenAI API, /v1/..., are appended."""
+        """Return the URL to which the paths of the OpenAI API, /v1/..., are appended."""
         parts = urlsplit(self.base_url)
         path = parts.path.rstrip("/").removesuffix("/v1")
         return parts._replace(path=path, query="", fragment="").geturl()
 
     @property
     def shown(self) -> str:
-        """The root as it may be shown, without a user name and password."""
+        """Return the root as it may be shown, without a user name and password."""
         parts = urlsplit(self.root)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     def client(self) -> httpx.AsyncClient:
-        """An HTTP client for the server. Raises CqilError if `ca_cert` cannot be read."""
+        """Make an HTTP client for the server. Raises CqilError if `ca_cert` cannot be read."""
         headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"

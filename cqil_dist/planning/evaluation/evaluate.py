@@ -53,7 +53,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """One measure of the original model and of the plan.
+    """A measure of the original model and of the plan.
 
     Attributes:
         measure: "perplexity", "acc" or "acc_norm".
@@ -179,7 +179,7 @@ def _by_item(
     tasks: Sequence[_Questions],
     cache: Path | None,
 ) -> _ByItem:
-    """The scores of the model as it is now, with or without a plan and an adapter.
+    """Score the model as it is now, with or without a plan and an adapter.
 
     Args:
         cache: folder of the same model's earlier scores; None where scores are not kept.
@@ -202,7 +202,7 @@ def _by_item(
 
 
 def _compared(original: _ByItem, other: _ByItem) -> list[Result]:
-    """The results: perplexities, then accuracies, each with its mean over the tasks."""
+    """Return the results: perplexities, then accuracies, each with its mean over the tasks."""
     results: list[Result] = []
     for measure in ("perplexity", *_ACCURACIES):
         compare = compare_perplexities if measure == "perplexity" else compare_means
@@ -228,7 +228,7 @@ def _digest(text: str) -> str:
 
 
 def _once(cache: Path | None, digest: str, score: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-    """The scores in the cache, where they are computed and kept if they are missing."""
+    """Return the scores in the cache, where they are computed and kept if they are missing."""
     if cache is None:
         return score()
     file = cache / f"scored-{digest}.json"

@@ -19,7 +19,7 @@ class Interval:
 
     @classmethod
     def of_mean(cls, values: Sequence[float]) -> Self:
-        """The mean of two or more independent items, with an interval by Student's t."""
+        """Return the mean of two or more independent items, with an interval by Student's t."""
         from scipy.stats import t  # takes a second to import
 
         mean = fmean(values)
@@ -27,7 +27,7 @@ class Interval:
         return cls(mean, mean - half, mean + half)
 
     def map(self, increasing: Callable[[float], float]) -> Interval:
-        """The interval of an increasing function of the estimate."""
+        """Return the interval of an increasing function of the estimate."""
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Interval:
 
 
 def difference_text(measure: str, difference: Interval) -> str:
-    """A difference in words: a ratio of perplexities, or points between accuracies."""
+    """Put a difference in words: a ratio of perplexities, or points between accuracies."""
     if measure == "perplexity":
         return f"{difference.value:.3f}x ({difference.low:.3f} to {difference.high:.3f})"
     points = difference.map(lambda value: 100 * value)
@@ -44,7 +44,7 @@ def difference_text(measure: str, difference: Interval) -> str:
 
 @dataclass(frozen=True)
 class Paired:
-    """One measure of the original model and of another model on the same items.
+    """A measure of the original model and of another model on the same items.
 
     Attributes:
         difference: the other less the original, or the ratio of the other to it. Its interval is
@@ -57,7 +57,7 @@ class Paired:
 
 
 def compare_means(original: Sequence[float], other: Sequence[float]) -> Paired:
-    """The means over items, and the second less the first."""
+    """Return the means over items, and the second less the first."""
     differences = [b - a for a, b in zip(original, other, strict=True)]
     return Paired(
         Interval.of_mean(original), Interval.of_mean(other), Interval.of_mean(differences)
@@ -65,7 +65,7 @@ def compare_means(original: Sequence[float], other: Sequence[float]) -> Paired:
 
 
 def compare_perplexities(original: Sequence[float], other: Sequence[float]) -> Paired:
-    """Perplexities from windows' losses, in nats a token, and the second's ratio to the first."""
+    """Return the perplexities of losses, in nats a token, and the second's ratio to the first."""
     losses = compare_means(original, other)
     return Paired(
         *(each.map(math.exp) for each in (losses.original, losses.other, losses.difference))
@@ -73,7 +73,7 @@ def compare_perplexities(original: Sequence[float], other: Sequence[float]) -> P
 
 
 def mean_of(results: Sequence[Paired]) -> Paired:
-    """The mean of independent results, all weighted equally."""
+    """Return the mean of independent results, all weighted equally."""
     return Paired(
         _mean([each.original for each in results]),
         _mean([each.other for each in results]),

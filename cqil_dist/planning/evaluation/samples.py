@@ -30,7 +30,7 @@ class Sample:
 
 @torch.inference_mode()
 def completion(measured_model: MeasuredModel, prompt: str) -> str:
-    """How the model, as it is now, goes on after a prompt."""
+    """Return how the model, as it is now, goes on after a prompt."""
     tokenizer = measured_model.tokenizer
     ids: Any = tokenizer(prompt)["input_ids"]
     prompt_1T = torch.tensor([ids], device=measured_model.device)

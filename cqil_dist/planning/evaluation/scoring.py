@@ -45,7 +45,7 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of both together."""
+        """Return the number of tokens of both together."""
         return len(self.context) + len(self.continuation)
 
 
@@ -80,7 +80,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, request: Request, max_len: int) -
 
 @torch.inference_mode()
 def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress) -> list[float]:
-    """Cross entropy of each window's tokens after the first, in nats a token."""
+    """Return the cross entropy of each window's tokens after the first, in nats a token."""
     losses: list[float] = []
     with progress.task("Computing perplexity", len(windows.token_ids_WT), "windows") as task:
         for tokens_T in windows.token_ids_WT:
@@ -96,7 +96,7 @@ def loss_by_window(model: PreTrainedModel, windows: Windows, progress: Progress)
 def likelihoods(
     model: PreTrainedModel, requests: Sequence[Encoded], progress: Progress, description: str
 ) -> list[Likelihood]:
-    """The likelihood of each continuation after its context, in the order of the requests."""
+    """Return each continuation's likelihood after its context, in the order of the requests."""
     found: dict[int, Likelihood] = {}
     with progress.task(description, len(requests), "continuations") as task:
         for batch in _batches([each.tokens for each in requests]):
@@ -107,7 +107,7 @@ def likelihoods(
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: too little memory shows early."""
+    """Yield indices in batches of similar length, longest first: too little memory shows early."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         count = max(1, _BATCH_TOKENS // lengths[order[0]])

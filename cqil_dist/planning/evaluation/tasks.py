@@ -21,7 +21,7 @@ from cqil_dist.planning.evaluation.scoring import Likelihood, Request
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a task.
+    """A question of a task.
 
     Attributes:
         requests: the continuations to choose from, each with its context.
@@ -32,13 +32,13 @@ class Item:
     gold: int | None
 
     def accuracy(self, found: Sequence[Likelihood]) -> float:
-        """1 if the most likely continuation is right, else 0 (lm-eval's `acc`)."""
+        """Return 1 if the most likely continuation is right, else 0 (lm-eval's `acc`)."""
         if self.gold is None:
             return float(found[0].greedy)
         return float(_best([each.logprob for each in found]) == self.gold)
 
     def normalized_accuracy(self, found: Sequence[Likelihood]) -> float:
-        """1 if the most likely one a character is right, else 0 (lm-eval's `acc_norm`)."""
+        """Return 1 if the likeliest one per character is right, else 0 (lm-eval's `acc_norm`)."""
         if self.gold is None:
             return self.accuracy(found)
         lengths = [len(each.continuation.lstrip()) for each in self.requests]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a changed model is from the original model, averaged over the tokens of a text.
+    """The divergence of a changed model from the original model, averaged over a text's tokens.
 
     Attributes:
         kl: KL(original || changed) of the next token's distribution, in nats.
@@ -40,7 +40,7 @@ class Divergence:
 
     @property
     def perplexity(self) -> float:
-        """The changed model's perplexity on the text."""
+        """Return the changed model's perplexity on the text."""
         return math.exp(self.loss)
 
 
@@ -76,7 +76,7 @@ class Baseline:
 
     @torch.inference_mode()
     def compare(self, groups: Sequence[Group]) -> Divergence:
-        """The divergence of a model made of these groups from the original model.
+        """Measure the divergence of a model made of these groups from the original model.
 
         Layers that no group names are left out.
         """
@@ -94,11 +94,11 @@ class Baseline:
         return Divergence(fmean(kls), fmean(losses))
 
     def _logprobs(self, state_1TD: Tensor) -> Tensor:
-        """Next-token log probabilities [T, V] that the groups in place give from a hidden state."""
+        """Return next-token log probabilities [T, V] of a hidden state with the groups in place."""
         hidden_TD = final_hidden(self.model, inputs_embeds=state_1TD)[0]
         return next_token_logits(self.model, hidden_TD).log_softmax(-1)
 
 
 def _loss(logprobs_TV: Tensor, tokens_T: Tensor) -> float:
-    """Cross entropy of a window's tokens after the first, in nats a token."""
+    """Return the cross entropy of a window's tokens after the first, in nats a token."""
     return float(F.nll_loss(logprobs_TV[:-1], tokens_T[1:].to(logprobs_TV.device)))

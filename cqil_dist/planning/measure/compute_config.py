@@ -13,7 +13,7 @@ MAX_SEED = 2**32
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is computed in one process.
+    """The settings with which a model is computed in one process.
 
     Raises:
         ConfigError: naming the field, its value and the rule.

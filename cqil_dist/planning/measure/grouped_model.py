@@ -81,21 +81,21 @@ def grouped(
 
 
 def final_hidden(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """Hidden states [B, T, D] after the final norm, from `input_ids` or `inputs_embeds`."""
+    """Return hidden states [B, T, D] after the final norm, from `input_ids` or `inputs_embeds`."""
     decoder: Any = model.get_decoder()
     hidden_BTD: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden_BTD
 
 
 def next_token_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    """Float32 logits [N, V] of hidden states that the final norm has been applied to."""
+    """Return float32 logits [N, V] of hidden states that the final norm has been applied to."""
     head: Any = model.get_output_embeddings()
     logits_NV: Tensor = head(hidden_ND)
     return logits_NV.float()
 
 
 def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Tensor) -> Tensor:
-    """The last group's output [B, T, D], before the final norm, from the first one's input."""
+    """Return the last group's output [B, T, D], before the final norm, from the first's input."""
     decoder: Any = model.get_decoder()
     norm, decoder.norm = decoder.norm, nn.Identity()
     try:
@@ -106,7 +106,7 @@ def hidden_after(model: PreTrainedModel, groups: Sequence[Group], hidden_BTD: Te
 
 
 def hidden_states(model: PreTrainedModel, tokens_T: Tensor) -> list[Tensor]:
-    """Every layer's input, in order, and the last layer's output: [1, T, D] each."""
+    """Return every layer's input, in order, and the last layer's output: [1, T, D] each."""
     decoder: Any = model.get_decoder()
     states = [decoder.embed_tokens(tokens_T[None].to(model.device))]
     for layer in range(len(decoder.layers)):

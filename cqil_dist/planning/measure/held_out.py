@@ -21,7 +21,7 @@ _TOKENS_AT_ONCE = 2048
 
 
 class HeldOut:
-    """Held-out text, and the original model's final hidden states on it."""
+    """A held-out text, and the original model's final hidden states on it."""
 
     @torch.no_grad()
     def __init__(
@@ -38,7 +38,7 @@ class HeldOut:
 
     @torch.no_grad()
     def kl(self, groups: Sequence[Group], changed: Callable[[Tensor], Tensor]) -> float:
-        """KL(original || changed) of the next token, in nats, averaged over the tokens.
+        """Return KL(original || changed) of the next token, in nats, averaged over the tokens.
 
         Args:
             groups: the groups of the model while `changed` is called.

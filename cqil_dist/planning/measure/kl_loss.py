@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 128
 
 
 def kl_loss(model: PreTrainedModel, teacher_CTD: Tensor, student_CTD: Tensor) -> Tensor:
-    """KL(teacher || student) of the next token, in nats, averaged over positions.
+    """Return KL(teacher || student) of the next token, in nats, averaged over positions.
 
     The scalar has a gradient with respect to the student's hidden states.
 

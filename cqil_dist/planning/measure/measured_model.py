@@ -98,11 +98,11 @@ class MeasuredModel:
         return ModelConfig.from_directory(self.path)
 
     def plan(self, source: PlanSource) -> Plan:
-        """The plan that the user gave. Raises PlanError if it is none for this model."""
+        """Return the plan that the user gave. Raises PlanError if it is none for this model."""
         return plan_for(source, self.name, self.config.num_layers)
 
     def concurrent_plan(self, source: PlanSource) -> Plan:
-        """The plan that the user gave. Raises PlanError also if it changes nothing."""
+        """Return the plan that the user gave. Raises PlanError also if it changes nothing."""
         plan = self.plan(source)
         if plan.is_sequential:
             raise PlanError(
@@ -120,7 +120,7 @@ class MeasuredModel:
 
     @cached_property
     def folder(self) -> Path:
-        """The model's folder in the cache. Raises ConfigError if it cannot be written to."""
+        """Return the model's folder in the cache. Raises ConfigError if it is not writable."""
         files = sorted([self.path / "config.json", *self.path.glob("*.safetensors")])
         content = "".join(content_sha256(file.resolve(), self.progress) for file in files)
         folder = cache_dir() / "plans" / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -128,7 +128,7 @@ class MeasuredModel:
         return folder
 
     def windows(self, files: Sequence[Path], length: int, tokens: int | None, seed: int) -> Windows:
-        """Calibration text from files or, if none are given, sampled from the model.
+        """Read calibration text from files or, if none are given, sample it from the model.
 
         Args:
             length: tokens of a window.
@@ -150,7 +150,7 @@ class MeasuredModel:
         return self._sampled(length, tokens or _SAMPLED_TOKENS, seed)
 
     def extended(self, text: Windows, tokens: int, seed: int) -> Windows:
-        """A text mixed with so many tokens sampled from the model, half of which continue it."""
+        """Mix a text with so many tokens sampled from the model, half of which continue it."""
         if not tokens:
             return text
         sampled = self._sampled(text.token_ids_WT.shape[1], tokens, seed, text)
@@ -171,18 +171,18 @@ class MeasuredModel:
 
     @property
     def results(self) -> Path:
-        """The folder of measurements by this device, precision and versions of the programs."""
+        """Return the folder of measurements by this device, precision and programs' versions."""
         programs = [f"{name}-{version}" for name, version in _programs().items()]
         return self.folder / "-".join([self.numerics, *programs])
 
     @property
     def numerics(self) -> str:
-        """The device, dtype and precision in one word, as part of a cache key."""
+        """Return the device, dtype and precision in one word, as part of a cache key."""
         return "-".join(self._computed.values())
 
     @property
     def setting(self) -> dict[str, str]:
-        """The device, dtype, precision and versions, for reports."""
+        """Return the device, dtype, precision and versions, for reports."""
         return {**self._computed, **_programs()}
 
     @property
@@ -194,7 +194,7 @@ class MeasuredModel:
         }
 
     def adapter(self, path: Path, plan: Plan) -> Adapter:
-        """The adapter in a directory, checked against the model and the plan.
+        """Read the adapter in a directory, and check it against the model and the plan.
 
         Raises:
             CheckpointError: a file is missing or damaged, or is for a model of another shape.
@@ -205,7 +205,7 @@ class MeasuredModel:
 
 
 def _programs() -> dict[str, str]:
-    """The version of every program that a measurement depends on."""
+    """Return the version of every program that a measurement depends on."""
     return {
         "cqil-dist": f"{version('cqil-dist')}+{MEASUREMENT_VERSION}",
         **{name: version(name) for name in ("torch", "transformers")},

@@ -28,7 +28,7 @@ class Merged:
         self._before: dict[nn.Parameter, Tensor] = {}
 
     def weight(self, module: str) -> nn.Parameter:
-        """The current weight [O, I] of a module."""
+        """Return the current weight [O, I] of a module."""
         weight: nn.Parameter = self.model.get_parameter(f"{module}.weight")
         return weight
 

@@ -46,21 +46,21 @@ class SeedPrompts:
     def ordinary(
         cls, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: Windows | None = None
     ) -> SeedPrompts:
-        """Prompts of every token that is not special, or of a text's excerpts."""
+        """Make prompts of every token that is not special, or of a text's excerpts."""
         special = set(tokenizer.all_special_ids)
         ordinary = torch.tensor([i for i in range(vocab_size) if i not in special])
         return cls(ordinary, tuple(leading_tokens(tokenizer)), text)
 
     @cached_property
     def digest(self) -> str:
-        """Checksum of everything that the prompts are drawn from."""
+        """Return the checksum of everything that the prompts are drawn from."""
         parts = [self.tokens_N.numpy().tobytes(), torch.tensor(self.leading).numpy().tobytes()]
         if self.text is not None:
             parts.append(self.text.digest.encode())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def draw(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Windows [count, length] that hold their prompts, and -1 where the model is to go on."""
+        """Draw windows [count, length] of their prompts, and -1 where the model is to go on."""
         prompts_WT = torch.full((count, length), -1)
         first = len(self.leading)
         prompts_WT[:, :first] = torch.tensor(self.leading, dtype=torch.long)
@@ -86,7 +86,7 @@ def sampled_windows(
     numerics: str,
     progress: Progress,
 ) -> Windows:
-    """Windows [count, length] sampled from the model at temperature 1, past any end token.
+    """Sample windows [count, length] from the model at temperature 1, past any end token.
 
     Every batch is written to a file once it is complete, so that interrupted sampling resumes.
 
@@ -119,7 +119,7 @@ def sampled_windows(
 def _completed(
     model: PreTrainedModel, prompts_BT: Tensor, generator: torch.Generator, task: Task
 ) -> Tensor:
-    """Full windows [B, T]: the prompts, and what the model goes on with."""
+    """Return full windows [B, T]: the prompts, and what the model goes on with."""
     sampled_BT = prompts_BT.clone()
     cache: Any = None
     for at in range(1, sampled_BT.shape[1]):
@@ -138,7 +138,7 @@ def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """One token of each row's distribution, [B], drawn at temperature 1.
+    """Draw one token of each row's distribution, [B], at temperature 1.
 
     This takes one random number a row; `torch.multinomial` draws one for every entry of the
     vocabulary, which takes as long as the model does.

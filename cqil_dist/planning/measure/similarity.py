@@ -11,7 +11,7 @@ from cqil_dist.planning.measure.baseline import Baseline
 
 
 def input_similarity(baseline: Baseline) -> Tensor:
-    """Cosine similarity [L, L] of layers' inputs, averaged over tokens (CQIL, section 3)."""
+    """Measure layer inputs' cosine similarity [L, L], averaged over tokens (CQIL, section 3)."""
     layers = baseline.num_layers
     sums = torch.zeros(layers, layers)
     count = 0
@@ -23,9 +23,9 @@ def input_similarity(baseline: Baseline) -> Tensor:
 
 
 def regular_plan(similarity_LL: Tensor, size: int, depth: int, bypass: Bypass) -> Plan | None:
-    """The regular plan of this depth whose groups have the most similar inputs (CQIL's P, S, E).
+    """Find the regular plan of this depth whose groups' inputs are most similar (CQIL's P, S, E).
 
-    None where no number of groups of `size` layers gives that depth.
+    Return None where no number of groups of `size` layers gives that depth.
     """
     layers = len(similarity_LL)
     groups, left = divmod(layers - depth, size - 1)
@@ -39,7 +39,7 @@ def regular_plan(similarity_LL: Tensor, size: int, depth: int, bypass: Bypass) -
 
 
 def without_layers(similarity_LL: Tensor, depth: int) -> list[int]:
-    """The `depth` layers that remain when those that change their input least are removed.
+    """Return the `depth` layers that remain when those that change their input least are removed.
 
     This is ShortGPT's block influence (arXiv 2403.03853). The last layer always stays, since its
     output is no layer's input.

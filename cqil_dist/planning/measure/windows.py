@@ -24,7 +24,7 @@ _BLOCK = 1 << 21
 
 @dataclass(frozen=True)
 class Windows:
-    """Text, cut into W windows of T tokens.
+    """A text that is cut into W windows of T tokens.
 
     Attributes:
         token_ids_WT: token ids, int64.
@@ -45,12 +45,12 @@ class Windows:
 
     @cached_property
     def digest(self) -> str:
-        """Checksum of the tokens, by which measurements on them are found again."""
+        """Return the tokens' checksum, by which measurements on them are found again."""
         shape = str(tuple(self.token_ids_WT.shape)).encode()
         return hashlib.sha256(shape + self.token_ids_WT.numpy().tobytes()).hexdigest()[:16]
 
     def mixed_with(self, other: Windows, seed: int) -> Windows:
-        """The windows of both texts, shuffled by the seed."""
+        """Return the windows of both texts, shuffled by the seed."""
         both_WT = torch.cat([self.token_ids_WT, other.token_ids_WT])
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(both_WT), generator=generator)
@@ -58,7 +58,7 @@ class Windows:
         return Windows(both_WT[order], source, self.checksums | other.checksums)
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
-        """All but the last `held_out` windows, and those. Raises TextError if none are left."""
+        """Return the first windows and the last `held_out`. Raises TextError if none come first."""
         if (kept := len(self.token_ids_WT) - held_out) < 1:
             raise TextError(
                 f"there are {len(self.token_ids_WT)} windows of text, of which {held_out} are to "
@@ -78,7 +78,7 @@ def read_windows(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Windows:
-    """Windows of text files that do not overlap.
+    """Read windows of text files that do not overlap.
 
     Each starts with the tokenizer's leading tokens, as every prompt does in the runtime: attention
     relies on them.
@@ -116,7 +116,7 @@ def read_windows(
 def _cut(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
 ) -> Tensor:
-    """Texts in rows of `length` tokens; a block's last tokens that fill no row are dropped."""
+    """Cut texts into rows of `length` tokens; drop a block's last tokens that fill no row."""
     blocks = [block for text in texts for block in _blocks(text)]
     rows_WT = [torch.empty(0, length, dtype=torch.long)]
     with progress.task("Reading text", len(blocks), "blocks") as task:
@@ -129,7 +129,7 @@ def _cut(
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """A text in blocks that end with a line, or within a line that is longer than a block."""
+    """Yield a text in blocks that end with a line, or within a line longer than a block."""
     start = 0
     while start < len(text):
         end = start + _BLOCK
@@ -140,6 +140,6 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before every text; some families have none."""
+    """Return the special tokens that the tokenizer puts before every text; some have none."""
     ids: Any = tokenizer("")["input_ids"]
     return list(ids)

@@ -80,7 +80,7 @@ class Compensation:
 
     @cached_property
     def _states_WL(self) -> list[list[Tensor]]:
-        """The original model's layer inputs and last output for each window, [1, T, D] each.
+        """Return the original model's layer inputs and last output for each window, [1, T, D] each.
 
         They are computed when first needed: if every result is known already, nothing is fitted.
         """
@@ -129,11 +129,11 @@ class Compensation:
                 task.advance()
 
     def _states(self, layer: int) -> list[Tensor]:
-        """The original input of a layer for each window; after the last layer, its output."""
+        """Return a layer's original input for each window; after the last layer, its output."""
         return [states_L[layer] for states_L in self._states_WL]
 
     def _original_activations(self, group: Group) -> _Activations:
-        """The norms' outputs in the original model; the group's own layers are still unchanged."""
+        """Return the norms' outputs in the original model; the group is still unchanged."""
         found: _Activations = {}
         for layer in group.layers:
             inputs = self._states(layer)
@@ -228,7 +228,7 @@ def _recording(
 def _norm_outputs(
     model: PreTrainedModel, group: Group, norms: Iterable[str], inputs: Sequence[Tensor]
 ) -> _Activations:
-    """The outputs of the members' norms for these inputs of the group.
+    """Return the outputs of the members' norms for these inputs of the group.
 
     The feed-forward parts, which are most of the work and come after both norms, are left out.
     """
@@ -248,7 +248,7 @@ def _norm_outputs(
 
 
 def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and residual of each token, divided by the RMS of its target or output, the larger.
+    """Divide each token's inputs and residual by the RMS of its target or output, the larger.
 
     The next layer normalises its input, so a token's size does not matter there. In the regression,
     the few tokens that are a thousand times larger than all others would outweigh everything. So
@@ -263,7 +263,7 @@ def _relative(inputs_TK: Tensor, output_TD: Tensor, target_TD: Tensor) -> tuple[
 def _reduced_rank_ridge(
     samples: Iterable[tuple[Tensor, Tensor]], ridge: float, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Factors [D, R] and [R, K] of the map from inputs to residuals that ridge regression finds.
+    """Find factors [D, R] and [R, K] of the map from inputs to residuals by ridge regression.
 
     Args:
         samples: batches of inputs [N, K] and residuals [N, D], float32.

@@ -161,7 +161,7 @@ class _Student:
         self._start.undo()
 
     def hidden(self, tokens_CT: Tensor) -> Tensor:
-        """The student's final hidden states [C, T, D].
+        """Return the student's final hidden states [C, T, D].
 
         The adapter's weights are float32, but its products are in the model's dtype: on two cores
         with AMX, a step takes a quarter less time than with float32 products.
@@ -172,12 +172,12 @@ class _Student:
 
     @torch.no_grad()
     def teacher_hidden(self, tokens_CT: Tensor) -> Tensor:
-        """The teacher's final hidden states [C, T, D]."""
+        """Return the teacher's final hidden states [C, T, D]."""
         with self._start.removed(), self.peft_model.disable_adapter():
             return self.hidden(tokens_CT)
 
     def loras(self) -> dict[str, Lora]:
-        """Everything that the student adds to the teacher's weights, by module."""
+        """Return everything that the student adds to the teacher's weights, by module."""
         loras = dict(self._start.loras)
         for name, module in self.peft_model.get_base_model().named_modules():
             if not hasattr(module, "lora_A"):
@@ -211,7 +211,7 @@ def _add_gradients(
 
 
 def _indices(count: int, config: TrainingConfig, step: int) -> list[int]:
-    """A step's windows by index: each epoch has every window once, in an order of its own."""
+    """Return a step's windows by index: each epoch has every window once, in its own order."""
     numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
     orders = {
         epoch: torch.randperm(
@@ -230,7 +230,7 @@ def _identity(
     config: TrainingConfig,
     start: Adapter | None,
 ) -> dict[str, Any]:
-    """Everything that determines the trained weights and the log, except the programs' versions."""
+    """Return all that determines the trained weights and the log, except the programs' versions."""
     deciding = asdict(config)
     for name in ("save_steps", "gradient_checkpointing"):
         del deciding[name]

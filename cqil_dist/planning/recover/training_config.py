@@ -12,7 +12,7 @@ from cqil_dist.settings import check_settings, number, setting, whole
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How an adapter is trained: by AdamW, with a warm-up and a cosine that ends at 0.
+    """The settings for training an adapter: by AdamW, with a warm-up and a cosine that ends at 0.
 
     Raises:
         ConfigError: naming the field, its value and the rule.
@@ -43,7 +43,7 @@ class TrainingConfig:
             )
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step; steps count from 0."""
+        """Return the learning rate of a step; steps count from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)

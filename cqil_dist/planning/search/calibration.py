@@ -21,7 +21,7 @@ _LARGEST_GROUP = 3
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How groups of layers are measured. The same values let a search go on from an analysis.
+    """The settings that groups are measured with; the same let a search go on from an analysis.
 
     Raises:
         ConfigError: naming the field, its value and the rule.
@@ -51,7 +51,7 @@ class CalibrationConfig:
         check_settings(self, ConfigError)
 
     def largest_group(self, ranks: int | None) -> int:
-        """Layers of the largest groups to measure: by default, no more than there are ranks.
+        """Return the most layers of a group to measure: by default, no more than there are ranks.
 
         A rank that held two of a group's layers would take about twice as long as the others, and
         these would wait for it.
@@ -89,7 +89,7 @@ class CalibrationConfig:
 def _comparison(
     measured_model: MeasuredModel, windows: Windows, fitted: Windows | None
 ) -> Comparison:
-    """Compares plans on `windows`, compensated on the text `fitted` where there is one."""
+    """Make a comparison on `windows`, compensated on the text `fitted` where there is one."""
     from cqil_dist.planning.measure.baseline import Baseline
     from cqil_dist.planning.recover.compensation import Compensation
     from cqil_dist.planning.search.comparison import Comparison

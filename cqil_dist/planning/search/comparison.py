@@ -28,7 +28,7 @@ class Comparison:
     """
 
     def __init__(self, baseline: Baseline, compensation: Compensation | None, folder: Path) -> None:
-        """Args: folder: where results of this model, by this device and precision, are kept."""
+        """Keep results in `folder`, which is for this model, device and precision alone."""
         self._folder = folder
         self.baseline = baseline
         self.compensation = compensation
@@ -39,25 +39,25 @@ class Comparison:
         self._known = _read(self._file)
 
     def compare(self, plan: Plan) -> Divergence:
-        """The divergence of a whole plan. Raises TextError if the text to fit to is too short."""
+        """Measure a plan's divergence. Raises TextError if the text to fit to is too short."""
         return self._once(plan.to_json(), plan.groups, plan.changed)
 
     def compare_group(self, group: Group) -> Divergence:
-        """The divergence of one group, every other layer being exact. Raises as `compare` does."""
+        """Measure a group's divergence, all other layers being exact. Raises as `compare`."""
         whole = Plan.covering([group], self.baseline.num_layers)
         return self._once(group.to_json(), whole.groups, [group])
 
     def compare_layers(self, layers: Sequence[int]) -> Divergence:
-        """The divergence of the model with these layers alone; it is never compensated."""
+        """Measure the divergence of the model with these layers alone; it is never compensated."""
         return self._once({"kept": list(layers)}, [Group((layer,)) for layer in layers], [])
 
     @property
     def uncompensated(self) -> Comparison:
-        """A comparison on the same text that measures plans as they are."""
+        """Return a comparison on the same text that measures plans as they are."""
         return Comparison(self.baseline, None, self._folder) if self.compensation else self
 
     def to_json(self) -> dict[str, Any]:
-        """What a record says of the text and of the compensation."""
+        """Return what a record says of the text and of the compensation."""
         return {
             **self.baseline.windows.to_json(),
             "perplexity": self.baseline.perplexity,

@@ -37,7 +37,7 @@ class Goal:
             raise PlanError("give one goal: a depth, a KL divergence, a loss or a latency")
 
     def check(self, num_layers: int, max_group: int) -> None:
-        """Raises PlanError where groups of so many layers cannot reach the depth asked for."""
+        """Raise PlanError where groups of so many layers cannot reach the depth asked for."""
         fewest = -(-num_layers // max_group)
         if self.depth is not None and not fewest <= self.depth <= num_layers:
             raise PlanError(

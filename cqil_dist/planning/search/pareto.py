@@ -52,7 +52,7 @@ class MeasuredPlan:
         }
 
     def plan_json(self, comparison: Comparison) -> dict[str, Any]:
-        """The content of a plan file: the plan as `Plan.parse` reads it, and its measurements."""
+        """Return a plan file's content: the plan as `Plan.parse` reads it, and its measurements."""
         described = comparison.to_json()
         measured = {
             **made_with(comparison.baseline.windows),
@@ -120,7 +120,7 @@ class PlanFinder:
         )
 
     def find(self, goal: Goal) -> MeasuredPlan:
-        """The best plan that meets a goal.
+        """Find the best plan that meets a goal.
 
         Raises:
             PlanError: no plan of the measured groups meets it.
@@ -141,7 +141,7 @@ class PlanFinder:
         return self._measured(min(within, key=self._search.kl))
 
     def pareto_front(self) -> list[MeasuredPlan]:
-        """The best plan of each depth that is at least half the number of layers."""
+        """Find the best plan of each depth that is at least half the number of layers."""
         half = self._baseline.num_layers // 2
         wanted = [plan for depth, plan in self._search.reachable.items() if depth >= half]
         with self._progress.task("Measuring the Pareto front", len(wanted), "plans") as task:
@@ -151,7 +151,7 @@ class PlanFinder:
         return [self._measured(p) for p in self._search.best_by_depth().values() if p.depth >= half]
 
     def published_methods(self, similarity_LL: Tensor) -> Iterator[MeasuredPlan | LayersRemoved]:
-        """CQIL's regular plans and ShortGPT's removed layers, at the same depths."""
+        """Measure CQIL's regular plans and ShortGPT's removed layers, at the same depths."""
         layers = self._baseline.num_layers
         depths = range(layers - 1, layers // 2 - 1, -1)
         with self._progress.task("Measuring published methods", len(depths), "depths") as task:
@@ -166,7 +166,7 @@ class PlanFinder:
                 task.advance()
 
     def _shallowest(self, goal: Goal) -> int:
-        """The smallest depth at which a plan meets the goal, going down from the original model.
+        """Find the smallest depth where a plan meets the goal, going down from the original model.
 
         Where the first plan of a depth does not meet it, local search goes on only until one does:
         the time that is left is for the depth that is found.
@@ -187,19 +187,19 @@ class PlanFinder:
         return best
 
     def _within(self, goal: Goal, depth: int) -> list[Plan]:
-        """The measured plans of this depth that meet the goal."""
+        """Return the measured plans of this depth that meet the goal."""
         measured = [plan for plan in self._search.measured if plan.depth == depth]
         return [plan for plan in measured if self._meets(plan, goal)]
 
     def _meets(self, plan: Plan, goal: Goal) -> bool:
-        """Whether a measured plan is within the goal's bound on divergence or perplexity."""
+        """Return whether a measured plan is within the goal's bound on divergence or perplexity."""
         divergence = self._search.measured[plan]
         if goal.max_loss is not None:
             return divergence.perplexity <= (1 + goal.max_loss) * self._baseline.perplexity
         return goal.max_kl is None or divergence.kl <= goal.max_kl
 
     def _deepest_within(self, max_latency_us: float) -> Plan:
-        """The deepest plan that is fast enough, of the least sensitive plans of each depth.
+        """Find the deepest plan that is fast enough, of the least sensitive plans of each depth.
 
         Among these are plans of only such groups as exchange once and have a rank for each layer.
         """
@@ -240,7 +240,7 @@ def front_json(
     ranks: int,
     measured: Sequence[MeasuredPlan | LayersRemoved],
 ) -> dict[str, Any]:
-    """The record of a search, which `plot_pareto_front` and the report read."""
+    """Return the record of a search, which `plot_pareto_front` and the report read."""
     return headed(
         "front",
         model=model,
@@ -257,5 +257,5 @@ def front_json(
 
 
 def _exchanges_once(group: Group) -> bool:
-    """Whether no member sees another's attention, so that ranks exchange the outputs alone."""
+    """Return whether no member sees another's attention, so that ranks exchange outputs alone."""
     return all(set(group.visible(member)) <= {member} for member in range(group.size))

@@ -23,7 +23,7 @@ _JOINS = 8
 
 
 def least_sensitive_plans(num_layers: int, sensitivities: Sensitivities) -> dict[int, Plan]:
-    """The plans, by depth, whose groups have the smallest sum of sensitivities.
+    """Find the plans, by depth, whose groups have the smallest sum of sensitivities.
 
     The sum is not the plan's divergence, but ranks plans well enough to start from.
     """
@@ -67,13 +67,13 @@ class PlanSearch:
         self._known = groups_by_layers(self.sensitivities)
 
     def kl(self, plan: Plan) -> float:
-        """The KL divergence of a whole plan, in nats a token, which is measured only once."""
+        """Return a whole plan's KL divergence, in nats a token, which is measured only once."""
         if plan not in self.measured:
             self.measured[plan] = self.measure(plan)
         return self.measured[plan].kl
 
     def best_by_depth(self) -> dict[int, Plan]:
-        """The best plan of each depth among those measured so far, in order of depth."""
+        """Return the best plan of each depth among those measured so far, in order of depth."""
         best: dict[int, Plan] = {}
         for plan in self.measured:
             if plan.depth not in best or self.kl(plan) < self.kl(best[plan.depth]):
@@ -87,7 +87,7 @@ class PlanSearch:
         allowed: Callable[[Plan], bool] = lambda plan: True,
         good_enough: Callable[[Plan], bool] = lambda plan: False,
     ) -> Plan:
-        """The best plan of a reachable depth that local search finds in the time that is left.
+        """Find the best plan of a reachable depth by local search, in the time that is left.
 
         Each step splits one group and joins two others, or changes one group's bypass. The search
         ends when no such change improves the plan.
@@ -113,7 +113,7 @@ class PlanSearch:
         return best
 
     def _neighbours(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
-        """Plans of the same depth to measure, most promising first, until time is up."""
+        """Yield plans of the same depth to measure, most promising first, until time is up."""
         splits = sorted(self._splits(plan), key=lambda ways: self._sum(ways[0]))
         for ways in splits[:_SPLITS]:
             joined = (
@@ -130,7 +130,7 @@ class PlanSearch:
             yield plan
 
     def _splits(self, plan: Plan) -> Iterator[list[Plan]]:
-        """The plans with one group split in two: for every cut, those with each pair of bypasses.
+        """Yield the plans with a group split in two: for every cut, with each pair of bypasses.
 
         The least sensitive pair comes first.
         """
@@ -141,27 +141,27 @@ class PlanSearch:
                 yield sorted(plans, key=self._sum)
 
     def _joins(self, plan: Plan, allowed: Callable[[Plan], bool]) -> Iterator[Plan]:
-        """Every plan that joins two adjacent groups, with the least sensitive bypass allowed."""
+        """Yield every plan that joins two adjacent groups, with the best bypass allowed."""
         for index, (group, following) in enumerate(pairwise(plan.groups)):
             joined = self._groups(group.layers + following.layers)
             plans = (self._replaced(plan, index, 2, [each]) for each in joined)
             yield from islice(filter(allowed, plans), 1)
 
     def _other_bypasses(self, plan: Plan) -> Iterator[Plan]:
-        """Every plan that differs in one group's bypass alone."""
+        """Yield every plan that differs in one group's bypass alone."""
         for index, group in enumerate(plan.groups):
             for other in self._known.get(group.layers, []):
                 if other != group:
                     yield self._replaced(plan, index, 1, [other])
 
     def _groups(self, layers: tuple[int, ...]) -> list[Group]:
-        """The known groups of these layers, one for every bypass, the least sensitive first."""
+        """Return the known groups of these layers, one for every bypass, least sensitive first."""
         return [Group(layers)] if len(layers) == 1 else self._known.get(layers, [])
 
     def _replaced(self, plan: Plan, first: int, count: int, groups: Sequence[Group]) -> Plan:
-        """The plan with `groups` in place of `count` of its groups."""
+        """Return the plan with `groups` in place of `count` of its groups."""
         return Plan((*plan.groups[:first], *groups, *plan.groups[first + count :]), plan.num_layers)
 
     def _sum(self, plan: Plan) -> float:
-        """The sum of the groups' sensitivities."""
+        """Return the sum of the groups' sensitivities."""
         return sum(self.sensitivities.get(group, 0.0) for group in plan.groups)

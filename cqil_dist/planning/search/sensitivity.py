@@ -16,7 +16,7 @@ Sensitivities = Mapping[Group, float]
 
 
 def candidates(num_layers: int, largest: int) -> Iterator[Group]:
-    """Every group of 2 to `largest` layers, with each bypass that makes a difference."""
+    """Yield every group of 2 to `largest` layers, with each bypass that makes a difference."""
     for first in range(num_layers - 1):
         for size in range(2, min(largest, num_layers - first) + 1):
             layers = tuple(range(first, first + size))
@@ -37,7 +37,7 @@ def measure_sensitivities(
 
 
 def groups_by_layers(sensitivities: Sensitivities) -> dict[tuple[int, ...], list[Group]]:
-    """The groups of each run of layers, one for every bypass, the least sensitive first."""
+    """Return the groups of each run of layers, one for every bypass, the least sensitive first."""
     found: dict[tuple[int, ...], list[Group]] = {}
     for group in sorted(sensitivities, key=sensitivities.__getitem__):
         found.setdefault(group.layers, []).append(group)
