@@ -26,7 +26,7 @@ Bundle = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Round:
-    """One exchange of partial results, as every rank sees it.
+    """An exchange of partial results, as every rank sees it.
 
     Attributes:
         index: the round's number within a step, counted from 0.
@@ -40,18 +40,18 @@ class Round:
     tensor_counts: tuple[int, ...]
 
     def targets(self, rank: int) -> tuple[int, ...]:
-        """The other ranks that need what `rank` contributes."""
+        """Return the other ranks that need what `rank` contributes."""
         return tuple(r for r, wanted in enumerate(self.sources) if rank in wanted and r != rank)
 
     @property
     def leader(self) -> int:
-        """Lowest contributing rank: it alone counts the round, so that sums count it once."""
+        """Return the lowest contributing rank: only it counts the round, so sums count it once."""
         return min(source for wanted in self.sources for source in wanted)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One group of the plan on its ranks.
+    """A group of the plan on its ranks.
 
     Attributes:
         group: the group of layers.
@@ -69,16 +69,16 @@ class Stage:
 
     @property
     def workers(self) -> tuple[int, ...]:
-        """Ranks that compute a piece of this stage, in rank order."""
+        """Return the ranks that compute a piece of this stage, in rank order."""
         return tuple(rank for rank, pieces in enumerate(self.pieces) if pieces)
 
     @property
     def residual_owner(self) -> int:
-        """The rank whose partial result includes the residual, so that it enters the sum once."""
+        """Return the rank whose partial result includes the residual, so it enters the sum once."""
         return self.workers[0]
 
     def attention_bundles(self, rank: int) -> tuple[Bundle, ...]:
-        """The pieces of `rank` that have heads, those together whose outputs are seen by the same.
+        """Return the pieces of `rank` that have heads, bundled by who sees their outputs.
 
         A bundle's attention outputs are summed where they are computed: one wide product, and one
         tensor to send.
@@ -87,12 +87,12 @@ class Stage:
         return _bundle(with_heads, self._seen_by)
 
     def feed_forward_bundles(self, rank: int) -> tuple[Bundle, ...]:
-        """The pieces of `rank` that have columns, those together that take the same input."""
+        """Return the pieces of `rank` that have columns, bundled by the input they take."""
         with_columns = [piece for piece in self.pieces[rank] if piece.columns]
         return _bundle(with_columns, self._visible_layers)
 
     def attention_sources(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold an attention output which a feed-forward on `rank` sees, in order."""
+        """Return the ranks with attention outputs that a feed-forward on `rank` sees, in order."""
         with_columns = [piece for piece in self.pieces[rank] if piece.columns]
         seen = frozenset[int]().union(*map(self._visible_layers, with_columns))
         return tuple(
@@ -102,7 +102,7 @@ class Stage:
         )
 
     def feed_forward_sees(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """The attention outputs that each feed-forward bundle of `rank` takes.
+        """Return the attention outputs that each feed-forward bundle of `rank` takes.
 
         They are numbered as they lie on `rank` after the attention round: bundle by bundle of the
         ranks that it gathers from, in rank order.
@@ -138,29 +138,29 @@ class Assignment:
 
     @property
     def entry_ranks(self) -> tuple[int, ...]:
-        """Ranks that need the embedded tokens."""
+        """Return the ranks that need the embedded tokens."""
         return self.stages[0].workers
 
     @property
     def rounds(self) -> int:
-        """Exchanges that a token takes part in, from embedding to logits."""
+        """Return how many exchanges a token takes part in, from embedding to logits."""
         return sum(
             (stage.attention_round is not None) + (stage.output_round is not None)
             for stage in self.stages
         )
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
-        """Layers of which `rank` holds a piece, in order."""
+        """Return the layers of which `rank` holds a piece, in order."""
         return tuple(piece.layer for stage in self.stages for piece in stage.pieces[rank])
 
     @cached_property
     def split_layers(self) -> frozenset[int]:
-        """Layers of which several ranks hold a piece."""
+        """Return the layers of which several ranks hold a piece."""
         held = Counter(layer for rank in range(self.world) for layer in self.layers_of(rank))
         return frozenset(layer for layer, ranks in held.items() if ranks > 1)
 
     def latency_us(self, costs: Costs) -> float:
-        """Predicted microseconds of a decoded token: a stage waits for its slowest rank."""
+        """Predict the microseconds of a decoded token: a stage waits for its slowest rank."""
         computed = sum(_stage_us(stage, costs) for stage in self.stages)
         return computed + self.rounds * costs.link_us + costs.head_us / self.world
 
@@ -244,7 +244,7 @@ def follow(plan: Plan, base: Assignment) -> Assignment:
 def _concurrent_share(
     group: Group, load: list[int], shape: ModelShape
 ) -> tuple[tuple[Piece, ...], ...]:
-    """Contiguous members to each rank; updates `load`, the layers each rank holds so far."""
+    """Give each rank contiguous members; update `load`, the layers each rank holds so far."""
     world = len(load)
     base, larger = divmod(group.size, world)
     favoured = set(sorted(range(world), key=lambda rank: (load[rank], rank))[:larger])
@@ -259,7 +259,7 @@ def _concurrent_share(
 
 
 def _single_owners(plan: Plan, load: list[int]) -> dict[int, int]:
-    """Owner of each layer that stands alone: long runs first, cut only where a rank is full."""
+    """Choose the owner of each lone layer: long runs first, cut only where a rank is full."""
     capacity = _capacities(plan.num_layers, load)
     owners: dict[int, int] = {}
     for run in sorted(_single_runs(plan), key=len, reverse=True):
@@ -285,7 +285,7 @@ def _owned(piece: Piece, owner: int, world: int) -> tuple[tuple[Piece, ...], ...
 def _sharded(
     group: Group, world: int, shape: ModelShape, block: int
 ) -> tuple[tuple[Piece, ...], ...]:
-    """One layer split over all ranks; ranks for which nothing is left compute nothing."""
+    """Split one layer over all ranks; ranks for which nothing is left compute nothing."""
     parts = shape.split(group.layers[0], world, block, together=not group.visible(0))
     return tuple((part,) if part.heads or part.columns else () for part in parts)
 
@@ -299,7 +299,7 @@ def _stage_us(stage: Stage, costs: Costs) -> float:
 
 
 def _capacities(num_layers: int, load: Sequence[int]) -> list[int]:
-    """Layers each rank may still take so that the final loads are as even as they can be."""
+    """Return how many layers each rank may still take for final loads as even as can be."""
     final = list(load)
     for _ in range(num_layers - sum(load)):
         final[final.index(min(final))] += 1

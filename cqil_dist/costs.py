@@ -30,12 +30,12 @@ class Piece:
 
     @property
     def adds_attention_bias(self) -> bool:
-        """Whether the output projection's bias is this piece's to add: it must enter once."""
+        """Return whether this piece adds the output projection's bias, which must enter once."""
         return bool(self.heads) and self.heads.start == 0
 
     @property
     def adds_feed_forward_bias(self) -> bool:
-        """Whether the down projection's bias is this piece's to add: it must enter once."""
+        """Return whether this piece adds the down projection's bias, which must enter once."""
         return bool(self.columns) and self.columns.start == 0
 
 
@@ -51,16 +51,16 @@ class ModelShape:
     vocab_size: int
 
     def whole(self, layer: int) -> Piece:
-        """All heads and columns of a layer."""
+        """Return the piece that has all heads and columns of a layer."""
         return Piece(layer, range(self.num_heads), range(self.intermediate_size))
 
     @cached_property
     def queries_per_kv(self) -> int:
-        """Query heads that read one key/value head (grouped-query attention)."""
+        """Return how many query heads read one key/value head (grouped-query attention)."""
         return self.num_heads // self.num_kv_heads
 
     def kv_heads(self, heads: range) -> range:
-        """The key/value heads that these query heads read."""
+        """Return the key/value heads that these query heads read."""
         if not heads:
             return range(0)
         return range(
@@ -68,31 +68,31 @@ class ModelShape:
         )
 
     def qkv_width(self, heads: range) -> int:
-        """Outputs of the query, key and value projections for these query heads."""
+        """Count the outputs of the query, key and value projections for these query heads."""
         return (len(heads) + 2 * len(self.kv_heads(heads))) * self.head_dim
 
     def attention_weights(self, heads: range) -> int:
-        """Weights of the four attention projections for these query heads."""
+        """Count the weights of the four attention projections for these query heads."""
         return self.hidden_size * (self.qkv_width(heads) + len(heads) * self.head_dim)
 
     def feed_forward_weights(self, columns: range) -> int:
-        """Weights of the gate, up and down projections for these columns."""
+        """Count the weights of the gate, up and down projections for these columns."""
         return self.hidden_size * 3 * len(columns)
 
     @cached_property
     def layer_weights(self) -> int:
-        """Weights of the seven projections of a whole layer."""
+        """Return how many weights the seven projections of a whole layer have."""
         whole = self.whole(0)
         return self.attention_weights(whole.heads) + self.feed_forward_weights(whole.columns)
 
     def kv_values(self, heads: range) -> int:
-        """Values cached for each token, keys and values, for these query heads."""
+        """Count the values cached for each token, keys and values, for these query heads."""
         return 2 * len(self.kv_heads(heads)) * self.head_dim
 
     def split(
         self, layer: int, parts: int, block: int = 1, *, together: bool = False
     ) -> list[Piece]:
-        """A layer in `parts` pieces that take equally long, as nearly as heads and blocks allow.
+        """Split a layer into `parts` pieces that take equal time, as far as heads and blocks allow.
 
         Decoding reads every weight once, so weights stand for time.
 
@@ -114,7 +114,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured times of a decoded token of one model, in microseconds.
+    """The measured times of a decoded token of one model, in microseconds.
 
     Attributes:
         shape: of the model.
@@ -129,23 +129,23 @@ class Costs:
     link_us: float
 
     def attention_us(self, pieces: Iterable[Piece]) -> float:
-        """Time that one rank takes for the attention of these pieces."""
+        """Return the time that one rank takes for the attention of these pieces."""
         weights = sum(self.shape.attention_weights(piece.heads) for piece in pieces)
         return self.layer_us * weights / self.shape.layer_weights
 
     def feed_forward_us(self, pieces: Iterable[Piece]) -> float:
-        """Time that one rank takes for the feed-forward columns of these pieces."""
+        """Return the time that one rank takes for the feed-forward columns of these pieces."""
         weights = sum(self.shape.feed_forward_weights(piece.columns) for piece in pieces)
         return self.layer_us * weights / self.shape.layer_weights
 
 
 def evenly(total: int, parts: int) -> list[range]:
-    """0 .. total-1 in `parts` adjacent ranges whose lengths differ by 1 at most."""
+    """Cut 0 .. total-1 into `parts` adjacent ranges whose lengths differ by 1 at most."""
     return _in_proportion(total, [1.0] * parts, 1)
 
 
 def _in_proportion(total: int, wanted: Sequence[float], block: int) -> list[range]:
-    """0 .. total-1 in adjacent ranges of about these proportions, cut at multiples of `block`."""
+    """Cut 0 .. total-1 at multiples of `block` into adjacent ranges of about these proportions."""
     blocks = -(-total // block)
     scale = blocks / (sum(wanted) or 1.0)
     cuts, so_far = [0], 0.0
@@ -159,7 +159,7 @@ def _in_proportion(total: int, wanted: Sequence[float], block: int) -> list[rang
 
 @lru_cache(maxsize=64)
 def _balanced_heads(shape: ModelShape, parts: int) -> tuple[range, ...]:
-    """Query heads in `parts` adjacent ranges, the largest of which takes as little as can be.
+    """Cut the query heads into `parts` adjacent ranges whose largest takes as little as can be.
 
     A range that begins or ends within the query heads of one key/value head reads that head too,
     so that equal numbers of heads need not take equally long.

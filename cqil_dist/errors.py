@@ -28,7 +28,7 @@ from __future__ import annotations
 
 
 class CqilError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
 
 class PlanError(CqilError, ValueError):

@@ -13,7 +13,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class GenerationInput:
-    """One request, as an engine takes it.
+    """A request, as an engine takes it.
 
     Attributes:
         plan_index: index of the plan to run it under.

@@ -45,7 +45,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens a request brought, and how many it got."""
+    """A count of the tokens that a request brought, and of those it got."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -78,29 +78,29 @@ class Timings:
     def itl_percentile(self, percent: float) -> float | None:
         """Find the inter-token latency in ms that `percent` (0 to 100) of them do not exceed.
 
-        It interpolates between neighbours as numpy does. None if there are fewer than two tokens.
+        It interpolates between neighbours as numpy does, and is None for fewer than two tokens.
         """
         return percentile(self.itl_ms, percent) if self.itl_ms else None
 
     @property
     def itl_p50_ms(self) -> float | None:
-        """The median inter-token latency, milliseconds; None if there are fewer than two tokens."""
+        """Return the median inter-token latency in ms; None if there are fewer than two tokens."""
         return self.itl_percentile(50)
 
     @property
     def itl_p90_ms(self) -> float | None:
-        """The inter-token latency that 90 of 100 do not exceed, milliseconds."""
+        """Return the inter-token latency in milliseconds that 90 of 100 do not exceed."""
         return self.itl_percentile(90)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Tokens after the first over the seconds they took; None if there are none."""
+        """Return the tokens after the first over the seconds they took; None if there are none."""
         total_ms = sum(self.itl_ms)
         return 1000 * len(self.itl_ms) / total_ms if total_ms > 0 else None
 
     @property
     def total_ms(self) -> float:
-        """The milliseconds from the request's arrival to its last token."""
+        """Return the milliseconds from the request's arrival to its last token."""
         return self.ttft_ms + sum(self.itl_ms)
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _KEYS = {"groups", "num_layers", "measured"}
 
 @dataclass(frozen=True)
 class Bypass:
-    """Which attention outputs of its group each member's feed-forward part takes as input.
+    """A rule that says which attention outputs of its group a member's feed-forward part takes.
 
     One mask serves all four kinds: member j (counted from 0 in a group of p) sees the members
     in `visible(j, p)`. A distance d sees {max(0, j-d) .. j}; "full" is {0 .. p-1} ("layer
@@ -55,7 +55,7 @@ class Bypass:
         raise PlanError(f"bypass {value!r} is not a distance (0, 1, 2 ...), 'full' or 'parallel'")
 
     def visible(self, member: int, size: int) -> range:
-        """Members of a group of `size` whose attention output `member`'s feed-forward sees."""
+        """Return the members of a group of `size` whose attention `member`'s feed-forward sees."""
         if self.kind == "parallel":
             return range(0)
         if self.kind == "full":
@@ -74,7 +74,7 @@ NO_BYPASS = Bypass("distance", 0)
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers that take the same input and run concurrently."""
+    """A run of consecutive layers that take the same input and run concurrently."""
 
     layers: tuple[int, ...]
     bypass: Bypass = NO_BYPASS
@@ -85,11 +85,11 @@ class Group:
 
     @property
     def is_exact(self) -> bool:
-        """Whether this is one layer, computed as it was trained."""
+        """Return whether this is one layer, computed as it was trained."""
         return self.size == 1 and list(self.visible(0)) == [0]
 
     def visible(self, member: int) -> range:
-        """Members whose attention output the feed-forward part of `member` takes as input."""
+        """Return the members whose attention output the feed-forward part of `member` takes."""
         return self.bypass.visible(member, self.size)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers of a model of `num_layers` layers, in groups, in order.
+    """A division of a model's `num_layers` layers into groups, in order.
 
     Raises PlanError where groups overlap, leave a layer out, or name one the model lacks.
     """
@@ -126,12 +126,12 @@ class Plan:
 
     @classmethod
     def sequential(cls, num_layers: int) -> Plan:
-        """The original model: every layer a group of its own."""
+        """Return the plan of the original model: every layer is a group of its own."""
         return cls(tuple(Group((layer,)) for layer in range(num_layers)), num_layers)
 
     @classmethod
     def span(cls, size: int, start: int, end: int, bypass: Bypass, num_layers: int) -> Plan:
-        """The paper's regular plan: layers start .. end-1 in groups of `size`.
+        """Make the paper's regular plan: layers start .. end-1 in groups of `size`.
 
         The span's last group is shorter where `size` does not divide it; layers outside the span
         stay sequential. Raises PlanError for an empty group size or a span outside the model.
@@ -157,7 +157,7 @@ class Plan:
 
     @classmethod
     def covering(cls, groups: Sequence[Group], num_layers: int) -> Plan:
-        """These groups, in order, with every layer they do not name as a group of its own."""
+        """Make a plan of these groups, in order; every layer they do not name stands alone."""
         complete: list[Group] = []
         following = 0
         for index, group in enumerate(groups):
@@ -245,7 +245,7 @@ class Plan:
         return cls.covering(groups, num_layers)
 
     def to_json(self) -> dict[str, Any]:
-        """The form `parse` reads back to an equal plan, every group written out."""
+        """Return the form that `parse` reads back to an equal plan, every group written out."""
         return {
             "num_layers": self.num_layers,
             "groups": [group.to_json() for group in self.groups],
@@ -253,23 +253,23 @@ class Plan:
 
     @property
     def depth(self) -> int:
-        """Serial depth: the number of groups a token walks one after another."""
+        """Return the serial depth: the number of groups a token walks one after another."""
         return len(self.groups)
 
     @cached_property
     def changed(self) -> tuple[Group, ...]:
-        """The groups from the first one on that is more than a layer as it was trained."""
+        """Return the groups from the first one on that is more than a layer as it was trained."""
         first = next((n for n, each in enumerate(self.groups) if not each.is_exact), self.depth)
         return self.groups[first:]
 
     @property
     def is_sequential(self) -> bool:
-        """Whether this is the original model, computed exactly."""
+        """Return whether this is the original model, computed exactly."""
         return not self.changed
 
     @property
     def ideal_reduction(self) -> float:
-        """The part of the layers' latency that perfect concurrency saves, 0 to 1."""
+        """Return the part of the layers' latency that perfect concurrency saves, 0 to 1."""
         return (self.num_layers - self.depth) / self.num_layers
 
     def __str__(self) -> str:
@@ -285,7 +285,7 @@ PlanSource = Plan | str | Path | Mapping[str, Any] | list[Any]
 
 
 def layers_text(layers: Iterable[int]) -> str:
-    """Layers in the shortest form: "0-2, 5" for [0, 1, 2, 5]."""
+    """Write layers in the shortest form: [0, 1, 2, 5] is "0-2, 5"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and runs[-1][1] == layer - 1:

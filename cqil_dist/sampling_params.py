@@ -120,7 +120,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True where the most probable token is taken rather than one drawn."""
+        """Return whether the most probable token is taken rather than one drawn."""
         return self.temperature < _GREEDY_BELOW
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class SamplingParams:
 
 
 def _integer(name: str, value: object, *, low: int, high: int) -> int:
-    """`value` as an int in low .. high. A bool is not a number here, though Python says it is."""
+    """Return `value` as an int in low .. high; a bool is none here, though Python says it is."""
     allowed = f"from {low} to {high}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise RequestError(f"{name} is {value!r} but must be a whole number {allowed}")

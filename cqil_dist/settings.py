@@ -18,7 +18,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Rule:
-    """What the values of a setting have in common; as text, it completes "must be".
+    """A rule that the values of a setting keep to; as text, it completes "must be".
 
     Attributes:
         kind: what they are, such as "a whole number"; "" for names.
@@ -35,14 +35,14 @@ class Rule:
 
 
 def whole(low: int, high: int | None = None) -> Rule:
-    """The rule of whole numbers from `low` to `high`, both included, or from `low` on."""
+    """Make the rule of whole numbers from `low` to `high`, both included, or from `low` on."""
     limits = f"at least {low}" if high is None else f"from {low} to {high}"
     last = math.inf if high is None else high
     return Rule("a whole number", limits, lambda n: _is_number(n, int) and low <= n <= last)
 
 
 def number(*, zero: bool = False, infinity: bool = False) -> Rule:
-    """The rule of numbers above 0, with 0 itself or infinity where these mean something."""
+    """Make the rule of numbers above 0, with 0 itself or infinity where these mean something."""
 
     def admits(value: Any) -> bool:
         allowed = (zero and value == 0) or (infinity and value == math.inf)
@@ -53,18 +53,18 @@ def number(*, zero: bool = False, infinity: bool = False) -> Rule:
 
 
 def one_of(*names: str) -> Rule:
-    """The rule of some names and no others."""
+    """Make the rule of some names and no others."""
     return Rule("", f"one of {', '.join(names)}", lambda name: name in names)
 
 
 def _is_number(value: object, kind: Any) -> bool:
-    """Whether a value is of this kind; a bool is no number here, though Python says it is."""
+    """Return whether a value is of this kind; a bool is no number, though Python says it is."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a field of a config says of itself.
+    """The description that a field of a config carries.
 
     Attributes:
         help: a sentence that says what its value means.
@@ -98,19 +98,19 @@ class Setting:
 
 
 def setting(default: _Value, help: str, rule: Rule | None = None, **said: Any) -> _Value:
-    """A field of a config, with a default. The other arguments are the attributes of `Setting`."""
+    """Make a field of a config, with a default. The other arguments are `Setting`'s attributes."""
     declared = Setting(help=help, rule=rule, default=default, **said)
     found: _Value = field(default=default, repr=not declared.secret, metadata={_KEY: declared})
     return found
 
 
 def required(help: str, **said: Any) -> dict[str, Setting]:
-    """The metadata of a field of a config that has no default."""
+    """Make the metadata of a field of a config that has no default."""
     return {_KEY: Setting(help=help, **said)}
 
 
 def settings_of(config: type[Any]) -> dict[str, Setting]:
-    """The settings of a config by the names of their fields, in the order of its constructor."""
+    """Return a config's settings by the names of their fields, in its constructor's order."""
     ordered: list[Field[Any]] = sorted(fields(config), key=lambda field: field.kw_only is True)
     return {field.name: field.metadata[_KEY] for field in ordered if _KEY in field.metadata}
 

@@ -16,7 +16,7 @@ EngineState = Literal["serving", "recovering", "failed"]
 
 @dataclass(frozen=True)
 class RankStatus:
-    """One rank of a running engine.
+    """A description of one rank of a running engine.
 
     Attributes:
         node_id: Ray's id of its node.
@@ -56,7 +56,7 @@ class Recovery:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStatus:
-    """How busy an engine is, and whether it can compute.
+    """A description of how busy an engine is, and whether it can compute.
 
     Attributes:
         state: "recovering" while requests wait for a lost rank to be replaced, "failed" once the

@@ -21,12 +21,12 @@ class SpanKind(IntEnum):
 
     @property
     def label(self) -> str:
-        """The kind in words, such as "attention exchange"."""
+        """Return the kind in words, such as "attention exchange"."""
         return self.name.lower().replace("_", " ")
 
     @property
     def is_exchange(self) -> bool:
-        """True where the rank moved data or waited for a peer rather than computed."""
+        """Return whether the rank moved data or waited for a peer rather than computed."""
         return self in (SpanKind.ATTENTION_EXCHANGE, SpanKind.OUTPUT_EXCHANGE)
 
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command. Needs the package's extra `runtime`, which a client goes without."""
+    """Run the command, which needs the package's extra `runtime`; a client goes without."""
     try:
         from cqil_dist.cli.app import app
     except ModuleNotFoundError as error:

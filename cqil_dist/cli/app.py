@@ -35,7 +35,7 @@ if "ray" not in sys.modules:
 
 
 class _Group(typer.core.TyperGroup):
-    """Shows errors raised on purpose as one message, without a traceback."""
+    """A command group that shows errors raised on purpose as one message, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

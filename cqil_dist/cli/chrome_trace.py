@@ -18,7 +18,7 @@ _COORDINATOR = 0
 def chrome_trace(
     timelines: Sequence[StepTimeline], plan: Plan, rank_names: Mapping[int, str]
 ) -> dict[str, Any]:
-    """The trace of one request.
+    """Lay out the trace of one request.
 
     Args:
         timelines: of its steps, in order.

@@ -24,7 +24,7 @@ PLAN = "balanced"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One plan's answer and what it took."""
+    """A plan's answer and what it took."""
 
     name: str
     plan: Plan

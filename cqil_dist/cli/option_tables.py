@@ -23,7 +23,7 @@ _TABLE = re.compile(
 
 
 def with_tables(text: str) -> str:
-    """A document with its tables as the settings have them now."""
+    """Return a document with its tables as the settings have them now."""
     return _TABLE.sub(lambda found: f"{found['config']}{found[2]}{_table(found['config'])}", text)
 
 

@@ -95,7 +95,7 @@ def explaining_memory(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def require_text(text: list[Path] | None, sampled_tokens: int) -> None:
-    """Raises TextError where text is to be sampled beside files, and there are none."""
+    """Raise TextError where text is to be sampled beside files, and there are none."""
     if sampled_tokens and not text:
         raise TextError(
             f"{sampled_tokens} sampled tokens are to go beside files, but there are none; say with "

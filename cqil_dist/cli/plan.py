@@ -269,7 +269,7 @@ def _held(
 
 
 def _shards(assignment: Assignment, rank: int, shape: ModelShape) -> list[Piece]:
-    """The pieces of a rank that are less than a whole layer, in layer order."""
+    """Return the pieces of a rank that are less than a whole layer, in layer order."""
     held = [piece for stage in assignment.stages for piece in stage.pieces[rank]]
     return [piece for piece in held if piece != shape.whole(piece.layer)]
 
@@ -316,7 +316,7 @@ def _ranks_table(held: list[dict[str, Any]]) -> Table:
 
 
 def _shards_text(shards: list[dict[str, Any]]) -> str:
-    """Split layers and what is held of them: "0-9: heads 0-4, columns 0-767"."""
+    """Write split layers and what is held of them: "0-9: heads 0-4, columns 0-767"."""
     lines: dict[str, list[int]] = {}
     for shard in shards:
         (first_head, heads), (first_column, columns) = shard["heads"], shard["columns"]

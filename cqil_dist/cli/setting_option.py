@@ -15,7 +15,7 @@ _SHELL_TYPES = (bool, int, float, str, Path)
 
 
 def option_of(config: type[Any], name: str, **more: Any) -> Any:
-    """The option of a config's setting for typer; its rule is checked when options are read.
+    """Make a setting's option for typer; its rule is checked when options are read.
 
     Args:
         more: further arguments of `typer.Option`.
@@ -38,13 +38,13 @@ def option_of(config: type[Any], name: str, **more: Any) -> Any:
 
 
 def help_of(setting: Setting) -> str:
-    """The sentence that says what a setting means, and its limits after it."""
+    """Return the sentence that says what a setting means, and its limits after it."""
     limits = "" if setting.rule is None else setting.rule.limits
     return f"{setting.help} {limits[0].upper()}{limits[1:]}." if limits else setting.help
 
 
 def flags_of(config: type[Any], name: str) -> tuple[str, ...]:
-    """How a setting is spelt on a command line, its long flag first."""
+    """Return how a setting is spelt on a command line, its long flag first."""
     setting, flag = settings_of(config)[name], name.replace("_", "-")
     can_be_off = bool in _kinds(config, name) and setting.default is not False
     long = f"--{flag}/--no-{flag}" if can_be_off else f"--{flag}"
@@ -52,13 +52,13 @@ def flags_of(config: type[Any], name: str) -> tuple[str, ...]:
 
 
 def shell_type(config: type[Any], name: str) -> Any:
-    """The type of a setting as far as a shell can give its values."""
+    """Return the type of a setting as far as a shell can give its values."""
     kinds = _kinds(config, name)
     kind = next((kind for kind in kinds if kind in _SHELL_TYPES), kinds[0])
     return kind | None if NoneType in kinds else kind
 
 
 def _kinds(config: type[Any], name: str) -> tuple[Any, ...]:
-    """The members of a setting's type, or that type alone where it is no union."""
+    """Return the members of a setting's type, or that type alone where it is no union."""
     hint = get_type_hints(config)[name]
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

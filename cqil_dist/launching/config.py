@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaunchConfig(EngineOptions):
-    """How to run a model; docs/serving.md has a table of the fields.
+    """The settings by which a model is run; docs/serving.md has a table of the fields.
 
     Raises:
         LaunchError: naming the field, its value and the rule.
@@ -105,7 +105,7 @@ class LaunchConfig(EngineOptions):
     verbose: bool = setting(False, "Show Ray's own logs.", short="-v")
 
     def precision_for(self, model: ModelConfig, on_gpu: bool) -> Precision:
-        """The numbers in which this model is computed and stored on such a device."""
+        """Return the numbers in which this model is computed and stored on such a device."""
         from cqil_dist.model.precision import Precision
 
         if self.dtype != "auto":

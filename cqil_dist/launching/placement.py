@@ -99,7 +99,7 @@ def connected(address: str | None, local_cpus: int, verbose: bool) -> Iterator[b
 
 
 def _check_reachable(address: str) -> None:
-    """Raise at once where nobody listens, whereas Ray would try for more than a minute."""
+    """Raise LaunchError at once if nobody listens; Ray would try for more than a minute."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
         return  # "auto", which Ray resolves
@@ -140,7 +140,7 @@ def fits(actors: int, strategy: str, room: Collection[int]) -> bool:
 def placed(
     resources: RankResources, ranks: int, spares: int, strategy: str
 ) -> Iterator[PlacementGroup]:
-    """Reserve room for ranks and spares; given back at the end.
+    """Reserve room for ranks and spares, and give it back at the end.
 
     Raises:
         InsufficientResources: saying what was asked and what the cluster has.

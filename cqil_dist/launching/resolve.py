@@ -39,26 +39,26 @@ class ResolvedLaunch:
 
     @property
     def assignment(self) -> Assignment:
-        """The assignment of the plan that requests run under where they name none."""
+        """Return the assignment of the plan that requests run under where they name none."""
         return self.assignments[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What requests call the model under each plan."""
+        """Return what requests call the model under each plan."""
         name = self.config.served_model_name or self.config.model
         others = ["sequential" if a.plan.is_sequential else "compare" for a in self.assignments[1:]]
         return (name, *(f"{name}:{other}" for other in others))
 
     @property
     def actors(self) -> int:
-        """Number of ranks and spares."""
+        """Return the number of ranks and spares."""
         return self.assignment.world + self.config.spares
 
     @property
     def compared_note(self) -> str | None:
-        """What to know of the plan to compare with, whose layers lie where the first plan has them.
+        """Return a caveat on the plan to compare with, as its layers lie where the first has them.
 
-        None where each layer of it is whole, or split, as it would be in a launch of its own.
+        It is None where each layer of it is whole, or split, as it would be in a launch of its own.
         """
         split = [
             layer
@@ -73,11 +73,11 @@ class ResolvedLaunch:
         )
 
     def _alone(self, compared: Assignment) -> Assignment:
-        """How another plan would be assigned by itself."""
+        """Return how another plan would be assigned by itself."""
         return assign(compared.plan, compared.world, self.model.shape, self.config.ungrouped)
 
     def engine(self, on_gpu: bool) -> EngineConfig:
-        """The engine's numbers, for ranks on GPUs or on CPUs."""
+        """Return the engine's numbers, for ranks on GPUs or on CPUs."""
         return self.config.resolved(self.model.max_positions, on_gpu)
 
     @classmethod

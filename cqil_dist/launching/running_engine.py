@@ -84,18 +84,18 @@ class RunningEngine:
         return completion
 
     def status(self) -> Status:
-        """The engine's plan and ranks, and how busy it is."""
+        """Return the engine's plan and ranks, and how busy it is."""
         return self.client.status()
 
     def exchanges_per_token(self) -> float:
-        """The exchanges that a step took, as they count themselves; 0 before the first step."""
+        """Return how many exchanges a step took, as they are counted; 0 before the first step."""
         stats = self.exchange_stats()
         led: int = sum(rank["rounds_led"] for rank in stats)
         steps: int = max(rank["steps"] for rank in stats)
         return led / max(1, steps)
 
     def exchange_stats(self) -> list[dict[str, Any]]:
-        """The counters and latest waits of each rank's exchange (`ExchangeStats.snapshot`).
+        """Return each rank's exchange counters and latest waits (`ExchangeStats.snapshot`).
 
         They begin anew when the ranks connect again after a loss.
         """

@@ -66,13 +66,13 @@ class LaunchedService:
     locate: Callable[[], str]
 
     def client(self) -> Client:
-        """Connect to it."""
+        """Connect to the service."""
         return Client(
             self.address, api_key=self.key, patience_s=self.patience_s, locate=self.locate
         )
 
     def async_client(self) -> AsyncClient:
-        """Connect to it from an event loop."""
+        """Connect to the service from an event loop."""
         finding: asyncio.Future[str] | None = None
 
         async def locate() -> str:
@@ -211,7 +211,7 @@ def _started(coordinator: Any, actors: Sequence[Any], total: int, progress: Prog
 
 
 def _locate(coordinator: Any, timeout_s: float) -> str:
-    """Wait until the coordinator serves; return where.
+    """Wait until the coordinator serves, and return where.
 
     Raises:
         LaunchError: Ray does not start it again, or not in time.

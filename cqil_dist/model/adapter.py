@@ -71,7 +71,7 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        """The number r of rows of A and of columns of B."""
+        """Return the number r of rows of A and of columns of B."""
         return self.a_RI.shape[0]
 
 
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def plan(self) -> dict[str, Any] | None:
-        """What plan.json holds, for `Plan.parse`; None without the file. Raises CheckpointError."""
+        """Return plan.json's content, for `Plan.parse`; None without it. Raises CheckpointError."""
         try:
             plan: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -104,13 +104,13 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """The hex SHA-256 of the weights file and the config together."""
+        """Return the hex SHA-256 of the weights file and the config together."""
         content = self._file.read_bytes() + (self.path / CONFIG).read_bytes()
         return hashlib.sha256(content).hexdigest()
 
     @classmethod
     def made_for(cls, path: Path, config: ModelConfig, plan: Plan) -> Self:
-        """The adapter in a directory, checked to fit a model and a plan.
+        """Open the adapter in a directory, and check that it fits a model and a plan.
 
         Raises:
             CheckpointError: a file is missing or damaged, or is for a model of another shape.
@@ -153,9 +153,9 @@ class Adapter:
     def delta(
         self, name: str, rows: range | None = None, columns: range | None = None
     ) -> Tensor | None:
-        """The change of a tensor [out, in], or of its part in `rows` or `columns`, in float32.
+        """Return the change of a tensor [out, in], or of its `rows` or `columns`, in float32.
 
-        None if the adapter leaves the tensor as it is. Raises CheckpointError for a damaged file.
+        It is None where the tensor stays as it is. Raises CheckpointError for a damaged file.
         """
         module = name.removesuffix(".weight")
         if module not in self._modules:
@@ -164,7 +164,7 @@ class Adapter:
         return lora.b_OR @ lora.a_RI
 
     def loras(self) -> dict[str, Lora]:
-        """The factors of every module that the adapter changes, by module name, in float32."""
+        """Return the factors of every module that the adapter changes, by name, in float32."""
         return {module: self._lora(module, None, None) for module in self._modules}
 
     def _lora(self, module: str, rows: range | None, columns: range | None) -> Lora:
@@ -285,7 +285,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str) -> float | None:
-    """The value of the first pattern that matches a module's name, by peft's rule of matching."""
+    """Return the value of the first pattern that matches a module's name by peft's rule."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

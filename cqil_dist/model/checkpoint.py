@@ -24,7 +24,7 @@ HEAD = "lm_head.weight"
 
 
 def layer_tensor(layer: int, part: str) -> str:
-    """The full name of a layer's tensor, such as `model.layers.3.self_attn.q_proj.weight`."""
+    """Return the full name of a layer's tensor, as `model.layers.3.self_attn.q_proj.weight`."""
     return f"model.layers.{layer}.{part}"
 
 
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @contextmanager
     def open(self) -> Iterator[SafetensorsReader]:
-        """A reader of tensors, whose memory maps are released at the end of the block.
+        """Open a reader of tensors, whose memory maps are released at the end of the block.
 
         Pages of a mapped file count as the process's memory. A caller that reads layer by layer
         should open the checkpoint once for each, to hold the pages of one layer at most.
@@ -58,7 +58,7 @@ class Checkpoint:
             yield SafetensorsReader(self, stack)
 
     def file_of(self, name: str) -> Path:
-        """The path of the file that holds a tensor. Raises CheckpointError if none does."""
+        """Return the path of the file that holds a tensor. Raises CheckpointError if none does."""
         try:
             return self._files[name]
         except KeyError:
@@ -83,7 +83,7 @@ class SafetensorsReader:
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor:
-        """One tensor, or the part of it in `rows` or else in `columns`.
+        """Read one tensor, or the part of it in `rows` or else in `columns`.
 
         Args:
             name: the tensor's full name.

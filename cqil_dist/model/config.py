@@ -43,7 +43,7 @@ _FOREIGN_FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a pre-norm decoder: RMSNorm, rotary attention, gated SiLU feed-forward.
+    """The shape of a pre-norm decoder: RMSNorm, rotary attention, gated SiLU feed-forward.
 
     Attributes:
         windows: per layer, how many latest positions a query attends to; None for all of them.
@@ -131,7 +131,7 @@ class ModelConfig:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """The sizes that decide what pieces of layers take."""
+        """Return the sizes that decide what pieces of layers take."""
         return ModelShape(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
@@ -143,7 +143,7 @@ class ModelConfig:
 
     @cached_property
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
-        """[out, in] of each projection of a layer, by its name within the layer."""
+        """Return [out, in] of each projection of a layer, by its name within the layer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (q, self.hidden_size),
@@ -188,7 +188,7 @@ def _windows(hf_config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _rotary(hf_config: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], float, int]:
-    """Inverse frequencies, scale and exact length, by transformers' own initialisers."""
+    """Compute inverse frequencies, scale and exact length by transformers' own initialisers."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -13,13 +13,13 @@ from cqil_dist.model.precision import Precision
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a rank's weights, and of its KV cache for each token it has room for."""
+    """The bytes of a rank's weights, and of its KV cache for each token it has room for."""
 
     weight_bytes: int
     kv_bytes_per_token: int
 
     def total(self, tokens: int) -> int:
-        """Bytes with room for `tokens` tokens over all slots."""
+        """Return the bytes with room for `tokens` tokens over all slots."""
         return self.weight_bytes + tokens * self.kv_bytes_per_token
 
 
@@ -31,7 +31,7 @@ def footprint(
     *,
     adapted: bool = False,
 ) -> Footprint:
-    """What `rank` holds: the sum over all pieces that it computes.
+    """Sum up what `rank` holds, over all pieces that it computes.
 
     Plans that have it compute the same pieces together share them.
 
@@ -59,7 +59,7 @@ def footprint(
 
 
 def _attention_bytes(bundles: Sequence[Bundle], config: ModelConfig, precision: Precision) -> int:
-    """Bytes of one attention part; the gain of the norm before it is folded in."""
+    """Count the bytes of one attention part; the gain of the norm before it is folded in."""
     weights, shape = precision.weight_format, config.shape
     pieces = [piece for bundle in bundles for piece in bundle]
     qkv = sum(shape.qkv_width(piece.heads) for piece in pieces)
@@ -77,7 +77,7 @@ def _attention_bytes(bundles: Sequence[Bundle], config: ModelConfig, precision: 
 
 
 def _feed_forward_bytes(bundle: Bundle, config: ModelConfig, precision: Precision) -> int:
-    """Bytes of one feed-forward part; the gain of the norm before it is folded in."""
+    """Count the bytes of one feed-forward part; the gain of the norm before it is folded in."""
     weights, columns = precision.weight_format, sum(len(piece.columns) for piece in bundle)
     total = weights.nbytes(2 * columns, config.hidden_size)
     total += weights.nbytes(config.hidden_size, columns)

@@ -17,7 +17,7 @@ from cqil_dist.errors import CheckpointError
 
 
 class Matrix(ABC):
-    """One weight matrix W, [O outputs, I inputs], of y = x W^T."""
+    """A weight matrix W, [O outputs, I inputs], of y = x W^T."""
 
     @abstractmethod
     def write(self, block_OI: Tensor, first_output: int = 0, first_input: int = 0) -> None:
@@ -25,12 +25,12 @@ class Matrix(ABC):
 
     @abstractmethod
     def dequantised(self) -> Tensor:
-        """W in float32, [O, I], as it is multiplied by: what storing cost is lost for good."""
+        """Return W in float32, [O, I], as products use it: what storing cost is lost for good."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of memory, scales included."""
+        """Return the bytes of memory it takes, scales included."""
 
 
 class WeightFormat(ABC):
@@ -50,16 +50,16 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def empty(self, outputs: int, inputs: int, device: torch.device) -> Matrix:
-        """Room for a matrix, to be written block by block."""
+        """Make room for a matrix, to be written block by block."""
 
     @abstractmethod
     def nbytes(self, outputs: int, inputs: int) -> int:
-        """Bytes that a matrix takes."""
+        """Count the bytes that a matrix takes."""
 
 
 @dataclass(frozen=True)
 class FloatFormat(WeightFormat):
-    """Every value by itself, in a floating-point dtype."""
+    """A format that stores every value by itself, in a floating-point dtype."""
 
     dtype: torch.dtype
     group = 1
@@ -110,7 +110,7 @@ _FORMATS: dict[str, WeightFormat] = {
 
 
 def weight_format(name: str) -> WeightFormat:
-    """The format of this name. Raises CheckpointError where there is none."""
+    """Return the format of this name. Raises CheckpointError where there is none."""
     try:
         return _FORMATS[name]
     except KeyError:

@@ -20,7 +20,7 @@ def check_magic(gguf: Path) -> None:
 
 
 def float32_bytes(gguf: Path) -> int:
-    """The bytes that a GGUF file's weights take in float32.
+    """Count the bytes that a GGUF file's weights take in float32.
 
     Raises:
         CheckpointError: the file is damaged, or ends too early.

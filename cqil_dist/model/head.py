@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 1024
 
 
 class Embedding:
-    """Token embeddings [V, D] in the dtype in which hidden states travel."""
+    """The token embeddings [V, D], in the dtype in which hidden states travel."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         with checkpoint.open() as reader:
@@ -28,7 +28,7 @@ class Embedding:
             self.weight_VD = weight.to(dtype)
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
-        """Hidden states [N, D] of N tokens."""
+        """Return the hidden states [N, D] of N tokens."""
         return self.weight_VD[torch.tensor(token_ids)]
 
 

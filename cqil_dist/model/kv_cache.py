@@ -9,7 +9,7 @@ from cqil_dist.model.step import AttentionRun, VisibleKeys
 
 
 class KVCache:
-    """Keys and values of `kv_heads` heads for `slots` sequences of up to `max_len` tokens.
+    """A cache of `kv_heads` heads' keys and values: `slots` sequences of up to `max_len` tokens.
 
     Positions that a sequence has not written are zero: attention multiplies what its mask leaves
     out by a weight of zero, and NaN, of a fresh page or of an earlier sequence that overflowed,
@@ -42,7 +42,7 @@ class KVCache:
             self.data_SKLE[run.slots_B, :, run.starts_B] = kv_NKE
 
     def read(self, visible: VisibleKeys, heads: range) -> tuple[Tensor, Tensor]:
-        """The visible keys and values of some heads, each [B, len(heads), positions, head_dim]."""
+        """Return some heads' visible keys and values, each [B, len(heads), positions, head_dim]."""
         cached = self.data_SKLE[visible.index]
         keys = cached[:, heads.start : heads.stop]
         values = cached[:, self.kv_heads + heads.start : self.kv_heads + heads.stop]
@@ -50,5 +50,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Return the bytes of memory it takes."""
         return self.data_SKLE.nbytes

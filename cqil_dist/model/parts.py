@@ -24,34 +24,34 @@ from cqil_dist.model.step import StepInput
 
 
 class AttentionPart(Protocol):
-    """Norm, query, key and value products, positions, KV cache, attention and output product."""
+    """The norm, query, key and value products, positions, KV cache, attention, output product."""
 
     def __call__(self, x_ND: Tensor, step: StepInput) -> Tensor:
-        """Attention outputs of every bundle, [B, N, D], contiguous; keys and values are cached."""
+        """Compute all bundles' attention outputs, [B, N, D], contiguous; cache keys and values."""
         ...
 
 
 class FeedForwardPart(Protocol):
-    """Norm, gate and up products, activation and down product, for M different inputs."""
+    """The norm, gate and up products, activation and down product, for M different inputs."""
 
     def __call__(self, u_MND: Tensor) -> Tensor:
-        """The sum of the outputs for all inputs, [N, D]."""
+        """Return the sum of the outputs for all inputs, [N, D]."""
         ...
 
 
 class HeadPart(Protocol):
-    """Final norm and vocabulary head, for some rows of the vocabulary."""
+    """The final norm and vocabulary head, for some rows of the vocabulary."""
 
     def __call__(self, hidden_RD: Tensor) -> Tensor:
-        """Float32 logits [R, rows] of the tokens after which logits are wanted."""
+        """Return the float32 logits [R, rows] of the tokens after which logits are wanted."""
         ...
 
 
 class PartBackend(Protocol):
-    """Makes the parts of one checkpoint's pieces. Parts of the same bundles share weights."""
+    """A maker of the parts of one checkpoint's pieces. Parts of the same bundles share weights."""
 
     def attention(self, bundles: Sequence[Bundle], cache: KVCache) -> AttentionPart:
-        """The part that computes these bundles of pieces.
+        """Make the part that computes the attention of these bundles of pieces.
 
         Args:
             cache: room for the keys and values of the bundles' pieces.
@@ -62,7 +62,7 @@ class PartBackend(Protocol):
         ...
 
     def feed_forward(self, bundles: Sequence[Bundle]) -> FeedForwardPart:
-        """The part that computes these bundles of pieces, an input for each.
+        """Make the part that computes the feed-forward of these bundles, an input for each.
 
         Raises:
             CheckpointError: a tensor is missing, misshapen or unreadable.
@@ -70,7 +70,7 @@ class PartBackend(Protocol):
         ...
 
     def head(self, rows: range) -> HeadPart:
-        """The part that computes these rows of the vocabulary head.
+        """Make the part that computes these rows of the vocabulary head.
 
         Raises:
             CheckpointError: a tensor is missing, misshapen or unreadable.
@@ -79,5 +79,5 @@ class PartBackend(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights that were loaded."""
+        """Return the bytes of all weights that were loaded."""
         ...

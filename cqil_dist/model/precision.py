@@ -33,7 +33,7 @@ class Precision:
 
     @classmethod
     def of(cls, dtype: str) -> Precision:
-        """Everything in one dtype: "float32", "float16" or "bfloat16".
+        """Return a precision of one dtype throughout: "float32", "float16" or "bfloat16".
 
         Raises:
             CheckpointError: there is no such dtype.
@@ -59,7 +59,7 @@ class Precision:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """float32, float16 or bfloat16. Raises CheckpointError for any other name."""
+    """Parse float32, float16 or bfloat16. Raises CheckpointError for any other name."""
     try:
         return _DTYPES[name]
     except KeyError:

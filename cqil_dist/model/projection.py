@@ -12,7 +12,7 @@ from cqil_dist.model.formats import FloatFormat, FloatMatrix
 
 @dataclass(frozen=True)
 class Projection:
-    """y = x W^T + b.
+    """The affine map y = x W^T + b.
 
     Attributes:
         weight: W, [O outputs, I inputs].
@@ -26,17 +26,17 @@ class Projection:
     def empty(
         cls, outputs: int, inputs: int, bias: bool, weights: FloatFormat, device: torch.device
     ) -> Projection:
-        """Room for a projection whose bias is zero until it is written."""
+        """Make room for a projection whose bias is zero until it is written."""
         bias_O = torch.zeros(outputs, dtype=weights.dtype, device=device) if bias else None
         return cls(weights.empty(outputs, inputs, device), bias_O)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """The projected tokens, [N, O]."""
+        """Return the projected tokens, [N, O]."""
         if self.bias_O is None:
             return torch.mm(x_NI, self.weight.weight_IO)
         return torch.addmm(self.bias_O, x_NI, self.weight.weight_IO)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Return the bytes of memory it takes."""
         return self.weight.nbytes + (0 if self.bias_O is None else self.bias_O.nbytes)

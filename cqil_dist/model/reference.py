@@ -25,7 +25,7 @@ def group_output(
     attention: Callable[[int, Tensor], Tensor],
     feed_forward: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """Output of one concurrent group for its input x.
+    """Compute the output of one concurrent group for its input x.
 
         a_j = A_j(x)
         u_j = x + sum of a_k over the members k that j sees
@@ -68,7 +68,7 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Float32 next-token logits [T, V] after each of T tokens."""
+        """Compute float32 next-token logits [T, V] after each of T tokens."""
         tokens = torch.tensor(token_ids)
         x = self._weights[EMBEDDING][tokens]
         for group in self.plan.groups:
@@ -77,7 +77,7 @@ class ReferenceModel:
         return F.linear(self._norm(x, FINAL_NORM), head).float()
 
     def greedy(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, token by token; ends after an end-of-sequence token."""
+        """Continue with the most likely token each time; end after an end-of-sequence token."""
         tokens = list(prompt_ids)
         for _ in range(max_tokens):
             tokens.append(int(self.logits(tokens)[-1].argmax()))

@@ -9,7 +9,7 @@ from cqil_dist.model.config import ModelConfig
 
 
 class RotaryTable:
-    """Cosines and sines for every position of a cache of `max_len` tokens.
+    """The cosines and sines for every position of a cache of `max_len` tokens.
 
     The sines' first half carries the minus sign of "rotate half", so that a rotation is
     x * cos + swap_halves(x) * sin.
@@ -25,7 +25,7 @@ class RotaryTable:
         self.sin_LE = torch.cat((-sin, sin), dim=-1).to(device, dtype)
 
     def at(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of these positions, each [N, 1, head_dim]."""
+        """Return the cosines and sines of these positions, each [N, 1, head_dim]."""
         return self.cos_LE[positions_N].unsqueeze(1), self.sin_LE[positions_N].unsqueeze(1)
 
 

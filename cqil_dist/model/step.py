@@ -22,7 +22,7 @@ from cqil_dist.timeline import RankTimeline
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions start .. start+count-1 of the sequence in `slot`.
+    """The positions start .. start+count-1 of the sequence in `slot`.
 
     `wanted_logits` asks for next-token logits after each of the segment's last so many tokens.
     """
@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass through the layers computes.
+    """The work of one pass through the layers.
 
     Attributes:
         token_ids: the tokens of all segments, in order.
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave.
+    """The outcome of a step.
 
     Attributes:
         rows: one for each token after which logits are wanted, in order: float32 logits [R, V], or
@@ -71,7 +71,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What the parts of every layer are told of a step, on their device.
+    """The values that the parts of every layer are told of a step, on their device.
 
     Everything is an array with an entry for each token, made once a step, so that a part may be
     one kernel of fixed shape. `runs` says the same of the step in the form that torch's attention
@@ -135,7 +135,7 @@ class VisibleKeys:
 
 
 class AttentionRun:
-    """Rows of a step that attend together: B sequences with `count` new tokens each.
+    """The rows of a step that attend together: B sequences with `count` new tokens each.
 
     Attributes:
         rows: the run's rows in the step's flat batch; B * count of them.
@@ -185,7 +185,7 @@ class AttentionRun:
 def _attention_runs(
     segments: Sequence[Segment], rows: Tensor, windows: Iterable[int | None]
 ) -> tuple[AttentionRun, ...]:
-    """Adjacent decode segments attend as one batch, every prefill chunk by itself.
+    """Make one run of adjacent decode segments, and one of every prefill chunk.
 
     Args:
         rows: slot and position of each token, [2, N].

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class TensorReader(Protocol):
-    """Reads tensors by name while a model's files are open."""
+    """A reader of tensors by name while a model's files are open."""
 
     def read(
         self,
@@ -22,7 +22,7 @@ class TensorReader(Protocol):
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor:
-        """One tensor, or the part of it in `rows` or in `columns`, in a floating-point dtype.
+        """Read one tensor, or its part in `rows` or in `columns`, in a floating-point dtype.
 
         Args:
             name: the tensor's name in full, as in `model.layers.3.self_attn.q_proj.weight`.

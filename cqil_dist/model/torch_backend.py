@@ -31,7 +31,7 @@ _Part = tuple[str, int, Callable[[Piece], range]]
 
 
 class TorchBackend:
-    """Makes parts that torch computes (a `PartBackend`): reads, slices, folds and lays out weights.
+    """A `PartBackend` whose parts torch computes: it reads, slices, folds and lays out weights.
 
     Stages that compute the same bundles, of one plan or of several, share their weights.
 
@@ -65,7 +65,7 @@ class TorchBackend:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights that were loaded."""
+        """Return the bytes of all weights that were loaded."""
         made = (self._attentions, self._feed_forwards, self._heads)
         return sum(part.nbytes for parts in made for part in parts.values())
 
@@ -153,7 +153,7 @@ class TorchBackend:
         norm: str,
         bias: bool,
     ) -> Projection:
-        """One wide projection of the normalised input: part by part, within it piece by piece.
+        """Load one wide projection of the normalised input: by part, and within it by piece.
 
         The gain of the norm before it is folded in, in float32.
         """
@@ -178,7 +178,7 @@ class TorchBackend:
     def _summed(
         self, reader: TensorReader, bundle: Bundle, part: _Part, biased: Sequence[Piece]
     ) -> Projection:
-        """One wide projection whose output is the sum of the bundle's.
+        """Load one wide projection whose output is the sum of the bundle's outputs.
 
         Args:
             biased: the pieces whose layers' output biases are added here.
@@ -222,7 +222,7 @@ class TorchBackend:
 def attention_spans(
     pieces: Sequence[Piece], shape: ModelShape, windows: Sequence[int | None]
 ) -> tuple[AttentionSpan, ...]:
-    """Which query heads of some pieces attend together, as they lie side by side.
+    """Find which query heads of some pieces attend together, as they lie side by side.
 
     Adjacent key/value heads that are read by equally many queries under one window are one span,
     of one layer or of several.

@@ -24,13 +24,13 @@ from cqil_dist.model.step import AttentionRun, StepInput
 
 
 def rms_norm(x_ND: Tensor, eps: float) -> Tensor:
-    """x / rms(x); the norm's gain is folded into the projection that follows."""
+    """Compute x / rms(x); the norm's gain is folded into the projection that follows."""
     return F.rms_norm(x_ND, x_ND.shape[-1:], eps=eps)
 
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """Adjacent query heads that attend alike.
+    """A run of adjacent query heads that attend alike.
 
     Attributes:
         queries: the query heads, as they lie in the part.
@@ -46,7 +46,7 @@ class AttentionSpan:
 
 @dataclass(frozen=True)
 class TorchAttention:
-    """Attention of one or more layers, or shares of layers, with the same input.
+    """The attention of one or more layers, or shares of layers, with the same input.
 
     Attributes:
         qkv: [D] -> all query heads, then all key heads, then all value heads, layer by layer.
@@ -83,7 +83,7 @@ class TorchAttention:
         return torch.stack([output(attended) for output, attended in bundles])
 
     def _attend(self, queries_NHE: Tensor, kv_NKE: Tensor, run: AttentionRun) -> Tensor:
-        """Attention of one run's rows over its slots, [B * count, A], after storing `kv_NKE`."""
+        """Compute one run's attention over its slots, [B * count, A], after storing `kv_NKE`."""
         self.cache.append(run, kv_NKE)
         attended: list[Tensor] = []
         for span in self.spans:
@@ -112,7 +112,7 @@ class TorchAttention:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights; the cache counts for itself."""
+        """Return the bytes of the weights; the cache counts for itself."""
         gains = 0 if self.head_gains_HE is None else self.head_gains_HE.nbytes
         outputs = sum(output.nbytes for output in self.outputs)
         return self.qkv.nbytes + gains + outputs
@@ -120,7 +120,7 @@ class TorchAttention:
 
 @dataclass(frozen=True)
 class GatedProjections:
-    """Gated SiLU feed-forward of one or more layers, or shares of layers, with the same input.
+    """The gated SiLU feed-forward of one or more layers, or shares of layers, with the same input.
 
     Attributes:
         gate_up: [D] -> all gate columns, then all up columns, layer by layer.
@@ -132,13 +132,13 @@ class GatedProjections:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
+        """Return the bytes of the weights."""
         return self.gate_up.nbytes + self.down.nbytes
 
 
 @dataclass(frozen=True)
 class TorchFeedForward:
-    """Feed-forward bundles side by side, each with an input of its own."""
+    """A row of feed-forward bundles side by side, each with an input of its own."""
 
     bundles: Sequence[GatedProjections]
     eps: float

@@ -174,7 +174,7 @@ class LayerActor:
             return self._listener.address
 
     def free_address(self, host: str) -> str:
-        """A free "host:port" on this rank's node, for NCCL's rendezvous."""
+        """Find a free "host:port" on this rank's node, for NCCL's rendezvous."""
         with socket.socket() as sock:
             sock.bind((host, 0))
             return format_address(sock.getsockname())
@@ -207,7 +207,7 @@ class LayerActor:
         return {"weight_bytes": program.weight_bytes, "kv_bytes": program.kv_bytes}
 
     def exchange_stats(self) -> dict[str, Any]:
-        """Counters and latest waits of this rank's exchange (`ExchangeStats.snapshot`)."""
+        """Return counters and latest waits of this rank's exchange (`ExchangeStats.snapshot`)."""
         assert self._mesh is not None, "joined the mesh"
         return self._mesh.exchange.stats.snapshot()
 

@@ -19,7 +19,7 @@ Mark = tuple[int, int, float]
 
 
 class StepClock:
-    """Marks the ends of a step's parts; one part begins where another ends.
+    """A clock that marks the ends of a step's parts; one part begins where another ends.
 
     On a GPU parts end when their kernels have been launched, unless the step's timeline is asked
     for: then each waits for its kernels, which makes the step slower.
@@ -59,12 +59,12 @@ class StepClock:
 
 
 def times_of(clock: StepClock) -> list[Any]:
-    """When a clock's latest step began, and its marks, as an answer's header carries them."""
+    """Return when a clock's latest step began, and its marks, as an answer's header has them."""
     return [clock.started, [[int(kind), group, ended] for kind, group, ended in clock.marks]]
 
 
 class ClockOffset:
-    """What to add to a rank's clock to get the coordinator's, in seconds.
+    """The seconds to add to a rank's clock to get the coordinator's.
 
     A step begins on the rank after it was sent and ends before it was answered; in the middle of
     what that leaves open is the offset, and the step that leaves least open tells it best (as in
@@ -89,7 +89,7 @@ class ClockOffset:
 def timeline_of(
     rank: int, times: list[Any], offset: ClockOffset, sent: float, answered: float
 ) -> RankTimeline:
-    """A rank's spans on the coordinator's clock.
+    """Place a rank's spans on the coordinator's clock.
 
     Args:
         times: what `times_of` gave on the rank.

@@ -26,7 +26,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the node (Linux's MemAvailable), or of a GPU.
+    """Return the bytes that can still be allocated on the node (Linux's MemAvailable) or a GPU.
 
     Raises:
         OSError: the system does not say how much is free.

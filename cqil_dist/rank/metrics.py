@@ -46,7 +46,7 @@ class RankMetrics:
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def stop(self) -> None:
-        """Publish what is left, and end. Does not wait for it."""
+        """Publish what is left, and end, without waiting for it."""
         self._stopping.set()
 
     def _run(self) -> None:

@@ -30,7 +30,7 @@ from cqil_dist.timeline import SpanKind
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Room for `slots` sequences of up to `max_len` tokens each."""
+    """The room for `slots` sequences of up to `max_len` tokens each."""
 
     slots: int
     max_len: int
@@ -90,12 +90,12 @@ class RankProgram:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights of all plans."""
+        """Return the bytes of the weights of all plans."""
         return sum(backend.nbytes for backend in self._backends.values())
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the caches of all plans."""
+        """Return the bytes of the caches of all plans."""
         return sum(cache.nbytes for cache in self._caches.values())
 
     def _load(self, index: int, stage: Stage, backend: PartBackend) -> RankStage:
@@ -159,7 +159,7 @@ class RankProgram:
         exchange: Exchange,
         plan_index: int = 0,
     ) -> Tensor:
-        """The step without the head: hidden states [R, D] of the tokens that want logits."""
+        """Compute a step but for the head: hidden states [R, D] of the tokens that want logits."""
         for segment in segments:
             if segment.start == 0:  # of another sequence than before: forget what that one wrote
                 for cache in self._caches.values():

@@ -26,7 +26,7 @@ from cqil_dist.rank.program import RankProgram
 
 
 class RemoteRanks:
-    """All ranks of a launch, driven step by step over one link each.
+    """The ranks of a launch, all driven step by step over one link each.
 
     Args:
         assignments: who computes what, for each plan.
@@ -96,7 +96,7 @@ class RemoteRanks:
             link.check()
 
     def closed_ranks(self) -> set[int]:
-        """Ranks that have closed their link: their process has ended, or their last step failed."""
+        """Return the ranks that closed their link: the process ended, or its last step failed."""
         closed: set[int] = set()
         for rank, link in enumerate(self._links):
             try:
@@ -146,9 +146,9 @@ def serve_steps(program: RankProgram, link: Link, exchange: Exchange) -> None:
 
 
 def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:
-    """Highest logit (NaN where not all are finite) and its token, for each row of a shard.
+    """Find the highest logit (NaN where not all are finite) and its token, by row of a shard.
 
-    A few bytes in place of the shard, which over an ordinary network takes as long as a layer.
+    These few bytes replace the shard, which takes as long as a layer over an ordinary network.
     """
     values, indices = logits_RV.max(dim=-1)  # NaN is above every number
     values = values.where(logits_RV.amin(dim=-1).isfinite(), torch.nan)
@@ -157,7 +157,7 @@ def best_of_shard(logits_RV: Tensor, rows: range) -> list[tuple[float, int]]:
 
 
 def most_likely(shards: Sequence[Sequence[tuple[float, int]]]) -> Tensor:
-    """Token ids [R] of the highest logit over all shards, the lowest id where several have it."""
+    """Return the token ids [R] of the highest logit over all shards; the lowest id wins a tie."""
     chosen: list[int] = []
     for candidates in zip(*shards, strict=True):
         finite = all(math.isfinite(value) for value, _ in candidates)

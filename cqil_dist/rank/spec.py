@@ -14,7 +14,7 @@ from cqil_dist.rank.program import CacheShape
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One engine, the same for its coordinator and all its ranks.
+    """An engine's description, the same for its coordinator and all its ranks.
 
     Attributes:
         model: the name it was launched by.
@@ -43,7 +43,7 @@ class EngineSpec:
 
     @property
     def world(self) -> int:
-        """How many ranks there are."""
+        """Return how many ranks there are."""
         return self.assignments[0].world
 
     @property
@@ -52,11 +52,11 @@ class EngineSpec:
 
     @property
     def max_message_bytes(self) -> int:
-        """Bound on a message between coordinator and rank: hidden states or logits, float32."""
+        """Return the bound on a coordinator-rank message: hidden states or logits, float32."""
         return 4 * self.engine.step_tokens * max(self.config.hidden_size, self.config.vocab_size)
 
     @property
     def max_exchange_bytes(self) -> int:
-        """Bound on one partial result: the attention outputs of a whole group, float32."""
+        """Return the bound on one partial result: a whole group's attention outputs, float32."""
         members = max(group.size for plan in self.assignments for group in plan.plan.groups)
         return 4 * self.engine.step_tokens * members * self.config.hidden_size

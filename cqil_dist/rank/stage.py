@@ -57,7 +57,7 @@ class RankStage:
         self._clock = clock
 
     def __call__(self, x_ND: Tensor | None, step: StepInput, exchange: Exchange) -> Tensor | None:
-        """The stage's output where this rank needs it next, else None.
+        """Compute the stage's output where this rank needs it next, else return None.
 
         Args:
             x_ND: the stage's input; None where the rank computes nothing of the stage.
