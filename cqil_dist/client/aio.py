@@ -61,7 +61,7 @@ class AsyncClient:
     ) -> Awaitable[Completion] | AsyncIterator[Chunk]:
         """Continue a prompt: `await` the completion, or iterate over chunks with `async for`.
 
-        Arguments and errors as for `Client.generate`. Cancelling the task, or closing the
+        Arguments and errors are those of `Client.generate`. Cancelling the task, or closing the
         iterator, ends the request.
         """
         request = request_to_wire(prompt, final_only=not stream, **options)

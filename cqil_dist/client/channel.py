@@ -58,17 +58,17 @@ class Endpoint:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata sent with every call: the key, if there is one."""
+        """Return the metadata sent with every call: the key, if there is one."""
         return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
-        """The channel's gRPC options."""
+        """Return the channel's gRPC options."""
         return KEEPALIVE + RECONNECTING + LONG_ANSWERS + (DIRECT if self.direct else ())
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """The credentials of an encrypted channel; None where there is no TLS."""
+        """Return the credentials of an encrypted channel; None where there is no TLS."""
         if not self.tls:
             return None
         return grpc.ssl_channel_credentials(self.ca_cert.read_bytes() if self.ca_cert else None)

@@ -30,7 +30,7 @@ _FOR_EVER_S = 1e8
 
 
 class Backoff:
-    """Decides how long to wait before a call that found nobody is made again.
+    """A rule for how long to wait before a call that found nobody is made again.
 
     Args:
         patience_s: seconds after the first such call before giving up.
@@ -118,7 +118,7 @@ class ResumableStream:
         return left
 
     def take(self, response: pb.GenerateResponse) -> Chunk:
-        """Take note of a response; returns the chunk that the stream's reader gets."""
+        """Take note of a response; return the chunk that the stream's reader gets."""
         chunk = chunk_from_wire(response, self._wants_logprobs, self._wants_prompt_logprobs)
         now = time.monotonic()
         self._token_ids += chunk.token_ids

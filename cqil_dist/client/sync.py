@@ -57,7 +57,7 @@ class Client:
 
     @property
     def address(self) -> str:
-        """The address, "host:port", at which the service was found last."""
+        """Return the address, "host:port", at which the service was found last."""
         return self._connections[-1].endpoint.address
 
     @overload
@@ -128,7 +128,7 @@ class Client:
     def chat(
         self, messages: Sequence[dict[str, str]], *, stream: Any = False, **options: Any
     ) -> Completion | Iterator[Chunk]:
-        """Answer a conversation, laid out by the model's chat template; as `generate` otherwise.
+        """Answer a conversation as `generate` would, laid out by the model's chat template.
 
         Args:
             messages: each with "role" ("system", "user" or "assistant") and "content".

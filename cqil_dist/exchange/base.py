@@ -22,7 +22,7 @@ RING_ENTRIES = 8192
 
 
 class Exchange(ABC):
-    """Carries partial results between the ranks of one epoch.
+    """A carrier of partial results between the ranks of one epoch.
 
     A partial result is [C, N, D]: C tensors of N tokens by model width D. C is told by the round,
     N by the step, D and the dtype by the connection, so that every rank knows the shape of what
@@ -61,7 +61,7 @@ class Exchange(ABC):
         """
 
     def sum(self, exchange_round: Round | None, own_ND: Tensor | None) -> Tensor | None:
-        """The sum of all partial results of a round, identical to the bit on every rank.
+        """Return the sum of all partial results of a round, identical to the bit on every rank.
 
         Floating-point addition depends on its order, so every rank adds in rank order. Arguments
         and errors are those of `gather`, for one tensor a rank. Unlike what that returns, the
@@ -85,7 +85,7 @@ class Exchange(ABC):
 def unfit(
     rank: int, exchange_round: Round, own: Tensor | None, shape: Shape, dtype: torch.dtype
 ) -> ExchangeError:
-    """Why what a rank passes is not what it contributes to a round.
+    """Make the error for a rank that passes something other than what it contributes to a round.
 
     Args:
         shape: [C, N, D] of what it contributes, in `dtype`, contiguous.
@@ -100,7 +100,7 @@ def unfit(
 
 
 class ExchangeStats:
-    """Counters of one rank's exchange, and a ring of its latest waits.
+    """The counters of one rank's exchange, and a ring of its latest waits.
 
     Attributes:
         steps: steps begun.
@@ -126,7 +126,7 @@ class ExchangeStats:
         self._waits += 1
 
     def snapshot(self) -> dict[str, int | list[int] | list[float]]:
-        """Counters, and the ring as the lists "step", "round" and "wait_s" (seconds), in order."""
+        """Return counters, and the ring as lists "step", "round", "wait_s" (seconds), in order."""
         waits, entries = self._waits, len(self._ring)
         ring = self._ring[:waits] if waits < entries else np.roll(self._ring, -(waits % entries))
         return {

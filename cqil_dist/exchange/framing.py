@@ -29,7 +29,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The code of a dtype on the wire. Raises ExchangeError for one that frames do not carry."""
+    """Return a dtype's code on the wire. Raises ExchangeError for one that frames do not carry."""
     if dtype not in _CODES:
         carried = ", ".join(str(known) for known in _CODES)
         raise ExchangeError(f"frames do not carry {dtype}; convert the tensor to one of {carried}")
@@ -37,7 +37,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def dtype_from_code(code: object) -> torch.dtype:
-    """The dtype that a code on the wire stands for. Raises ProtocolError for an unknown code."""
+    """Return the dtype of a code on the wire. Raises ProtocolError for an unknown code."""
     if type(code) is not int or code not in _DTYPES:
         raise ProtocolError(f"dtype code {code!r} is unknown; known codes: {sorted(_DTYPES)}")
     return _DTYPES[code]
@@ -46,7 +46,7 @@ def dtype_from_code(code: object) -> torch.dtype:
 def encode_head(
     header: object, payload_bytes: int = 0, max_payload_bytes: int = MAX_PAYLOAD_BYTES
 ) -> bytes:
-    """The part of a frame that precedes its payload.
+    """Encode the part of a frame that precedes its payload.
 
     Args:
         header: any value that msgpack encodes.
@@ -74,7 +74,7 @@ def encode_head(
 def decode_prefix(
     data: bytes | bytearray | memoryview, max_payload_bytes: int = MAX_PAYLOAD_BYTES
 ) -> tuple[int, int]:
-    """The lengths of a frame's header and payload, from the first 8 bytes of the frame.
+    """Decode the lengths of a frame's header and payload from the first 8 bytes of the frame.
 
     Raises:
         ProtocolError: there are fewer than 8 bytes, or a length is over its bound.
@@ -94,7 +94,7 @@ def decode_prefix(
 
 
 def decode_header(data: bytes | bytearray | memoryview) -> Any:
-    """The header that these bytes encode: plain values, lists, and dicts with string keys.
+    """Decode the header in these bytes: plain values, lists, and dicts with string keys.
 
     Raises:
         ProtocolError: the bytes are not exactly one msgpack value, or it has an extension type.
@@ -111,7 +111,7 @@ def _refuse_extension(code: int, data: bytes) -> object:
 
 
 def describe_tensor(tensor: Tensor) -> list[int]:
-    """The header entry [dtype code, *shape] of a tensor, which `decode_tensor_entry` reads.
+    """Return the header entry [dtype code, *shape] of a tensor, which `decode_tensor_entry` reads.
 
     Raises:
         ExchangeError: frames do not carry the tensor's dtype, or so many dimensions.
@@ -122,7 +122,7 @@ def describe_tensor(tensor: Tensor) -> list[int]:
 
 
 def decode_tensor_entry(entry: object, payload_bytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The dtype and shape of a payload, from its header entry [dtype code, *shape].
+    """Decode the dtype and shape of a payload from its header entry [dtype code, *shape].
 
     Raises:
         ProtocolError: the entry is malformed, or does not describe `payload_bytes` bytes.
@@ -145,7 +145,7 @@ def decode_tensor_entry(entry: object, payload_bytes: int) -> tuple[torch.dtype,
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor without grad, as writable bytes that are not copied."""
+    """Return the memory of a contiguous CPU tensor without grad, as writable bytes, not a copy."""
     if not tensor.numel():
         return memoryview(bytearray())  # an array without elements cannot be cast
     if tensor.dtype is torch.bfloat16:

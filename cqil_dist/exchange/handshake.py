@@ -49,7 +49,7 @@ class Acceptor:
         self.greeting = _GREETING.pack(_MAGIC, _VERSION, secrets.token_bytes(_NONCE_BYTES))
 
     def verify(self, answer: bytes) -> tuple[int, bytes]:
-        """The connector's rank, and the proof to send to it.
+        """Check the answer; return the connector's rank and the proof to send to it.
 
         Raises:
             ProtocolError: the connector does not know the secret, or belongs to another epoch.

@@ -124,7 +124,7 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _send_some(self, views: Sequence[bytes | memoryview], deadline: float) -> int:
-        """The bytes that the kernel took at once; 0 after waiting until it takes any."""
+        """Send what the kernel takes at once; return its bytes, or 0 after a wait for room."""
         if self._closed:
             raise self._lost(_CLOSED_HERE)
         try:
@@ -139,7 +139,7 @@ class Link:
             raise self._lost(f"sending failed: {error}") from error
 
     def _try_receive(self) -> Message | None:
-        """The next message if all of it has come. The caller holds the lock `_receiving`."""
+        """Return the next message if all of it has come. The caller holds the lock `_receiving`."""
         try:
             while not self._closed:
                 if message := self._inbox.take():

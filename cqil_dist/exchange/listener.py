@@ -158,7 +158,7 @@ class _Pending:
             self._drop(sock)
 
     def _read(self, sock: socket.socket) -> int | None:
-        """The rank at the other end, or None as long as its answer is not complete."""
+        """Return the rank at the other end, or None as long as its answer is not complete."""
         acceptor, answer, _ = self._connections[sock]
         data = sock.recv(ANSWER_BYTES - len(answer))
         if not data:
@@ -216,7 +216,7 @@ def connect_mesh(
     deadline_s: float,
     extra: set[int] | None = None,
 ) -> dict[int, socket.socket]:
-    """All connections of one rank: it connects to lower ranks, and higher ranks connect to it.
+    """Make all connections of one rank: it connects to lower ranks, and higher ranks connect to it.
 
     Args:
         listener: this rank's own listener, at `addresses[rank]`.

@@ -31,7 +31,7 @@ def prepare(sock: socket.socket) -> None:
 
 
 def format_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """A socket's address as "host:port", with brackets around an IPv6 host."""
+    """Format a socket's address as "host:port", with brackets around an IPv6 host."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -55,7 +55,7 @@ def wait_ready(events: Mapping[socket.socket, int], deadline: float | None) -> b
 
 
 def unsent(views: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """Views of what remains to be sent after the first `sent` bytes of `views`."""
+    """Return views of what remains to be sent after the first `sent` bytes of `views`."""
     remaining = []
     for view in views:
         if sent < len(view):

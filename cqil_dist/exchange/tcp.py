@@ -42,7 +42,7 @@ _HEAD_ROOM = 128
 
 
 class TcpExchange(Exchange):
-    """One rank's end of a full mesh of authenticated connections. No peers is a world of one."""
+    """One rank's end of a full mesh of authenticated connections; a world of one has none."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class TcpExchange(Exchange):
                 )
 
     def _staged(self, own: Tensor, layout: _Layout) -> Tensor:
-        """A copy in host memory of what lies on a device: the one that was gathered, if any was."""
+        """Copy a device's tensor to host memory, or return the copy that was gathered already."""
         if layout.own_CND is not None:
             return layout.own_CND
         staged, _ = self._staging.tensor(tuple(own.shape))
@@ -263,7 +263,7 @@ class TcpExchange(Exchange):
 
 @dataclass(slots=True)
 class _Layout:
-    """Where the tensors that one rank gathers lie in its buffer, one source after another.
+    """The places in one rank's buffer of the tensors it gathers, one source after another.
 
     Attributes:
         gathered_CND: all of them; none where the rank has use for its own alone.
@@ -296,14 +296,14 @@ class _Route:
 
 
 class _Buffer:
-    """Host memory for one tensor at a time, reused and grown on demand."""
+    """A piece of host memory for one tensor at a time, reused and grown on demand."""
 
     def __init__(self, dtype: torch.dtype, pinned: bool) -> None:
         self._pinned = pinned
         self._memory = torch.empty(0, dtype=dtype)
 
     def tensor(self, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
-        """A tensor of this shape in the memory that the last one had, and whether that moved."""
+        """Return a tensor of this shape in the last one's memory, and whether that has moved."""
         needed = math.prod(shape)
         grows = needed > self._memory.numel()
         if grows:
@@ -341,7 +341,7 @@ class _Peer:
         return len(head) + payload.nbytes
 
     def try_send(self) -> bool:
-        """Send what the kernel takes now; whether that was the last of the frame."""
+        """Send what the kernel takes now; return whether that was the last of the frame."""
         try:
             sent = self.sock.sendmsg(self.unsent)
         except BlockingIOError:
@@ -354,7 +354,7 @@ class _Peer:
         return not self.unsent_bytes
 
     def try_receive(self) -> bool:
-        """Receive what has come of the frame, never more; whether that was the last of it."""
+        """Receive what has come of the frame, never more; return whether that completes it."""
         before, head_bytes = self._received, len(self._expected_head)
         if before < head_bytes:
             room = [self._head[before:head_bytes], self._payload]
@@ -378,7 +378,7 @@ class _Peer:
         return PeerLost(self.rank, self.address, reason)
 
     def _wrong_head(self, come: int) -> ProtocolError:
-        """What came is not the head that we would have sent, as its first `come` bytes show."""
+        """Make the error for a head that we would not have sent, as its first `come` bytes show."""
         behind = self._payload[: self._received - come]
         sent = _describe(bytes(self._head[:come]) + bytes(behind[:_HEAD_ROOM]))
         return ProtocolError(
@@ -389,7 +389,7 @@ class _Peer:
 
 
 def _describe(frame: bytes) -> str:
-    """What the head of a frame says, for messages."""
+    """Describe for messages what the head of a frame says."""
     try:
         header_bytes, _ = framing.decode_prefix(frame)
         header = frame[framing.PREFIX.size : framing.PREFIX.size + header_bytes]

@@ -45,7 +45,7 @@ class TorchDistributedExchange(Exchange):
         device: torch.device | str,
         deadline_s: float = 30.0,
     ) -> None:
-        """Join the group; returns when all ranks have.
+        """Join the group, and return when all ranks have.
 
         Args:
             rank: this rank, 0 .. world-1.
@@ -132,7 +132,7 @@ class TorchDistributedExchange(Exchange):
         return exchange_round.tensor_counts[source], self._tokens, self._width
 
     def _is_all_to_all(self, exchange_round: Round) -> bool:
-        """Whether every rank needs every rank's part, and all parts have one shape."""
+        """Return whether every rank needs every rank's part, and all parts have one shape."""
         everyone = tuple(range(self._world))
         same_shape = len(set(exchange_round.tensor_counts)) == 1
         return same_shape and all(wanted == everyone for wanted in exchange_round.sources)
@@ -164,10 +164,10 @@ class TorchDistributedExchange(Exchange):
         return gathered_CND if wanted else None
 
     def _buffer(self, shape: Shape) -> Tensor:
-        """Memory for gathered tensors, valid until the next gather.
+        """Return memory for gathered tensors, valid until the next gather.
 
-        One for each power of two, never released: a captured CUDA graph keeps writing to the
-        addresses it was captured with.
+        There is one for each power of two, never released: a captured CUDA graph keeps writing to
+        the addresses it was captured with.
         """
         needed = math.prod(shape)
         size = 1 << max(0, needed - 1).bit_length()

@@ -6,7 +6,7 @@ import hmac
 
 
 class BearerKey:
-    """Compares what a call brings with what it should, in constant time."""
+    """The key that calls have to bring, compared in constant time with what they bring."""
 
     def __init__(self, key: str) -> None:
         self._expected = key.encode()

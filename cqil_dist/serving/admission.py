@@ -35,7 +35,7 @@ class Admission:
 
     @property
     def in_progress(self) -> int:
-        """How many admitted requests have not ended."""
+        """Return how many admitted requests have not ended."""
         return self._in_progress.total()
 
     @contextmanager

@@ -42,11 +42,11 @@ class Backend:
 
     @property
     def longest_s(self) -> float:
-        """Most seconds that a call may last, the time its client takes to read it included."""
+        """Return the most seconds that a call may last, its client's time to read it included."""
         return self.timeout_s + _READING_S
 
     def model(self, name: str) -> ModelInfo:
-        """The served model of this name, or the first for "". Raises ModelNotFound."""
+        """Return the served model of this name, or the first for "". Raises ModelNotFound."""
         return find_model(self.models, name)
 
     async def stream(
@@ -55,7 +55,7 @@ class Backend:
         on_let_in: Callable[[], Awaitable[None]],
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of a request's completion; they go on after a restart of the coordinator.
+        """Yield the chunks of a request's completion, which goes on after the coordinator restarts.
 
         Args:
             request: what to generate; it is given a `request_id` where it has none.
@@ -88,7 +88,7 @@ class Backend:
             _log_request(request, ending, result, time.monotonic() - started)
 
     async def status(self) -> Status:
-        """The engine's state, ranks and load. Raises ServiceUnavailable if none come in 5 s."""
+        """Get the engine's state, ranks and load. Raises ServiceUnavailable if none come in 5 s."""
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self.client.status()
@@ -99,7 +99,7 @@ class Backend:
 
 
 def _for_log(error: CqilError) -> str:
-    """An error's kind and message; of a RequestError its kind alone, as it may quote a prompt."""
+    """Describe an error by kind and message; a RequestError, which may quote a prompt, by kind."""
     kind = type(error).__name__
     return kind if isinstance(error, RequestError) else f"{kind}: {error}"
 

@@ -28,7 +28,7 @@ class ClusterMetrics:
         self._begun = 0.0
 
     async def __call__(self) -> str:
-        """The metrics of all nodes that answer. Raises ServiceUnavailable without Ray's head."""
+        """Return metrics of all nodes that answer. Raises ServiceUnavailable without Ray's head."""
         now = time.monotonic()
         if self._gathering is None or (self._gathering.done() and now > self._begun + _FRESH_S):
             self._gathering, self._begun = asyncio.create_task(_gathered()), now

@@ -32,7 +32,7 @@ _MOST_WATCHING = 64
 
 
 class FrontendServicer(rpc.GenerationServiceServicer):
-    """The calls of protos/cqil_dist/rpc/v1/generation.proto, answered by asking the coordinator."""
+    """The servicer of protos/cqil_dist/rpc/v1/generation.proto, which asks the coordinator."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

@@ -37,7 +37,7 @@ def create_app(
     config: ServeConfig,
     metrics: Callable[[], Awaitable[str]],
 ) -> FastAPI:
-    """The ASGI app of the HTTP port; `metrics` returns metrics in Prometheus' text format."""
+    """Make the ASGI app of the HTTP port; `metrics` returns metrics in Prometheus' text format."""
     app = FastAPI(
         title="cqil_dist",
         description="OpenAI-compatible generation over a distributed engine.",
@@ -92,7 +92,7 @@ def _file(name: str) -> Callable[[], Awaitable[Response]]:
 
 
 def _documented(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
-    """FastAPI's OpenAPI document, with error bodies, keys and streams as they really are."""
+    """Return FastAPI's OpenAPI document, with error bodies, keys and streams as they really are."""
     document = app.openapi()
     for path, methods in document["paths"].items():
         for operation in methods.values():

@@ -56,17 +56,17 @@ class ErrorResponse(BaseModel):
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` of an endpoint that may answer with these error statuses."""
+    """Return FastAPI's `responses` of an endpoint that may answer with these error statuses."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def error_body(error: CqilError) -> ErrorResponse:
-    """The body that answers an error of this package; a stream that fails has it as an event."""
+    """Make the body that tells an error of this package; a stream that fails has it as an event."""
     return _body(_status(error), str(error))
 
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """A whole error answer, with Retry-After (429, 503) or WWW-Authenticate (401) where due."""
+    """Make an error answer, with Retry-After (429, 503) or WWW-Authenticate (401) where due."""
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else None
     if status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
@@ -108,7 +108,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _field_path(error: dict[str, Any], value: Any) -> str:
-    """The dotted path of a wrong field in a body, without pydantic's names of a union's members."""
+    """Return a wrong field's dotted path in a body, without pydantic's names of union members."""
     names: list[str] = []
     for part in error["loc"][1:]:
         if isinstance(value, dict) and (part in value or error["type"] == "missing"):

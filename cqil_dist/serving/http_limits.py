@@ -85,7 +85,7 @@ class BoundedBody:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if it is too large, and only its beginning if the client hangs up."""
+        """Return the body; None if it is too large, only its beginning if the client hangs up."""
         stated = dict(scope["headers"]).get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > self._max_bytes:
             return None

@@ -23,7 +23,7 @@ class Tls:
     key: Path
 
     def pair(self) -> tuple[bytes, bytes]:
-        """The contents of the key file and of the certificate file, in gRPC's order.
+        """Return the contents of the key file and of the certificate file, in gRPC's order.
 
         Raises:
             LaunchError: a file cannot be read, or the two do not belong together.
@@ -39,7 +39,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How a service faces the network; docs/serving.md has a table of the fields.
+    """The network settings and limits of a service; docs/serving.md has a table of the fields.
 
     Attributes:
         tls: the certificate to serve with; None serves unencrypted.
@@ -89,15 +89,15 @@ class ServeConfig:
             )
 
     def address(self, port: int) -> str:
-        """A port of this service as "host:port", with brackets around an IPv6 host."""
+        """Return a port of this service as "host:port", with brackets around an IPv6 host."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     def url(self, port: int) -> str:
-        """The URL of the HTTP server on this port."""
+        """Return the URL of the HTTP server on this port."""
         return f"{'https' if self.tls else 'http'}://{self.address(port)}"
 
     def listen(self, port: int) -> socket.socket:
-        """A listening socket on this port (0 takes a free one). Raises LaunchError if it fails."""
+        """Return a socket that listens on this port (0 takes a free one), or raise LaunchError."""
         both = ":" in self.host and socket.has_dualstack_ipv6()  # as gRPC does
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
@@ -124,5 +124,5 @@ class ServeConfig:
 
     @property
     def is_public(self) -> bool:
-        """Whether other machines can reach the service."""
+        """Return whether other machines can reach the service."""
         return self.host not in (LOOPBACK, "localhost", "::1")

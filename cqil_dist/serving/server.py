@@ -33,7 +33,7 @@ _MOST_OPEN_FILES = 65536
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a service can be reached: its gRPC port as "host:port", its HTTP port as a URL."""
+    """The addresses of a service: its gRPC port as "host:port", its HTTP port as a URL."""
 
     grpc: str
     http: str
@@ -64,7 +64,7 @@ class Service:
 
     @property
     def requests(self) -> int:
-        """How many requests are being served."""
+        """Return how many requests are being served."""
         return self._admission.in_progress
 
     async def start(self) -> Addresses:
@@ -152,7 +152,7 @@ async def serve(service: Service, on_ready: Callable[[Addresses], None]) -> None
 
 
 async def _first_of(wanted: Awaitable[object], otherwise: Awaitable[object]) -> bool:
-    """Wait until one of the two is done and cancel the other. True if `wanted` is done."""
+    """Wait until one of the two is done, cancel the other, and return whether `wanted` is done."""
     tasks = [asyncio.ensure_future(each) for each in (wanted, otherwise)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +185,7 @@ def _allow_many_connections() -> None:
 
 @contextmanager
 def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
-    """Two events that the first and the second SIGTERM or SIGINT set, and do nothing else."""
+    """Yield two events; the first and the second SIGTERM or SIGINT set them and do nothing else."""
     first, second = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

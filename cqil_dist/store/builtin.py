@@ -126,7 +126,7 @@ def _pip_download(name: str, requirement: str, folder: Path) -> Path:
 
 
 def _reason(output: bytes) -> str:
-    """The last lines of pip's output, without credentials that the URL of an index may contain."""
+    """Return pip's last lines of output, without credentials that an index's URL may contain."""
     lines = output.decode(errors="replace").strip().splitlines()[-_REASON_LINES:]
     return re.sub(r"//[^/\s@]+@", "//****@", "\n".join(f"  {line}" for line in lines))
 

@@ -31,7 +31,7 @@ from cqil_dist.store.manifest import (
 
 
 def cache_dir() -> Path:
-    """The cache's folder: $CQIL_CACHE, else $XDG_CACHE_HOME/cqil_dist, else ~/.cache/cqil_dist."""
+    """Locate the cache: $CQIL_CACHE, else $XDG_CACHE_HOME/cqil_dist, else ~/.cache/cqil_dist."""
     if chosen := os.environ.get("CQIL_CACHE"):
         return Path(chosen).expanduser().absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Build:
-    """What `Recipe.make` is given to work with.
+    """The folders and facts that `Recipe.make` is given to work with.
 
     Attributes:
         folder: a folder for scratch files, removed afterwards.
@@ -58,7 +58,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one entry of the cache is made.
+    """The way to make one entry of the cache.
 
     Attributes:
         key: name of the entry's folder.
@@ -74,12 +74,12 @@ class Recipe:
 
 
 def entry_path(key: str) -> Path:
-    """The path of the entry `key`, whether it exists or not."""
+    """Return the path of the entry `key`, whether it exists or not."""
     return cache_dir() / "models" / key
 
 
 def ensure(recipe: Recipe, progress: Progress, *, checksums: bool = False) -> Path:
-    """The path of the finished entry of `recipe`, which is made first if it is missing or damaged.
+    """Return the path of the finished entry of `recipe`; make it first if it is missing or damaged.
 
     Args:
         recipe: how to make the entry.
@@ -104,7 +104,7 @@ def ensure(recipe: Recipe, progress: Progress, *, checksums: bool = False) -> Pa
 
 
 def finished() -> Iterator[tuple[Path, Manifest]]:
-    """Path and manifest of every finished entry in the cache, in the order of their keys."""
+    """Yield the path and manifest of every finished entry in the cache, ordered by keys."""
     for path in sorted((cache_dir() / "models").glob(f"*/{MANIFEST_NAME}")):
         if (manifest := read_manifest(path.parent)) is not None:
             yield path.parent, manifest

@@ -18,9 +18,9 @@ _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def default_sampling(path: Path) -> dict[str, Any]:
-    """The sampling values in a model directory's generation_config.json, by `SamplingParams` field.
+    """Read sampling values, by `SamplingParams` field, from a model's generation_config.json.
 
-    Empty if there is no such file. A value that `SamplingParams` refuses is left out, with a
+    There are none without such a file. A value that `SamplingParams` refuses is left out, with a
     warning. Raises ValueError if the file is not JSON.
     """
     file = path / "generation_config.json"

@@ -131,7 +131,7 @@ def _add_end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> None
 
 
 def _end_of_answer(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after an assistant's message, if any."""
+    """Find the special token right after an assistant's message in the chat template, if any."""
     if not tokenizer.chat_template:
         return None
     import jinja2

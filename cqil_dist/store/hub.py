@@ -133,7 +133,7 @@ def _copy_in_hub_cache(repo: str, revision: str) -> Path | None:
 
 
 def _wanted(names: Iterable[str]) -> list[str]:
-    """The files among these names that belong in a model directory.
+    """Pick from these names the files that belong in a model directory.
 
     Repositories may also hold the weights in other formats or precisions, often in folders. Files
     with the standard names of weights are preferred to any other safetensors.

@@ -40,12 +40,12 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """The size of all files together."""
+        """Return the size of all files together."""
         return sum(int(file["bytes"]) for file in self.files.values())
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in a directory; None if there is none, or none of the present format."""
+    """Read the manifest in a directory; None if there is none, or none of the present format."""
     try:
         decoded = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if decoded["format"] != _FORMAT:
@@ -81,7 +81,7 @@ def write_manifest(
 
 
 def damage(path: Path, source: str) -> str | None:
-    """Why a directory has to be made again; None if its source and its files' sizes are right."""
+    """Say why a directory has to be made again; None if its source and file sizes are right."""
     manifest = read_manifest(path)
     if manifest is None:
         return "it is not complete"
@@ -98,7 +98,7 @@ def damage(path: Path, source: str) -> str | None:
 
 
 def changed_file(path: Path, name: str, progress: Progress) -> str | None:
-    """Which file's content has changed, found by reading all of them; None if none has."""
+    """Name a file whose content has changed, or return None after reading all of them."""
     manifest = read_manifest(path)
     assert manifest is not None
     with progress.task(f"Verifying {name}", total=manifest.total_bytes, unit="B") as task:
@@ -116,7 +116,7 @@ def _version(package: str) -> str | None:
 
 
 def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:
-    """The hex SHA-256 of a file's content; `count` is called with the size of each chunk read."""
+    """Compute the hex SHA-256 of a file; `count` is called with the size of each chunk read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -57,7 +57,7 @@ class StoredModel:
 
 
 def resolve(model: str, progress: Progress) -> Path:
-    """The directory of `model`, with config.json, *.safetensors and tokenizer files.
+    """Return the directory of `model`, with config.json, *.safetensors and tokenizer files.
 
     The model is fetched and converted on first use, and again if a file in the cache is missing or
     has another size; otherwise this takes milliseconds.
@@ -90,7 +90,7 @@ def fetch(model: str, progress: Progress) -> StoredModel:
 
 
 def list_models() -> list[StoredModel]:
-    """The built-in models, fetched or not, followed by the other models in the cache."""
+    """List the built-in models, fetched or not, followed by the other models in the cache."""
     cached = {
         path.name: StoredModel(manifest.name, path, manifest.source, manifest.total_bytes)
         for path, manifest in finished()
@@ -172,7 +172,7 @@ def _hub_recipe(model: str, repo: str, revision: str) -> Recipe:
 
 
 def content_sha256(file: Path, progress: Progress) -> str:
-    """The hex SHA-256 of a user's file, remembered until the file's size or mtime changes."""
+    """Return the hex SHA-256 of a user's file, remembered until its size or mtime changes."""
     memory = cache_dir() / "sha256.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ _READ = ("model_type", "model_name", "tokenizer_class")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face directory, the same as `AutoTokenizer.from_pretrained` gives.
+    """Load a Hugging Face directory's tokenizer, the same as `AutoTokenizer.from_pretrained` gives.
 
     AutoTokenizer reads the family's name from the model's config, for which it imports the family's
     config class, and with it most of torch's compiler: 1.5 s, a third of the time that a

@@ -21,27 +21,27 @@ class Head:
 
 
 class Answerer(Protocol):
-    """What makes one endpoint's response: whole, or as the events of a stream."""
+    """The maker of one endpoint's responses: whole, or as the events of a stream."""
 
     def whole(self, completions: Sequence[Completion], usage: schema.Usage) -> Any:
-        """The whole response, with one completion for each choice, in order."""
+        """Make the whole response, with one completion for each choice, in order."""
         ...
 
     def opening(self, index: int) -> Any | None:
-        """The event that begins a choice's stream before its first token; None if there is none."""
+        """Make the event that begins a choice's stream before its first token, or return None."""
         ...
 
     def event(self, index: int, chunk: Chunk) -> Any:
-        """The event that carries the next chunk of a choice."""
+        """Make the event that carries the next chunk of a choice."""
         ...
 
     def closing(self, usage: schema.Usage) -> Any:
-        """The event that carries the usage, after all choices have ended."""
+        """Make the event that carries the usage, after all choices have ended."""
         ...
 
 
 def usage_of(counts: Iterable[TokenCounts], choices_per_prompt: int) -> schema.Usage:
-    """The usage of a response with these token counts of its choices, in order.
+    """Add up the usage of a response from these token counts of its choices, in order.
 
     A prompt counts once, however many choices it has.
     """
@@ -54,7 +54,7 @@ def usage_of(counts: Iterable[TokenCounts], choices_per_prompt: int) -> schema.U
 
 
 def _common(part: Chunk | Completion, wants_token_ids: bool) -> dict[str, Any]:
-    """The fields of a choice that completions and chat completions have in common."""
+    """Return the fields of a choice that completions and chat completions have in common."""
     fields: dict[str, Any] = {"finish_reason": part.finish_reason, "stop_reason": part.stop_reason}
     if wants_token_ids:
         fields["token_ids"] = list(part.token_ids)
@@ -65,7 +65,7 @@ def _common(part: Chunk | Completion, wants_token_ids: bool) -> dict[str, Any]:
 
 @dataclass
 class CompletionAnswerer:
-    """What makes the responses of /v1/completions."""
+    """The maker of the responses of /v1/completions."""
 
     head: Head
     wants_token_ids: bool
@@ -79,7 +79,7 @@ class CompletionAnswerer:
         return schema.CompletionResponse(choices=choices, usage=usage, **vars(self.head))
 
     def opening(self, index: int) -> None:
-        """None: no event precedes a completion's first token."""
+        """Return None: no event precedes a completion's first token."""
 
     def event(self, index: int, chunk: Chunk) -> schema.CompletionResponse:
         choice = schema.CompletionChoice(
@@ -124,9 +124,9 @@ class CompletionAnswerer:
 
 
 def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
-    """Log probabilities of the most likely tokens and of the chosen one, by the tokens' texts.
+    """Return the log probabilities of the most likely tokens and the chosen one, by their texts.
 
-    Where tokens share a text, the likeliest counts. None for a prompt's first token.
+    Where tokens share a text, the likeliest counts. Returns None for a prompt's first token.
     """
     if entry.logprob is None:
         return None
@@ -139,7 +139,7 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float] | None:
 
 @dataclass
 class ChatAnswerer:
-    """What makes the responses of /v1/chat/completions."""
+    """The maker of the responses of /v1/chat/completions."""
 
     head: Head
     wants_token_ids: bool

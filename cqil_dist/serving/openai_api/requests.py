@@ -25,7 +25,7 @@ _GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_
 
 
 def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.GenerateRequest]:
-    """The service's requests for the choices of /v1/completions, `n` for each prompt in turn.
+    """Make the service's requests for the choices of /v1/completions, `n` for each prompt in turn.
 
     Their ids are made from `response_id`.
 
@@ -57,7 +57,7 @@ def completion_requests(body: CompletionRequest, response_id: str) -> list[pb.Ge
 def chat_requests(
     body: ChatCompletionRequest, response_id: str, max_len: int
 ) -> list[pb.GenerateRequest]:
-    """The service's requests for the `n` choices of /v1/chat/completions.
+    """Make the service's requests for the `n` choices of /v1/chat/completions.
 
     Their ids are made from `response_id`; `max_len`, the model's context in tokens, is the default
     of `max_tokens`. Raises RequestError if a value is unsupported or out of range.
@@ -89,7 +89,7 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Promp
 
 
 def _sampling(body: GenerationRequest) -> dict[str, Any]:
-    """The sampling values that a request gives; the service fills in the model's defaults."""
+    """Return the sampling values given in a request; the service fills in the model's defaults."""
     sampling = {name: value for name in _GIVEN if (value := getattr(body, name)) is not None}
     if body.stop is not None:
         sampling["stop"] = body.stop
@@ -101,7 +101,7 @@ def _sampling(body: GenerationRequest) -> dict[str, Any]:
 def _requests(
     body: GenerationRequest, prompts: Sequence[Prompt], sampling: dict[str, Any], response_id: str
 ) -> list[pb.GenerateRequest]:
-    """`n` requests for each prompt, which differ in their ids and seeds alone."""
+    """Make `n` requests for each prompt, which differ in their ids and seeds alone."""
     if body.n > 1 and body.n * sum(map(_size, prompts)) > _MAX_PROMPT_SIZE:
         raise RequestError(
             f"{body.n} choices of so long a prompt are too much for one request; send several"

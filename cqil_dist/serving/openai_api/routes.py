@@ -39,7 +39,7 @@ _READ_AHEAD = 1024
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of an endpoint: its body, its choices' requests, and what makes the response."""
+    """One call of an endpoint: its body, its choices' requests, and the maker of its response."""
 
     body: schema.GenerationRequest
     requests: Sequence[pb.GenerateRequest]
@@ -47,7 +47,7 @@ class _Call:
 
 
 def openai_routes(backend: Backend) -> APIRouter:
-    """The endpoints /v1/models, /v1/completions and /v1/chat/completions over a backend."""
+    """Make the endpoints /v1/models, /v1/completions and /v1/chat/completions over a backend."""
     router = APIRouter(prefix="/v1", tags=["openai"])
 
     @router.get("/models", responses=error_responses(401))
@@ -120,7 +120,7 @@ async def _answer(backend: Backend, call: _Call, request: Request) -> Response:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events that end after `timeout_s`, even if the client does not read them."""
+    """A server-sent event stream that ends after `timeout_s`, even if the client does not read."""
 
     def __init__(self, events: AsyncIterator[str], timeout_s: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
@@ -145,7 +145,7 @@ async def _whole(backend: Backend, call: _Call) -> Response:
 
 
 async def _events(backend: Backend, call: _Call) -> AsyncGenerator[BaseModel, None]:
-    """The events of a streamed response, those of all choices in the order they come."""
+    """Yield the events of a streamed response, those of all choices in the order they come."""
     usages: dict[int, Usage] = {}
     opened: set[int] = set()
     async with aclosing(_merged(backend, call.requests)) as merged:
@@ -165,7 +165,7 @@ async def _events(backend: Backend, call: _Call) -> AsyncGenerator[BaseModel, No
 async def _merged(
     backend: Backend, requests: Sequence[pb.GenerateRequest]
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The chunks of all requests as they come, each with its request's index.
+    """Yield the chunks of all requests as they come, each with its request's index.
 
     The first comes when all requests have been accepted; the error of one that is refused is raised
     before. Where one fails, or the caller stops reading, the others are cancelled.
@@ -209,7 +209,7 @@ async def _merged(
 
 
 async def _until_disconnected(request: Request, answering: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of a coroutine, which is cancelled if the client disconnects before.
+    """Return a coroutine's result, or cancel it if the client disconnects before.
 
     Raises:
         ClientDisconnect: the client has disconnected.
@@ -237,7 +237,7 @@ def _sse(event: BaseModel) -> str:
 
 
 def _plain(answer: BaseModel) -> dict[str, Any]:
-    """A response as JSON values, without the fields that are None.
+    """Return a response as JSON values, without the fields that are None.
 
     Two of those stay in every choice, because programs read them without looking for them first.
     """
