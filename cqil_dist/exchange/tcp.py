@@ -205,16 +205,16 @@ class TcpExchange(Exchange):
             ):
                 shape = (count, self._tokens, self._width)
                 raise unfit(self.rank, route.exchange_round, own, shape, self._dtype)
-            if layout.own_CND is not None:
-                layout.own_CND.copy_(own)
+            host_own = own if self._on_host else self._staged(own, layout)
             if route.receivers:
-                host_own = own if self._on_host else self._staged(own, layout)
                 frame: list[bytes | memoryview] = [heads[count], framing.memory_of(host_own)]
                 for peer in route.receivers:
                     peer.unsent, peer.unsent_bytes = frame, sum(map(len, frame))
                     sent += peer.unsent_bytes
                     if not peer.try_send():
                         writing.append(peer)
+            if layout.own_CND is not None and self._on_host:
+                layout.own_CND.copy_(own)  # while what was sent is on its way
         for peer, (count, payload) in zip(route.senders, layout.payloads, strict=True):
             received += peer.expect(heads[count], payload)
             if not peer.try_receive():
@@ -254,11 +254,11 @@ class TcpExchange(Exchange):
                 )
 
     def _staged(self, own: Tensor, layout: _Layout) -> Tensor:
-        """Copy a device's tensor to host memory, or return the copy that was gathered already."""
-        if layout.own_CND is not None:
-            return layout.own_CND
-        staged, _ = self._staging.tensor(tuple(own.shape))
-        return staged.copy_(own)
+        """Copy a device's tensor to host memory: to its place among what is gathered, if any."""
+        place = layout.own_CND
+        if place is None:
+            place, _ = self._staging.tensor(tuple(own.shape))
+        return place.copy_(own)
 
 
 @dataclass(slots=True)

@@ -32,10 +32,6 @@ class Segment:
     count: int
     wanted_logits: int
 
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
 
 @dataclass(frozen=True)
 class Step:

@@ -48,10 +48,10 @@ def assert_each_is_its_reference(model: TinyModel, assignments: Sequence[Assignm
 
     def step(plan: int, counts: dict[int, int]) -> None:
         segments = [Segment(slot, done[slot], count, 1) for slot, count in counts.items()]
-        ids = [id for s in segments for id in tokens[s.slot][s.start : s.end]]
+        ids = [id for s in segments for id in tokens[s.slot][s.start : s.start + s.count]]
         for segment, row in zip(segments, ranks.forward(segments, ids, plan), strict=True):
             given[segment.slot].append(row)
-            done[segment.slot] = segment.end
+            done[segment.slot] = segment.start + segment.count
 
     def expected(slot: int) -> torch.Tensor:
         return model.reference_logits(assignments[plan_of[slot]].plan, tokens[slot])

@@ -24,7 +24,7 @@ def sequence(
 def compute(scheduled: ScheduledStep) -> None:
     """What the engine does with a step, as far as the scheduler sees it."""
     for segment, sequence in zip(scheduled.step.segments, scheduled.sequences, strict=True):
-        sequence.computed = segment.end
+        sequence.computed = segment.start + segment.count
         if segment.wanted_logits and sequence.pending == 0:
             sequence.append(7)
 
@@ -281,7 +281,9 @@ def test_every_sequence_is_computed_once_in_order_and_nobody_who_decodes_waits(
         assert len(step.token_ids) == sum(s.count for s in step.segments)
         for segment, each in zip(step.segments, scheduled.sequences, strict=True):
             assert (segment.slot, segment.start) == (each.slot, each.computed)
-            assert segment.wanted_logits == int(segment.end == len(each.token_ids))
+            assert segment.wanted_logits == int(
+                segment.start + segment.count == len(each.token_ids)
+            )
         compute(scheduled)
         for each in scheduled.sequences:
             if len(each.token_ids) == goals[id(each)]:
